@@ -1,0 +1,66 @@
+# craft_nb: `make help` lists the targets. Each prepares what it needs; nothing has to be installed by hand first.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+N ?= 20
+WORKERS ?= 2
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export WANDB_MODE := disabled
+export OMP_WAIT_POLICY := PASSIVE
+export MUJOCO_GL ?= egl
+one := OMP_NUM_THREADS=1
+
+.PHONY: help setup demo test check nbtest pytest lab docs readme bench fuzz kill-test distributed-test clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready ## create .venv and install everything (the other targets do it by themselves)
+.venv/.ready: pyproject.toml tools/setup.sh
+	@sh tools/setup.sh
+
+demo: .venv/.ready ## simulator, teacher, cache, plain fine-tuning and CRaFT, report: outputs/demo/report.html
+	craft-demo
+
+test: .venv/.ready ## everything that CI runs: checks, notebooks, site, pytest
+	$(MAKE) --no-print-directory check
+	$(MAKE) --no-print-directory nbtest
+	python tools/docs.py --quiet
+	$(one) python -m pytest
+
+check: .venv/.ready ## notebooks clean, export and README in sync, import order, undefined names, light import
+	python tools/checks.py
+
+nbtest: .venv/.ready ## run every notebook
+	$(one) nbdev_test --n_workers $(WORKERS) --timing
+
+pytest: .venv/.ready ## run tests/
+	$(one) python -m pytest
+
+lab: .venv/.ready ## JupyterLab on the notebooks
+	cd nbs && jupyter lab
+
+docs: .venv/.ready ## the site, from the notebooks, into _docs
+	python tools/docs.py
+
+readme: .venv/.ready ## README.md from nbs/index.ipynb
+	python tools/readme.py
+
+bench: .venv/.ready ## step times, surgery and cache benchmarks
+	@set -e; for f in bench/bench_*.py; do [ -e "$$f" ] || continue; echo "== $$f"; python $$f; done
+
+fuzz: .venv/.ready ## fuzz the config with N examples (N=20)
+	$(one) CRAFT_FUZZ_N=$(N) python -m pytest -m "fuzz or not fuzz" tests/test_fuzz.py
+
+kill-test: .venv/.ready ## kill training and cache builds N times at random moments, resume, compare bit for bit (N=20)
+	$(one) CRAFT_KILL_N=$(N) python -m pytest tests/test_kill.py
+
+distributed-test: .venv/.ready ## 2-rank DDP and FSDP against one rank, 50 steps
+	$(one) CRAFT_DIST_STEPS=50 python -m pytest tests/test_distributed.py
+
+clean: ## remove what the targets made, except .venv and outputs
+	rm -rf _docs _proc dist .pytest_cache .ruff_cache .hypothesis *.egg-info

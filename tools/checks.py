@@ -1,0 +1,145 @@
+"""What CI proves before it runs anything: see `checks` at the end. Each check returns a list of faults."""
+import ast, json, re, shutil, subprocess, sys, tempfile
+from copy import deepcopy
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+pkg, nbs = root/'craft_nb', root/'nbs'
+heavy = 'lerobot', 'transformers', 'matplotlib', 'ipywidgets'
+
+
+def notebooks(base=nbs):
+    return sorted(p for p in base.rglob('*.ipynb') if not any(x[0] in '._' for x in p.relative_to(base).parts))
+
+
+def source(cell): return cell['source'] if isinstance(cell['source'], str) else ''.join(cell['source'])
+
+
+def exported():
+    "{module: number of its notebook}, from `#| default_exp` and the file name."
+    found = {}
+    for p in notebooks():
+        text = '\n'.join(source(c) for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code')
+        for name in re.findall(r'(?m)^#\|\s*default_exp\s+(\S+)', text):
+            number = re.match(r'(\d+)_', p.name)
+            if not number: raise SystemExit(f'{p.name} exports {name}: its name must start with a number')
+            found[name] = int(number[1])
+    return found
+
+
+def odd(cell, here):
+    "What nbdev_clean leaves in a cell and a reader should not meet."
+    src, outs = source(cell), cell.get('outputs', [])
+    if re.search(r'(?m)\A\s*#(?!\|).*\n(?s:.*)^#\|\s*export', src): yield 'a comment above `#| export` makes nbdev drop it'
+    title = re.match(r'# .*\n+>.*((?s:.*))', src) if cell['cell_type'] == 'markdown' else None
+    if title and re.sub(r'(?m)^- .*', '', title[1]).strip(): yield 'nbdev drops what follows the title and its sentence'
+    if any(o['output_type'] == 'error' for o in outs): yield 'saved an error'
+    if any('widget-view' in k for o in outs for k in o.get('data', {})): yield 'saved a widget'
+    yield from (f'its output names {h}' for h in here if h in json.dumps(outs))
+
+
+def clean():
+    "Notebooks are as nbdev_clean leaves them: no counts, errors, widget state, or addresses of this machine."
+    from nbdev.clean import clean_nb
+    faults, here = [], (str(root), str(Path.home()), '/tmp/ipykernel')
+    for p in notebooks():
+        nb = json.loads(p.read_text())
+        want = deepcopy(nb)
+        clean_nb(want)
+        if want != nb: faults.append(f'{p.name}: not clean, run: nbdev_clean --fname nbs/{p.relative_to(nbs)}')
+        if 'widgets' in nb['metadata']: faults.append(f'{p.name}: holds widget state')
+        ids = [c.get('id') for c in nb['cells']]
+        if len(set(ids)) < len(ids) or None in ids: faults.append(f'{p.name}: cells without their own id')
+        for i, c in enumerate(nb['cells']):
+            faults += [f'{p.name} cell {i}: {fault}' for fault in odd(c, here)]
+    return faults
+
+
+def in_sync():
+    "craft_nb/*.py are what the notebooks export, and nothing else."
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d)
+        shutil.copytree(nbs, d/'nbs', symlinks=True, ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+        for f in 'settings.ini', 'pyproject.toml', 'README.md', '_quarto.yml':
+            if (root/f).exists(): shutil.copy(root/f, d/f)
+        (d/'craft_nb').mkdir()
+        shutil.copy(pkg/'__init__.py', d/'craft_nb')
+        run = subprocess.run([sys.executable, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()'], cwd=d,
+                             capture_output=True, text=True)
+        if run.returncode: return [f'nbdev_export failed: {run.stderr[-2000:]}']
+        want = {p.relative_to(d/'craft_nb'): p.read_bytes() for p in (d/'craft_nb').rglob('*.py')}
+        have = {p.relative_to(pkg): p.read_bytes() for p in pkg.rglob('*.py')}
+        def fault(p): return 'is exported by no notebook' if p not in want else 'is not what its notebook exports: nbdev_export'
+        return [f'craft_nb/{p} {fault(p)}' for p in sorted({*want, *have}) if want.get(p) != have.get(p)]
+
+
+def readme():
+    "README.md is what nbs/index.ipynb gives."
+    run = subprocess.run([sys.executable, root/'tools/readme.py', '--check'], capture_output=True, text=True)
+    return [run.stderr.strip()] if run.returncode else []
+
+
+def imported(tree):
+    "Modules of this package that a syntax tree imports anywhere, also inside functions; '' is the package itself."
+    for n in ast.walk(tree):
+        if isinstance(n, ast.ImportFrom):
+            base = (n.module or '') if n.level else n.module
+            if not n.level and base.split('.')[0] != 'craft_nb': continue
+            base = base if n.level else base.removeprefix('craft_nb').lstrip('.')
+            yield from ((n.lineno, base.split('.')[0]) if base else (n.lineno, a.name) for a in n.names)
+        if isinstance(n, ast.Import):
+            ours = [a.name.split('.') for a in n.names if a.name.split('.')[0] == 'craft_nb']
+            yield from ((n.lineno, x[1] if x[1:] else '') for x in ours)
+
+
+def order():
+    "A module imports only modules of lower-numbered notebooks, inside functions too: so there is no circle."
+    number, faults = exported(), []
+    for p in sorted(pkg.glob('*.py')):
+        if p.stem not in number: continue
+        for line, name in imported(ast.parse(p.read_text())):
+            if name == '__version__': continue
+            where = f'craft_nb/{p.name}:{line} (notebook {number[p.stem]:02}) imports {name or "craft_nb"}'
+            if name not in number: faults.append(f'{where}, which no notebook exports')
+            elif number[name] >= number[p.stem]: faults.append(f'{where} ({number[name]:02})')
+    return faults
+
+
+def names():
+    "No undefined names, no lines over 120."
+    folders = [f for f in ('craft_nb', 'tests', 'tools', 'bench') if (root/f).exists()]
+    ruff = 'ruff check -q --isolated --select F821,F822,E501,E9 --line-length 120 --exclude _modidx.py --output-format concise'
+    run = subprocess.run([sys.executable, '-m', *ruff.split(), *folders], cwd=root, capture_output=True, text=True)
+    return (run.stdout + run.stderr).strip().splitlines() if run.returncode else []
+
+
+def python(code):
+    run = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    return [f'{code.split(";")[0]}: {run.stderr.strip().splitlines()[-1]}'] if run.returncode else []
+
+
+def importable():
+    "Every module can be imported on its own."
+    return [fault for m in exported() for fault in python(f'import craft_nb.{m}')]
+
+
+def light():
+    "`import craft_nb` takes no lerobot, transformers, matplotlib or ipywidgets with it."
+    return python(f'import craft_nb, sys; t = [m for m in {heavy} if m in sys.modules]; assert not t, f"it takes {{t}}"')
+
+
+checks = clean, in_sync, readme, order, names, importable, light
+
+
+def main():
+    only, bad = sys.argv[1:], 0
+    for check in checks:
+        if only and check.__name__ not in only: continue
+        faults = check()
+        print(f'{"fail" if faults else "ok":4} {check.__name__}: {check.__doc__}')
+        for f in faults: print(f'     {f}')
+        bad += bool(faults)
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == '__main__': main()
