@@ -7,7 +7,8 @@ __all__ = ['INK', 'COLOURS', 'CSS', 'wilson', 'rate', 'pooled_rate', 'bootstrap'
            'continual_world_forgetting', 'linear_cka', 'hidden_drift', 'measure_drift', 'check_report', 'arms',
            'summarise', 'arm_colour', 'new_figure', 'figure_png', 'figure_svg', 'plot_success', 'plot_drift',
            'plot_curves', 'table_html', 'cell_html', 'clip_html', 'best_arm', 'lede', 'section', 'success_section',
-           'views_section', 'blind_section', 'render_report', 'page_html']
+           'views_section', 'blind_section', 'clips_section', 'curves_section', 'drift_section', 'render_report',
+           'page_html']
 
 # %% ../nbs/10_evaluate.ipynb #c6a895b7
 import base64
@@ -188,7 +189,7 @@ def summarise(report: dict) -> dict:  # {arm: {old: cell, new: cell, retention: 
     for c in cells.values(): c["retention"] = retention_ratio(cells["teacher"]["old"], c["old"])
     return cells
 
-# %% ../nbs/10_evaluate.ipynb #f8c489cf
+# %% ../nbs/10_evaluate.ipynb #2e44dd74
 INK = "#010203"  # nearly black in a PNG; `figure_svg` turns it into the page's text colour
 COLOURS = "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b79f00", "#882255"
 
@@ -226,8 +227,9 @@ def figure_svg(fig, label: str) -> str:
         fig.savefig(out := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
     svg = out.getvalue()[out.getvalue().index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    width = f"max-width:{fig.get_figwidth() * 96:.0f}px"
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}" style="{width}"', 1)
 
 # %% ../nbs/10_evaluate.ipynb #4221f80a
 def plot_success(report: dict):  # matplotlib Figure
@@ -267,12 +269,12 @@ def plot_drift(
         ax.set_title(arm, fontsize=9, color=INK, loc="left")
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #f8b55de7
+# %% ../nbs/10_evaluate.ipynb #d271b823
 def plot_curves(records: dict[str, list[dict]]):  # arm → rows of metrics.jsonl; matplotlib Figure
     "λ, violation and cosine over the retention steps of each arm that has any."
     rows = {a: [r for r in rs if r.get("violation") is not None and "event" not in r] for a, rs in records.items()}
     rows = {a: rs for a, rs in rows.items() if rs}
-    if not rows: raise ValueError("records: no arm has a row with a violation; expected step records of a run with CRaFT on")
+    if not rows: raise ValueError("records: no arm has a row with a violation; expected records of a run with CRaFT on")
     fig, axes = new_figure(7, 4.6, 3, 1, sharex=True)
     labels = {"lambda": "multiplier λ", "violation": "violation  L_ret − ε", "cosine": "cosine of g and r"}
     for ax, (key, label) in zip(axes[:, 0], labels.items()):
@@ -322,7 +324,7 @@ def lede(summary: dict) -> str:
     if best: parts.append(says(best, f"CRaFT with the view <b>{html.escape(best.removeprefix('craft:'))}</b>"))
     return " ".join(parts)
 
-# %% ../nbs/10_evaluate.ipynb #07b354dc
+# %% ../nbs/10_evaluate.ipynb #56203e47
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #d9dce2; --paper: #fdfcfa; --accent: #0072b2; }
 @media (prefers-color-scheme: dark) {
@@ -351,38 +353,65 @@ figcaption { font-size: .82rem; color: var(--soft); margin-top: .4rem; }
 @media print { body { padding: 0; } h2 { break-after: avoid; } svg, table, figure { break-inside: avoid; } }
 """
 
-def section(title: str, text: str, *parts: str) -> str: return f"<section><h2>{title}</h2><p>{text}</p>{''.join(parts)}</section>"
+def section(title: str, text: str, *parts: str) -> str:
+    return f"<section><h2>{title}</h2><p>{text}</p>{''.join(parts)}</section>"
 
-# %% ../nbs/10_evaluate.ipynb #eb42e610
+# %% ../nbs/10_evaluate.ipynb #8e1003c7
 def success_section(report: dict, summary: dict) -> str:
     "Success of every arm on every task, the pooled columns and what was kept."
     def kept(c): return f"{c['ratio']:.0%} <small>{c['low']:.0%}–{c['high']:.0%}</small>".replace("%", " %") if c else "–"
     tasks = [*report["tasks"]["old"], *report["tasks"]["new"]]
     head = ["arm", *(html.escape(t) for t in tasks), "kept of the old"]
-    rows = [[html.escape(a), *(cell_html(report["success"][t][a]) for t in tasks), kept(summary[a]["retention"])] for a in summary]
+    rows = [[html.escape(a), *(cell_html(report["success"][t][a]) for t in tasks),
+             kept(c["retention"]) if a != "teacher" else "–"] for a, c in summary.items()]
     n = min(c["n"] for cells in report["success"].values() for c in cells.values())
-    text = (f"Each cell is the share of at least {n} episodes that succeeded, with Wilson's 95 % interval. The teacher is the policy before "
-            f"fine-tuning. {html.escape(', '.join(report['tasks']['new']))} is the new task. What was kept is the old success after fine-tuning "
-            "over the same before.")
-    return section("What was kept, what was learned", text, figure_svg(plot_success(report), "success by task and arm"), table_html(head, rows))
+    new = html.escape(", ".join(report["tasks"]["new"]))
+    text = (f"Each cell is the share of at least {n} episodes that succeeded, with Wilson's 95 % interval. The teacher is "
+            f"the policy before fine-tuning, which is on {new}. What was kept is the success on all old tasks together "
+            "after fine-tuning over the same before.")
+    figure = figure_svg(plot_success(report), "success by task and arm")
+    return section("What was kept, what was learned", text, figure, table_html(head, rows))
 
 def views_section(report: dict, summary: dict) -> str:
     "What each view costs and what it keeps."
     def number(x, unit, digits=0): return "–" if x is None else f"{x:,.{digits}f} {unit}"
-    rows = [[html.escape(v), cell_html(summary[r["arm"]]["old"]), cell_html(summary[r["arm"]]["new"]), number(r.get("bytes_per_anchor"), "B"),
-             number(r.get("build_seconds"), "s", 1), number(report["step_seconds"].get(r["arm"]), "s", 3)] for v, r in report["views"].items()]
+    def row(view, r):
+        c, seconds = summary[r["arm"]], report["step_seconds"].get(r["arm"])
+        return [html.escape(view), cell_html(c["old"]), cell_html(c["new"]), number(r.get("bytes_per_anchor"), "B"),
+                number(r.get("build_seconds"), "s", 1), number(seconds, "s", 3)]
+    rows = [row(*x) for x in report["views"].items()]
     head = ["view", "old success", "new success", "per anchor", "cache built in", "step"]
-    text = "A view is what the cache stores of the teacher. Bytes count the targets alone; the step time is the median over a run, retention steps included."
+    text = ("A view is what the cache stores of the teacher. Bytes count the targets alone; the step time is the one "
+            "given below for the arm that trained on the view.")
     return section("Views", text, table_html(head, rows))
 
 def blind_section(report: dict) -> str:
     "Whether the tasks can be solved without looking."
     policies = list(dict.fromkeys(p for cells in report["blind"].values() for p in cells))
-    rows = [[html.escape(t), *(cell_html(cells[p]) if p in cells else "–" for p in policies)] for t, cells in report["blind"].items()]
-    text = "A task that a policy solves without seeing, or with one constant action, proves nothing about skill. These are the same tasks under such policies."
+    rows = [[html.escape(t), *(cell_html(cells[p]) if p in cells else "–" for p in policies)]
+            for t, cells in report["blind"].items()]
+    text = ("A task that a policy solves without seeing, or with one constant action, proves nothing about skill. "
+            "These are the same tasks under such policies.")
     return section("Could it be luck?", text, table_html(["task", *map(html.escape, policies)], rows))
 
-# %% ../nbs/10_evaluate.ipynb #2f2115b2
+def clips_section(clips: dict) -> str:
+    "One row of clips for each task."
+    def row(task, row): return "".join(clip_html(c, f"{task} · {arm}") for arm, c in row.items())
+    rows = [f"<div class=clips>{row(*x)}</div>" for x in clips.items()]
+    return section("The same skill, side by side", "One episode each, from the same starting state.", *rows)
+
+def curves_section(figure) -> str:
+    text = ("λ rises while the retention loss is over its budget and falls while it is under; a cosine below zero means "
+            "that the task and the anchors pull apart.")
+    return section("How the budget was held", text, figure_svg(figure, "multiplier, violation and cosine over steps"))
+
+def drift_section(drift: dict, figure) -> str:
+    n = min(d["n"] for d in drift.values())
+    text = ("Mean ‖h′−h‖ / ‖h‖ of the student's pooled hidden states against the teacher's, "
+            f"on {n} anchors that were not trained on.")
+    return section("Where the network moved", text, figure_svg(figure, "relative drift by layer and vector"))
+
+# %% ../nbs/10_evaluate.ipynb #cc15bbc2
 def render_report(
     report: dict,  # see the table above; checked first
     records: dict[str, list[dict]],  # arm → rows of its metrics.jsonl
@@ -396,18 +425,14 @@ def render_report(
     figures = dict(success=plot_success(report))
     parts = [success_section(report, summary)]
     if clips:
-        rows = [f"<div class=clips>{''.join(clip_html(c, f'{task} · {arm}') for arm, c in row.items())}</div>" for task, row in clips.items()]
-        parts.append(section("The same skill, side by side", "One episode each from the same starting state.", *rows))
+        parts.append(clips_section(clips))
     if report.get("views"): parts.append(views_section(report, summary))
     if any(r.get("violation") is not None for rows in records.values() for r in rows):
         figures["curves"] = plot_curves(records)
-        text = "λ rises while the retention loss is over its budget and falls while it is under; a cosine below zero means that the task and the anchors pull apart."
-        parts.append(section("How the budget was held", text, figure_svg(figures["curves"], "multiplier, violation and gradient cosine over steps")))
+        parts.append(curves_section(figures["curves"]))
     if report["drift"]:
         figures["drift"] = plot_drift(report["drift"])
-        n = min(d["n"] for d in report["drift"].values())
-        text = f"Mean ‖h′−h‖ / ‖h‖ of the student's pooled hidden states against the teacher's, on {n} anchors that were not trained on."
-        parts.append(section("Where the network moved", text, figure_svg(figures["drift"], "relative drift by layer and vector")))
+        parts.append(drift_section(report["drift"], figures["drift"]))
     if report.get("blind"): parts.append(blind_section(report))
     (out / "report.html").write_text(page_html(title, report, summary, parts), encoding="utf-8")
     (out / "report.json").write_text(json.dumps(report | dict(summary=summary), indent=1) + "\n")
@@ -417,12 +442,15 @@ def render_report(
 def page_html(title: str, report: dict, summary: dict, parts: Sequence[str]) -> str:
     "The whole page around its sections."
     stages = ", ".join(f"{html.escape(s)} {m:.1f}" for s, m in report.get("stages", {}).items())
-    meta = f"{len(summary)} arms · {sum(map(len, report['tasks'].values()))} tasks · {report['minutes']:.1f} minutes" + (f" ({stages})" if stages else "")
-    settings = "".join(f"<tr><th scope=row>{html.escape(str(k))}</th><td>{html.escape(str(v))}</td></tr>" for k, v in report.get("settings", {}).items())
-    steps = [[html.escape(a), f"{t:.3f} s"] for a, t in report["step_seconds"].items()]
-    how = section("How it was run", "Seconds a training step (median), and the settings.", table_html(["arm", "step"], steps),
-                  f"<div class=wide><table>{settings}</table></div>" if settings else "")
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body><header><h1>{html.escape(title)}</h1>"
-            f'<div class="meta">{meta}</div></header><p class="lede">{lede(summary)}</p>{"".join(parts)}{how}'
-            "<footer>Made by craft_nb from report.json.</footer></body></html>\n")
+    meta = f"{len(summary)} arms · {sum(map(len, report['tasks'].values()))} tasks · {report['minutes']:.1f} minutes"
+    how = [table_html(["arm", "step"], [[html.escape(a), f"{t:.3f} s"] for a, t in report["step_seconds"].items()])]
+    settings = [[html.escape(str(k)), html.escape(str(v))] for k, v in report.get("settings", {}).items()]
+    if settings: how.append(table_html(["setting", "value"], settings))
+    title = html.escape(title)
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>
+<header><h1>{title}</h1><div class="meta">{meta}{f" ({stages})" if stages else ""}</div></header>
+<p class="lede">{lede(summary)}</p>{"".join(parts)}
+{section("How it was run", "Median seconds of a training step, and the settings.", *how)}
+<footer>Made by craft_nb from report.json.</footer></body></html>
+"""
