@@ -7,7 +7,8 @@ __all__ = ['DTYPES', 'INDEX', 'PACKED', 'SCHEMA_VERSION', 'MANIFEST', 'BUILDING'
            'hash_folder', 'hash_tensors', 'hash_json', 'write_shard', 'read_header', 'encode_image', 'decode_image',
            'Field', 'encode_field', 'decode_field', 'read_manifest', 'Spread', 'Shard', 'check_file', 'AnchorWriter',
            'AnchorCacheDataset', 'is_pt_cache', 'anchor_order', 'anchor_batch', 'AnchorLoader',
-           'build_anchor_dataloader']
+           'build_anchor_dataloader', 'check_compatible', 'verify_cache', 'convert_cache', 'cache_info', 'cache_card',
+           'example_sheet', 'cache_readme', 'push_cache', 'pull_cache', 'cache_main']
 
 # %% ../nbs/05_anchors.ipynb #1fc8c94e
 import argparse, collections, concurrent.futures, contextlib, ctypes, functools, hashlib, io, json, math, mmap, os, re, shutil
@@ -442,7 +443,7 @@ class _BuildFolder:
 
     def _rows_of(self, shard:int) -> int: return min(self.plan['shard_size'], self.plan['num_anchors'] - shard * self.plan['shard_size'])
 
-# %% ../nbs/05_anchors.ipynb #719aec37
+# %% ../nbs/05_anchors.ipynb #4fa30eec
 def _fields(m:dict) -> dict: return {k: Field(k, **{**v, 'shape': tuple(v['shape'])}) for k, v in sorted(m['tensors'].items())}
 
 def _narrow(name:str, x:Tensor) -> Tensor:
@@ -486,8 +487,8 @@ class _Intake(_BuildFolder):
 
     def _measure(self, row:dict):
         for k, (_, waiting) in self.spread.items():
-            f = self.fields[k]; waiting.append(_tensor(row[k][0], f.dtype).view(-1, *(f.rest if f.code == 'packed' else f.shape)))
-            if sum(map(Tensor.numel, waiting)) > 1 << 22: self._settle(k)
+            f = self.fields[k]; x = _tensor(row[k][0], f.dtype).view(-1, *(f.rest if f.code == 'packed' else f.shape)); waiting.append(x)
+            if len(waiting) * x.numel() > 1 << 22: self._settle(k)
 
     def _settle(self, *names):
         for k in names or self.spread:
@@ -666,7 +667,7 @@ def _flatten(x:dict) -> dict:
     for k, v in x.items(): out |= _flatten(v) if isinstance(v, dict) else {k: v}
     return out
 
-# %% ../nbs/05_anchors.ipynb #253bd0aa
+# %% ../nbs/05_anchors.ipynb #2da4c53b
 def _pt_rows(path:Path) -> list: # one (column store, row count) a shard
     "A shard as {name: tensor (n, …) or list of n tensors}, whether it was a dict of stacked tensors or a list of dicts."
     raw = _load_pt(path)
@@ -708,7 +709,7 @@ class _PtCache:
         self.manifest = dict(format='pt', schema_version=0, kind=kind, num_anchors=n, policy_type=str(meta.get('policy_type', '')),
             layers=list(meta.get('layers_to_save', meta.get('layers', []))), pooling=_pooling(meta, self.shape[key]), width=self.shape[key][-1] if kind != 'token_level' else 0,
             dtype=str((first[key] if isinstance(first[key], Tensor) else first[key][0]).dtype)[6:], hashes={}, dataset=dict(repo_id=meta['dataset_repo_id']) if 'dataset_repo_id' in meta else {},
-            versions={}, image=dict(mode='pixels', codec='float'), prompts=[], extra={k: v for k, v in meta.items() if isinstance(v, (str, int, float, list, dict, bool))},
+            versions={}, image=dict(mode='pixels', codec='float'), prompts=[], extra=json.loads(json.dumps(meta, default=str)),
             views={view: dict(tensors=[key], distance=dist, unit='nats per token' if dist == 'ce' else 'squared hidden units')})
 
     def _shape(self, k:str) -> tuple:
@@ -813,3 +814,228 @@ def build_anchor_dataloader(cache_dir, # folder, or an `AnchorCacheDataset`
     "A loader over a cache of any kind."
     ds = cache_dir if isinstance(cache_dir, AnchorCacheDataset) else AnchorCacheDataset(cache_dir, views, frames)
     return AnchorLoader(ds, batch_size, seed, step, rank, world_size, num_workers, prefetch, pin_memory, shuffle)
+
+# %% ../nbs/05_anchors.ipynb #af8ece14
+def check_compatible(manifest:dict, # of the cache
+                     found:dict,    # the same fields as the run has them, e.g. {'width': 2048, 'hashes': {'weights': …}}
+                     allow=(),      # names that may differ: 'weights' or 'hashes.weights'; a list, or a comma list
+                     ) -> dict:     # {'checked': [...], 'allowed': [...], 'unknown': [...]} names
+    "Compare a run with the cache it wants to use. Raises `AnchorCacheError` listing every mismatch with both values."
+    allow = [a.strip() for a in allow.split(',')] if isinstance(allow, str) else list(allow); allow = [a for a in allow if a]
+    flat = lambda x, at='': {k2: v2 for k, v in x.items() for k2, v2 in (flat(v, f'{at}{k}.') if isinstance(v, dict) else {at + k: v}).items()}
+    want, got = flat(manifest), json.loads(_canonical(flat(found))); short = lambda k: k.rsplit('.', 1)[-1]
+    if typo := [a for a in allow if not any(a in (k, short(k)) for k in got)]: raise AnchorCacheError(f'allow_mismatch: no such check {typo}; there are {sorted(map(short, got))}')
+    known = {k for k in got if want.get(k) not in (None, '', [], 0)}
+    differ = [k for k in sorted(known) if want[k] != got[k]]
+    allowed = [k for k in differ if k in allow or short(k) in allow]
+    if bad := [k for k in differ if k not in allowed]:
+        raise AnchorCacheError('the anchor cache was made for another run:\n' + '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}' for k in bad) +
+                               f'\nBuild a cache for this policy and data, or allow the difference: --craft.allow_mismatch={",".join(map(short, bad))}')
+    return dict(checked=sorted(known), allowed=allowed, unknown=sorted(set(got) - known))
+
+# %% ../nbs/05_anchors.ipynb #23211299
+def verify_cache(cache_dir,          # a cache of any kind
+                 samples:int=64,     # rows decoded, and recomputed if `recompute` is given
+                 recompute=None,     # recompute(batch) → {target: tensor}; compared with what is stored
+                 tolerance:float|None=None, # largest absolute error allowed; None = report only
+                 frames=None,        # for caches of references; without it their pixels are not looked at
+                 ) -> dict:          # {'anchors', 'shards', 'bytes', 'rows_decoded', 'errors': {tensor: largest absolute error}}
+    "Check a whole cache in bounded memory. Raises `AnchorCacheError` naming every damaged file."
+    ds = AnchorCacheDataset(cache_dir, frames=frames or _no_frames); store, wrong, size = ds.store, [], 0
+    for k, s in enumerate(ds.manifest.get('shards', [])):
+        try:
+            store.open(k); size += s['bytes']
+            if (h := hash_file(ds.dir/s['file'])) != s['sha256']: raise AnchorCacheError(f'{ds.dir/s["file"]}: SHA-256 is {h[:12]}…, the manifest says {s["sha256"][:12]}…')
+        except AnchorCacheError as e: wrong.append(str(e))
+    if wrong: raise AnchorCacheError(f'{len(wrong)} of {len(ds.manifest["shards"])} shards are damaged:\n  ' + '\n  '.join(wrong[:20]))
+    names = ds.names if frames or ds.manifest['image']['mode'] != 'reference' else [n for n in ds.names if ds.store.fields[n].code != 'reference']
+    rows = torch.linspace(0, len(ds) - 1, min(samples, len(ds))).long().tolist(); errors = {}
+    for i in range(0, len(rows), 16):
+        batch = store.batch(rows[i:i + 16], names)
+        for t, x in (recompute(batch) if recompute else {}).items():
+            if t not in batch: raise AnchorCacheError(f'{cache_dir}: recompute gave {t!r}, the cache holds {sorted(batch)}')
+            if x.shape != batch[t].shape: raise AnchorCacheError(f'{cache_dir}: {t} recomputed is {tuple(x.shape)}, stored {tuple(batch[t].shape)}')
+            errors[t] = max(errors.get(t, 0.), (x.cpu().double() - batch[t].double()).abs().nan_to_num(float('inf')).max().item())
+    if tolerance is not None and (bad := {t: e for t, e in errors.items() if not e <= tolerance}):
+        raise AnchorCacheError(f'{cache_dir}: targets differ from the recomputed ones by {bad}, more than {tolerance}: another teacher, other statistics or another dtype')
+    return dict(anchors=len(ds), shards=len(ds.manifest.get('shards', [])) or len(store.shards), bytes=size, rows_decoded=len(rows), errors=errors)
+
+def _no_frames(i): raise AnchorCacheError('this cache refers to frames; give frames=')
+
+# %% ../nbs/05_anchors.ipynb #a7910eea
+def _find_restore(ds, name:str, step:int=32):
+    "The function of uint8 that gives back every float pixel of `name` exactly, or None."
+    inverse = dict(unit=lambda x: x * 255, signed=lambda x: (x + 1) * 127.5, mean=lambda x: (x + 1) * 127.5, byte=lambda x: x)
+    left = dict(inverse)
+    for i in range(0, len(ds), step):
+        x = ds.store.batch(range(i, min(i + step, len(ds))), [name])[name]
+        left = {k: f for k, f in left.items() if torch.equal(_RESTORE[k](f(x).round().clamp(0, 255).to(torch.uint8)), x)}
+        if not left: return None
+    return next((k, f) for k, f in left.items())
+
+def convert_cache(src,               # a cache of any kind
+                  out_dir,           # a new folder
+                  images:str='webp', # image codec of the new one
+                  shard_size:int=256,
+                  progress=None,     # progress(done, total), called after each batch
+                  ) -> dict:         # the manifest
+    "Rewrite a cache in the present format. Resumable like a build."
+    ds = AnchorCacheDataset(src); m = ds.manifest
+    if m['image'].get('mode') == 'reference': raise AnchorCacheError(f'{src}: holds references to frames; it is in the present format already')
+    floats = {k: _find_restore(ds, k) for k in ds.names if k.startswith('pixel_values') and ds.store.row(0, [k])[k].dtype == torch.float32}
+    floats = {k: v for k, v in floats.items() if v}
+    views = {k: {a: b for a, b in v.items() if 'spread' not in a} for k, v in m['views'].items()}
+    keep = {k: m[k] for k in ('kind', 'policy_type', 'layers', 'pooling', 'width', 'dtype', 'hashes', 'dataset', 'versions', 'prompts')}
+    with AnchorWriter(out_dir, len(ds), views, shard_size, images, restore={k: v[0] for k, v in floats.items()}, **keep, extra=dict(m['extra'], converted_from=m['format'])) as w:
+        for lo, hi in w.ranges(32):
+            batch = ds.store.batch(range(lo, hi), ds.names)
+            for k, (_, inverse) in floats.items(): batch[k] = inverse(batch[k]).round().to(torch.uint8)
+            w.add(batch)
+            if progress: progress(hi, len(ds))
+    return read_manifest(out_dir)
+
+# %% ../nbs/05_anchors.ipynb #816c1281
+def cache_info(cache_dir) -> dict: # what a cache holds; sizes in bytes
+    "The card of a cache as a dict."
+    ds = AnchorCacheDataset(cache_dir, frames=_no_frames); m, by, total = ds.manifest, collections.Counter(), 0
+    if m['format'] == 'pt':
+        row = ds.store.row(0, ds.names); by.update({k: len(ds) * x.numel() * x.element_size() for k, x in row.items()})
+        files = _pt_shards(ds.dir); total = sum(p.stat().st_size for p in files); part = {k: 'target' if k in _KEYS else 'input' for k in row}
+    else:
+        files = [ds.dir/s['file'] for s in m['shards']]; total = sum(s['bytes'] for s in m['shards']) + (ds.dir/MANIFEST).stat().st_size
+        for p in files:
+            for k, (_, _, lo, hi) in read_header(p, _MAX_HEADER)[0].items(): by[re.sub(r'\.(data|offsets|hash)$', '', k)] += hi - lo
+        part = {k: f['part'] for k, f in m['tensors'].items()} | dict(row_crc='index')
+    n, parts = len(ds), collections.Counter()
+    for k, b in by.items(): parts[part[k]] += b
+    views = {k: v | dict(bytes_per_anchor=sum(by[t] for t in v['tensors']) / n) for k, v in m['views'].items()}
+    return dict(path=str(ds.dir), cache_type=ds.cache_type, format=m['format'], num_anchors=n, files=len(files), bytes=total, bytes_per_anchor=total / n,
+                tensors={k: b / n for k, b in by.most_common()}, parts={k: b / n for k, b in parts.most_common()}, views=views,
+                **{k: m[k] for k in ('policy_type', 'layers', 'pooling', 'width', 'dtype', 'image', 'dataset', 'hashes', 'versions', 'extra')},
+                shapes={k: list(f['shape']) for k, f in m.get('tensors', {}).items()}, prompts=m['prompts'][:8])
+
+def _size(b:float) -> str:
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if b < 1000 or unit == 'GB': return f'{b:.3g} {unit}' if b < 1000 else f'{b:,.0f} {unit}'
+        b /= 1000
+
+def cache_card(info:dict # from `cache_info`
+               ) -> str: # text of about 20 lines
+    "The card as text."
+    part = lambda d: ', '.join(f'{k} {_size(v)}' for k, v in d.items() if v >= 1); short = lambda v: f'{v[:12]}…' if isinstance(v, str) and _HEX.fullmatch(v) else str(v)
+    pairs = lambda d: ', '.join(f'{k} {short(v)}' for k, v in d.items() if v not in (None, '', [])) or '–'
+    lines = [('cache', f'{info["path"]}: {info["num_anchors"]:,} anchors, cache_type {info["cache_type"]}, {info["files"]} shards, {_size(info["bytes"])}'),
+             ('policy', f'{info["policy_type"] or "–"}, {info["dtype"]}, width {info["width"]}, layers {info["layers"]}, pooling {info["pooling"] or "–"}'),
+             *((f'view {k}', f'{v.get("distance", "–")}, {v.get("unit", "–")}, {_size(v["bytes_per_anchor"])} an anchor' + (f', spread {v["spread"]:.4g}' if v.get('spread') else '')) for k, v in info['views'].items()),
+             ('bytes/anchor', f'{_size(info["bytes_per_anchor"])}: {part(info["parts"])}'), ('by tensor', part(info['tensors'])),
+             ('images', f'{pairs(info["image"])}, {info["shapes"].get("pixel_values", "–")}'), ('data set', pairs(info['dataset'])), ('hashes', pairs(info['hashes'])),
+             ('versions', pairs(info['versions'])), *([('prompts', '; '.join(info['prompts']))] if info['prompts'] else [])]
+    return '\n'.join(f'{k:<14} {v}' for k, v in lines)
+
+# %% ../nbs/05_anchors.ipynb #90eed378
+def example_sheet(cache_dir, # cache with pixels
+                  path,      # PNG to write
+                  n:int=8,   # anchors shown, spread evenly over the cache
+                  frames=None,
+                  ) -> Path:
+    "A contact sheet: one column an anchor, one row a camera, the prompt below. Needs Pillow."
+    Image = _pil(); from PIL import ImageDraw
+    ds = AnchorCacheDataset(cache_dir, frames=frames); m = ds.manifest
+    if 'pixel_values' not in ds.names: raise AnchorCacheError(f'{cache_dir}: holds no pixel_values to show')
+    idxs = torch.linspace(0, len(ds) - 1, min(n, len(ds))).long().tolist()
+    rows = [ds.store.row(i, [k for k in ds.names if k in ('pixel_values', *INDEX)]) for i in idxs]
+    px = torch.stack([r['pixel_values'] for r in rows]); px = px if px.ndim == 5 else px[:, None]                # (n,cams,3,h,w)
+    if px.dtype != torch.uint8: lo = -1. if px.min() < 0 else 0.; px = ((px - lo) / (1 - lo) * 255).clamp(0, 255).to(torch.uint8)
+    k, cams, _, h, w = px.shape; side = max(96, w); tall = side * h // w
+    sheet = Image.new('RGB', (k * side, cams * tall + 28), 'white'); draw = ImageDraw.Draw(sheet)
+    for a in range(k):
+        for c in range(cams): sheet.paste(Image.frombytes('RGB', (w, h), bytes(_bytes(px[a, c].permute(1, 2, 0).contiguous()))).resize((side, tall)), (a * side, c * tall))
+        p = rows[a].get('prompt_index'); text = m['prompts'][int(p)] if p is not None and int(p) < len(m['prompts']) else f'anchor {idxs[a]}'
+        for j in range(2): draw.text((a * side + 2, cams * tall + 1 + 13 * j), text[j * (side // 6):(j + 1) * (side // 6)], fill='black')
+    sheet.save(path); return Path(path)
+
+# %% ../nbs/05_anchors.ipynb #e2e632c0
+def cache_readme(info:dict, name:str) -> str: # Markdown with the hub's metadata block
+    "The card of the data-set repository."
+    rows = '\n'.join(f'| {k} | {v.get("distance", "")} | {v.get("unit", "")} | {_size(v["bytes_per_anchor"])} |' for k, v in info['views'].items())
+    return (f'---\ntags: [craft-anchors, robotics, lerobot, {info["policy_type"] or "vla"}]\n---\n\n# {name}\n\nAn anchor cache for Constrained Retention Fine-Tuning: '
+            f'{info["num_anchors"]:,} inputs of a {info["policy_type"] or "policy"} with what the frozen teacher made of them.\n\n'
+            f'| view | distance | unit | an anchor |\n|---|---|---|---|\n{rows}\n\n```\n{cache_card(info | dict(path=name))}\n```\n\n'
+            f'Use it:\n\n```\ncraft-cache pull {name} data/anchors\ncraft-train … --craft.anchor_cache_dir=data/anchors\n```\n')
+
+def _hub():
+    try: import huggingface_hub; return huggingface_hub
+    except ImportError: raise ImportError('the hub needs huggingface_hub: pip install "craft_nb[lerobot]"') from None
+
+def _is_folder(remote:str) -> bool: return str(remote).startswith(('/', './', '../', '~'))
+
+def push_cache(cache_dir, remote:str, # 'user/name' on the hub, or a folder ('./…', '/…')
+               private:bool=False, revision:str|None=None,
+               ) -> str:              # where it is now
+    "Verify a cache, then publish it: shards, manifest and README in one commit."
+    verify_cache(cache_dir, samples=8); d, info = Path(cache_dir), cache_info(cache_dir)
+    if info['format'] == 'pt': raise AnchorCacheError(f'{d}: is an old .pt cache; convert it first (craft-cache convert), pickles are not shared')
+    files = [d/s['file'] for s in read_manifest(d)['shards']] + [d/MANIFEST]; readme = cache_readme(info, remote)
+    if _is_folder(remote):
+        to = Path(remote).expanduser()
+        if to.exists(): raise FileExistsError(f'{to}: exists; give a new folder')
+        return str(_place(to, lambda t: ([shutil.copy2(f, t/f.name) for f in files], (t/'README.md').write_text(readme))))
+    hub = _hub(); api = hub.HfApi(); api.create_repo(remote, repo_type='dataset', private=private, exist_ok=True)
+    if revision: api.create_branch(remote, repo_type='dataset', branch=revision, exist_ok=True)
+    ops = [hub.CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f)) for f in files] + [hub.CommitOperationAdd(path_in_repo='README.md', path_or_fileobj=readme.encode())]
+    api.create_commit(remote, ops, commit_message=f'Add {info["num_anchors"]} anchors', repo_type='dataset', revision=revision)
+    return f'https://huggingface.co/datasets/{remote}'
+
+def pull_cache(remote:str, out_dir, # new folder
+               revision:str|None=None,
+               ) -> Path:
+    "Fetch a cache, verify it, then put it in place with one rename."
+    to = Path(out_dir)
+    if to.exists(): raise FileExistsError(f'{to}: exists; give a new folder')
+    if _is_folder(remote):
+        src = Path(remote).expanduser(); names = [s['file'] for s in read_manifest(src)['shards']] + [MANIFEST]
+        return _place(to, lambda t: ([shutil.copy2(src/n, t/n) for n in names], verify_cache(t, samples=8)))
+    def fetch(t):
+        _hub().snapshot_download(remote, repo_type='dataset', revision=revision, local_dir=str(t), allow_patterns=[MANIFEST, 'anchors-*.safetensors'])
+        shutil.rmtree(t/'.cache', ignore_errors=True); verify_cache(t, samples=8)
+    return _place(to, fetch)
+
+def _place(to:Path, fill) -> Path:
+    "A folder that appears only when `fill` is through."
+    tmp = to.with_name(f'.{to.name}.tmp'); shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    try: fill(tmp); os.replace(tmp, to); return to
+    except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
+
+# %% ../nbs/05_anchors.ipynb #75209a5d
+def _parser():
+    p = argparse.ArgumentParser('craft-cache', description='Look at, check, convert and share anchor caches.', allow_abbrev=False); sub = p.add_subparsers(dest='verb', required=True)
+    def verb(name, about, *args):
+        s = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
+        for a in args: s.add_argument(a)
+        return s
+    s = verb('info', 'what a cache holds', 'cache_dir'); s.add_argument('--json', action='store_true', help='as JSON'); s.add_argument('--images', metavar='PNG', help='write example images with their prompts')
+    s = verb('verify', 'check every byte; with --policy also recompute a sample of targets', 'cache_dir')
+    s.add_argument('--policy', metavar='PATH', help='the teacher'); s.add_argument('--samples', type=int, default=64); s.add_argument('--tolerance', type=float, help='largest absolute error allowed')
+    s = verb('convert', 'rewrite an old .pt cache in the present format', 'src', 'out_dir'); s.add_argument('--images', choices=('webp', 'zlib', 'raw'), default='webp'); s.add_argument('--shard_size', type=int, default=256)
+    s = verb('push', 'publish to a data-set repository of the hub, or to a folder', 'cache_dir', 'remote'); s.add_argument('--private', action='store_true'); s.add_argument('--revision')
+    s = verb('pull', 'fetch, verify, put in place', 'remote', 'out_dir'); s.add_argument('--revision')
+    return p
+
+def cache_main(argv=None, # arguments; None = the command line's
+               recompute=None, # recompute(policy path, manifest) → function of a batch, for `verify --policy`
+               ) -> int: # exit code
+    "The command `craft-cache`."
+    a = _parser().parse_args(argv)
+    try:
+        if a.verb == 'info':
+            info = cache_info(a.cache_dir); print(json.dumps(info, indent=1) if a.json else cache_card(info))
+            if a.images: print(f'{"images":<14} written to {example_sheet(a.cache_dir, a.images)}', file=sys.stderr if a.json else sys.stdout)
+        elif a.verb == 'verify':
+            if a.policy and not recompute: raise AnchorCacheError('--policy needs the hook of the craft-cache command (craft_nb.cli)')
+            r = verify_cache(a.cache_dir, a.samples, recompute(a.policy, read_manifest(a.cache_dir)) if a.policy else None, a.tolerance)
+            print(f'{a.cache_dir}: sound; {r["anchors"]:,} anchors in {r["shards"]} shards, {r["rows_decoded"]} rows decoded' + ''.join(f'\n{k}: largest error {e:.3g}' for k, e in r['errors'].items()))
+        elif a.verb == 'convert': m = convert_cache(a.src, a.out_dir, a.images, a.shard_size); print(f'{a.out_dir}: {m["num_anchors"]:,} {m["kind"]} anchors, {_size(cache_info(a.out_dir)["bytes"])}')
+        elif a.verb == 'push': print(f'pushed {a.cache_dir} to {push_cache(a.cache_dir, a.remote, a.private, a.revision)}')
+        elif a.verb == 'pull': print(f'pulled {a.remote} to {pull_cache(a.remote, a.out_dir, a.revision)}')
+        return 0
+    except (AnchorCacheError, OSError, ImportError) as e: print(f'craft-cache: {e}', file=sys.stderr); return 1
