@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'PANELS', 'STATES', 'COLOURS', 'RUN_COLOURS', 'ENDED', 'RecordLog', 'Tail', 'read_records', 'Curve',
            'History', 'change_text', 'num', 'nice', 'ticks', 'log_ticks', 'span', 'panel', 'extent', 'draw', 'status',
-           'figure', 'load_runs', 'plot_records', 'Controls', 'Board', 'Dashboard', 'CraftMonitor', 'live_knobs',
+           'figure', 'png', 'load_runs', 'plot_records', 'Controls', 'Board', 'Dashboard', 'CraftMonitor', 'live_knobs',
            'from_jsonl']
 
 # %% ../nbs/09_monitor.ipynb #40f130b6
@@ -429,7 +429,7 @@ def status(h, state=None, note="")->str:
             + "".join(f"<span><em>{k}</em> {x}</span>" for k, x in kv) + "</div>"
             + "".join(f"<pre>{html.escape(t)}</pre>" for t in (h.error, note) if t) + "</div>")
 
-# %% ../nbs/09_monitor.ipynb #c1c8f061
+# %% ../nbs/09_monitor.ipynb #470c249f
 COLOURS = {"lambda": "#0072b2", "violation": "#d55e00", "retention_loss": "#d55e00", "cosine": "#a3457f", "task_loss": "#009e73"}
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3457f", "#e69f00", "#333333")
 
@@ -445,8 +445,9 @@ def _axes(ax, runs, title, note, names, log):
             ax.plot(x, [10**v for v in y] if log else y, label=n.replace("_", " ") if len(runs) == 1 else h.name if not j else None, **style)
         for step, text in h.marks: ax.axvline(step, color="#9a6700", lw=.8, ls=":")
     if log and any(h.curves[n].bins for h in runs if h.rows for n in names): ax.set_yscale("log")
-    if log or title == "λ" and len(runs) > 1: _legend(ax)
-    ax.set_ylabel(title.replace("gradient ", ""), fontsize=8)
+    if title == "λ" and len(runs) > 1 or log and len(runs) == 1: _legend(ax)
+    if title == "violation": ax.axhline(0, color="black", lw=.6)
+    ax.set_ylabel(title.replace("gradient ", "") + "\n(╍ retention)"*(log and len(runs) > 1), fontsize=8)
     ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
 
@@ -460,7 +461,16 @@ def figure(runs, width=7., height=5.):
     if len(runs) == 1 and runs[0].rows: _budget(axes, runs[0])
     axes["loss"].set_xlabel("step", fontsize=8)
     if len(runs) == 1: fig.suptitle(runs[0].headline(), fontsize=8, color="#c44e00" if runs[0].state == "failed" else "black")
+    fig._repr_png_ = lambda: png(fig)   # shown by Jupyter without pyplot, which would register a figure and a backend
     return fig
+
+def png(fig, dpi=80)->bytes:
+    "A figure as a small PNG: 64 colours are enough for lines."
+    from PIL import Image
+    full, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(full, format="png", dpi=dpi)
+    Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
 
 def _budget(axes, h):
     "The budget band, the filled violation, the threshold, conflicts and projections of a single run."
@@ -468,7 +478,7 @@ def _budget(axes, h):
     v.fill_between(x, y, 0, color="#888888", alpha=.2, lw=0, label="budget ε")
     x, y = h.curves["violation"].points()
     v.fill_between(x, y, 0, where=[a > 0 for a in y], interpolate=True, color="#d55e00", alpha=.25, lw=0)
-    for ax in (v, cos): ax.axhline(0, color="black", lw=.6)
+    cos.axhline(0, color="black", lw=.6)
     if h.threshold is not None: cos.axhline(h.threshold, color="black", lw=.7, ls="--")
     for name, fill in (("conflict", "white"), ("projected", "#d55e00")):
         cos.plot(*h.curves[name].points(), "o", ms=3, mew=.8, mec="#d55e00", mfc=fill, label=name)
@@ -578,7 +588,7 @@ class Board:
             x.close()
         shut(self.box)
 
-# %% ../nbs/09_monitor.ipynb #8114f29a
+# %% ../nbs/09_monitor.ipynb #43b488d1
 class Dashboard:
     "Shows runs: live widgets while one lasts, HTML and PNG afterwards."
     def __init__(self, runs, # list of `History`
@@ -612,11 +622,11 @@ class Dashboard:
     def redraw(self):
         try:
             self.dirty = False
-            if self.controls: self.controls.refresh(self.over.is_set())
+            if self.controls: self.controls.refresh(self.closing.is_set())
             if self.board: self.board.top.value, self.board.panels.value = self.markup()
         except Exception as e: self.broken(e)
 
-# %% ../nbs/09_monitor.ipynb #969c43ae
+# %% ../nbs/09_monitor.ipynb #57e20393
 def _poll(self):
     "Read what the followed logs have grown by."
     for k, tail in enumerate(self.tails):
@@ -636,7 +646,7 @@ def _loop(self):
         if self.dirty or now != seen:
             seen = now
             self.redraw()
-        if self.tails and all(h.state in ENDED for h in self.runs): return self.finish()
+        if self.tails and all(h.state in ENDED for h in self.runs): return self.close()
 
 def _start(self):
     "Show the widgets if there is a Jupyter kernel, and keep them up to date."
@@ -653,31 +663,28 @@ def _start(self):
 
 Dashboard.poll, Dashboard.loop, Dashboard.start = _poll, _loop, _start
 
-# %% ../nbs/09_monitor.ipynb #00727f2e
+# %% ../nbs/09_monitor.ipynb #1b41e5f1
 ENDED = ("finished", "stopped", "failed")
 
-def _finish(self, png=None): # png: where to write the picture
-    "Stop redrawing, and replace the widgets by the picture."
+def _close(self, file=None): # file: where to write the PNG
+    "Stop redrawing or following, and replace the widgets by the picture."
     self.closing.set()
     if self.thread and self.thread is not threading.current_thread(): self.thread.join()
-    self.thread = None
-    self.over.set()
     self.redraw()
     try:
         bundle = self.bundle()
-        if png and "image/png" in bundle: Path(png).write_bytes(base64.b64decode(bundle["image/png"]))
+        if file and "image/png" in bundle: Path(file).write_bytes(base64.b64decode(bundle["image/png"]))
         if self.board: self.board.picture(bundle)
     except Exception as e: self.broken(e)
+    self.thread = None
+    self.over.set()
 
 def _bundle(self): # {MIME type: data}
-    "The picture of now as `image/png` and `text/plain`; a dashboard of finished logs adds the panels as `text/html`."
+    "The picture of now as `image/png` and `text/plain`."
     with self.lock:
         text = "\n".join(h.headline() for h in self.runs)
         if not any(h.rows for h in self.runs): return {"text/plain": text}
-        out = io.BytesIO()
-        self.plot().savefig(out, format="png", dpi=80)
-        rich = {"text/html": STYLE + "".join(self.markup())} if self.static else {}
-    return rich | {"image/png": base64.b64encode(out.getvalue()).decode(), "text/plain": text}
+        return {"image/png": base64.b64encode(png(self.plot())).decode(), "text/plain": text}
 
 def _plot(self, width=7., height=4.6):
     "A matplotlib Figure of the run as it stands, for papers; sizes in inches."
@@ -685,16 +692,18 @@ def _plot(self, width=7., height=4.6):
 
 def _retire(self):
     "Make way for another dashboard in the same cell."
-    if self.thread: self.finish()
+    if self.thread: self.close()
     if self.board: self.board.close()
 
 def _ipython_display_(self):
     from IPython.display import display
     if self.thread and self.board: return self.board.show()
     if self.tails and not self.over.is_set() and _shell(): return self.start()
-    display(self.bundle(), raw=True)
+    # Hover needs HTML, which a notebook that is not trusted strips to rubble: only where a person sits at a server's session.
+    rich = {"text/html": STYLE + "".join(self.markup())} if self.static and os.environ.get("JPY_SESSION_NAME") else {}
+    display(self.bundle() | rich, raw=True)
 
-Dashboard.finish, Dashboard.bundle, Dashboard.plot = _finish, _bundle, _plot
+Dashboard.close, Dashboard.bundle, Dashboard.plot = _close, _bundle, _plot
 Dashboard.retire, Dashboard._ipython_display_ = _retire, _ipython_display_
 
 # %% ../nbs/09_monitor.ipynb #225aeeac
@@ -712,7 +721,7 @@ def _replace(new):
         shown = []
     _here[cell] = run, [d for d in shown if d is not new] + [new]
 
-# %% ../nbs/09_monitor.ipynb #4dd4cf35
+# %% ../nbs/09_monitor.ipynb #5849edae
 class CraftMonitor(Dashboard):
     "A trainer callback: keeps `metrics.jsonl`, shows the live dashboard in Jupyter, and leaves a PNG beside the log."
     order = 90
@@ -747,14 +756,14 @@ class CraftMonitor(Dashboard):
     def after_fit(self, trainer):
         try:
             if self.log: self.log.close()
-        finally: self.finish(self.log and self.log.path.with_suffix(".png"))
+        finally: self.close(self.log and self.log.path.with_suffix(".png"))
 
     def on_error(self, trainer, exc):
         with self.lock: self.runs[0].state, self.runs[0].error = "failed", "".join(traceback.format_exception(exc)[-4:]).strip()
         try:
             if self.log: self.log.on_error(trainer, exc)
         except OSError as e: warnings.warn(str(e))
-        self.finish(self.log and self.log.path.with_suffix(".png"))
+        self.close(self.log and self.log.path.with_suffix(".png"))
 
 # %% ../nbs/09_monitor.ipynb #b484cf78
 def live_knobs(trainer)->dict: # {name: present value}
