@@ -142,43 +142,47 @@ class PooledFeaturesView(PooledView):
 
     def per_row(self, f, anchors): return super().per_row(f, {"teacher_hidden": anchors["target_features"][:, None, None]})
 
-# %% ../nbs/02_losses.ipynb #5a44aa2e
+# %% ../nbs/02_losses.ipynb #915a051b
 @register_view
 class TokensView(View):
-    "Hidden states of all prefix tokens that are not padding; `tokens_hidden` (b, l, p, d)."
-    name, tensors, unit = "tokens", ("tokens_hidden",), "relative squared distance"
+    "Hidden states of all prefix tokens that are not padding; `tokens_hidden` (b, l, p, d), `tokens_mask` (b, p)."
+    name, tensors, unit = "tokens", ("tokens_hidden", "tokens_mask"), "relative squared distance"
     distances = ("relative", "mse", "cosine", "l1")
 
-    def targets(self, f): return {"tokens_hidden": torch.stack([f.prefix(i).masked_fill(~f.prefix_mask[..., None], 0) for i in self.layers], 1)}
+    def targets(self, f):
+        hidden = [f.prefix(i).masked_fill(~f.prefix_mask[..., None], 0) for i in self.layers]
+        return {"tokens_hidden": torch.stack(hidden, 1), "tokens_mask": f.prefix_mask}
 
     def per_row(self, f, anchors):
         m = f.prefix_mask
         return self._by_layer([f.prefix(i)[m] for i in self.layers], anchors["tokens_hidden"].transpose(1, 2)[m])
 
-# %% ../nbs/02_losses.ipynb #8ca00e3d
+# %% ../nbs/02_losses.ipynb #f073ee09
 @register_view
 class ActionTokensView(View):
-    "Hidden states at the positions that predict action tokens; `action_hidden` (b, l, a, d)."
-    name, tensors, unit, needs_actions = "action_tokens", ("action_hidden",), "relative squared distance", True
+    "Hidden states at the positions that predict action tokens; `action_hidden` (b, l, a, d), `predict_mask` (b, a)."
+    name, tensors, unit, needs_actions = "action_tokens", ("action_hidden", "predict_mask"), "relative squared distance", True
     distances = ("relative", "mse", "cosine", "l1")
 
-    def targets(self, f): return {"action_hidden": torch.stack([f.actions(i).masked_fill(~f.action_mask[..., None], 0) for i in self.layers], 1)}
+    def targets(self, f):
+        hidden = [f.actions(i).masked_fill(~f.action_mask[..., None], 0) for i in self.layers]
+        return {"action_hidden": torch.stack(hidden, 1), "predict_mask": f.action_mask}
 
     def per_row(self, f, anchors):
         m = f.action_mask
         return self._by_layer([f.actions(i)[m] for i in self.layers], anchors["action_hidden"].transpose(1, 2)[m])
 
-# %% ../nbs/02_losses.ipynb #b4c16e91
+# %% ../nbs/02_losses.ipynb #3b4e5bb8
 @register_view
 class ActionLogitsView(View):
-    "The teacher's next-token distribution there, as its top-k; `action_logp` and `action_topk` (b, a, k)."
-    name, tensors, unit = "action_logits", ("action_logp", "action_topk"), "nats per action token"
+    "The teacher's next-token distribution there, as its top-k; `action_logp` and `action_topk` (b, a, k), `predict_mask` (b, a)."
+    name, tensors, unit = "action_logits", ("action_logp", "action_topk", "predict_mask"), "nats per action token"
     distances, needs_actions, needs_logits = ("kl",), True, True
 
     def targets(self, f):
         logp, ids = top_log_probs(f.logits, self.top_k)
         def spread(x): return x.new_zeros(*f.action_mask.shape, self.top_k).masked_scatter_(f.action_mask[..., None], x)
-        return {"action_logp": spread(logp), "action_topk": spread(ids)}
+        return {"action_logp": spread(logp), "action_topk": spread(ids), "predict_mask": f.action_mask}
 
     def per_row(self, f, anchors):
         return top_kl(f.logits, anchors["action_logp"][f.action_mask], anchors["action_topk"][f.action_mask])

@@ -63,18 +63,20 @@ def labels_to_actions(anchors: dict[str, Tensor], bos: int) -> dict[str, Tensor]
     mask = torch.cat([valid.new_ones(len(ids), 1), valid], 1)
     return anchors | {"attention_mask": seen & ~said, "action_ids": fed, "action_mask": mask, "labels": labels}
 
-# %% ../nbs/06_policies.ipynb #2d6d526e
+# %% ../nbs/06_policies.ipynb #6e92ff6b
 def trim_anchors(anchors: dict[str, Tensor]) -> dict[str, Tensor]:
     "Cut padding that no row needs from prompts (b, t), action tokens (b, a+1) and the targets that run along them."
     def used(mask): return int((mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max())
     out, n = dict(anchors), max(1, used(anchors["attention_mask"]))
     cut = anchors["attention_mask"].shape[1] - n
     for k in ("input_ids", "attention_mask"): out[k] = anchors[k][:, :n]
-    if "tokens_hidden" in out: out["tokens_hidden"] = out["tokens_hidden"][:, :, : out["tokens_hidden"].shape[2] - cut]
+    if "tokens_hidden" in out:
+        p = out["tokens_hidden"].shape[2] - cut
+        out |= dict(tokens_hidden=out["tokens_hidden"][:, :, :p], tokens_mask=out["tokens_mask"][:, :p])
     if "action_mask" in out:
         n = max(2, used(anchors["action_mask"]))
         for k in ("action_ids", "action_mask"): out[k] = anchors[k][:, :n]
-        for k in {"action_logp", "action_topk", "labels"} & out.keys(): out[k] = out[k][:, : n - 1]
+        for k in {"action_logp", "action_topk", "predict_mask", "labels"} & out.keys(): out[k] = out[k][:, : n - 1]
         if "action_hidden" in out: out["action_hidden"] = out["action_hidden"][:, :, : n - 1]
     return out
 
