@@ -44,7 +44,7 @@ def hash_folder(path,          # folder (or single file)
     for p in files: h.update(f'{p.name if path.is_file() else p.relative_to(path).as_posix()}\0{hash_file(p)}\n'.encode())
     return h.hexdigest()
 
-# %% ../nbs/05_anchors.ipynb #158a7a75
+# %% ../nbs/05_anchors.ipynb #982de1ab
 def hash_tensors(tensors, # dict name → tensor, or a safetensors file, or a folder of them
                  ) -> str: # SHA-256
     "Identity of weights: over sorted names, types, shapes and bytes; equal for a state dict and the files it is saved to."
@@ -75,12 +75,12 @@ def hash_json(obj, # nested dicts, lists, numbers, strings, None, tensors or arr
         if hasattr(x, 'tolist'): x = x.tolist()
         if isinstance(x, dict): return {str(k): canon(v) for k, v in x.items()}
         if isinstance(x, (list, tuple)): return [canon(v) for v in x]
-        return float.fromhex(torch.tensor(x, dtype=torch.float32).item().hex()) if isinstance(x, float) else x
+        return torch.tensor(x, dtype=torch.float32).item() if isinstance(x, float) else x
     return hashlib.sha256(_canonical(canon(obj))).hexdigest()
 
 def _canonical(obj) -> bytes: return json.dumps(obj, sort_keys=True, separators=(',', ':'), ensure_ascii=False).encode()
 
-# %% ../nbs/05_anchors.ipynb #54d3228f
+# %% ../nbs/05_anchors.ipynb #f0a473e0
 DTYPES = {'float64': 'F64', 'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'int64': 'I64', 'int32': 'I32',
           'int16': 'I16', 'int8': 'I8', 'uint8': 'U8', 'bool': 'BOOL'}
 _FROM = {v: k for k, v in DTYPES.items()}
@@ -93,10 +93,10 @@ def _atomic(path:Path):
     try:
         with open(tmp, 'wb') as f: yield f; f.flush(); os.fsync(f.fileno())
         os.replace(tmp, path); _sync_dir(path.parent)
-    except BaseException as e:
+    except OSError as e:
         tmp.unlink(missing_ok=True)
-        if isinstance(e, OSError): e.add_note(f'while writing {path}; what was finished before is safe: make room and run again')
-        raise
+        raise OSError(e.errno, f'{e.strerror}; what was finished before is safe: make room and run the same command again', str(path)) from e
+    except BaseException: tmp.unlink(missing_ok=True); raise
 
 def _sync_dir(path:Path):
     fd = os.open(path, os.O_RDONLY)
@@ -256,11 +256,11 @@ def _tensor(raw, dtype:str) -> Tensor:
     dt = getattr(torch, dtype)
     return torch.frombuffer(bytearray(raw), dtype=dt) if len(raw) else torch.empty(0, dtype=dt)
 
-# %% ../nbs/05_anchors.ipynb #ab24abf2
+# %% ../nbs/05_anchors.ipynb #aedd500e
 SCHEMA_VERSION, MANIFEST, BUILDING = 1, 'anchors.json', 'anchors.building.json'
 KINDS = ('hidden', 'pooled_features', 'token_level')
 _HEX, _SHARD = re.compile('[0-9a-f]{64}'), 'anchors-{:05d}.safetensors'
-_MAX_MANIFEST = 256 << 20
+_MAX_MANIFEST, _MAX_TENSOR = 64 << 20, 256 << 20       # bytes: of anchors.json, and of one tensor of one anchor
 
 def _int(lo): return f'an integer ≥ {lo}', lambda x: type(x) is int and x >= lo
 def _of(*ts): return ' or '.join(t.__name__ for t in ts), lambda x: isinstance(x, ts) and not (isinstance(x, bool) and bool not in ts)
@@ -284,24 +284,31 @@ def _check(m, schema:dict, path) -> dict:
     for name, x in m['tensors'].items():
         try: f = Field(name, **{**x, 'shape': tuple(x['shape'])})
         except (TypeError, KeyError): raise bad(f'tensors.{name}', 'a field (dtype, shape, part, code, …)', x) from None
-        if f.dtype not in DTYPES or not all(type(i) is int and i >= 0 for i in (*f.shape, f.axis)) or f.part not in ('input', 'target', 'index') \
-           or f.code not in ('plain', 'packed', 'webp', 'zlib', 'raw', 'reference') or f.restore not in ('', *_RESTORE) \
-           or (f.pieces > 1 or f.code in ('webp', 'zlib', 'raw', 'reference')) and len(f.shape) not in (3, 4) \
-           or f.code == 'packed' and not (f.axis < len(f.shape) and m['tensors'].get(f.mask, {}).get('shape') == [f.shape[f.axis]]):
+        if not all(isinstance(s, str) for s in (f.dtype, f.part, f.code, f.mask, f.restore)) or f.dtype not in DTYPES \
+           or not all(type(i) is int and i >= 0 for i in (*f.shape, f.axis)) or math.prod(f.shape) * _SIZE[f.dtype] > _MAX_TENSOR \
+           or f.part not in ('input', 'target', 'index') or f.code not in ('plain', 'packed', 'webp', 'zlib', 'raw', 'reference') or f.restore not in ('', *_RESTORE) \
+           or f.code in ('webp', 'zlib', 'raw', 'reference') and (len(f.shape) not in (3, 4) or 0 in f.shape) \
+           or f.code == 'packed' and not (f.axis < len(f.shape) and _plain_mask(m['tensors'].get(f.mask), f.shape[f.axis])):
             raise bad(f'tensors.{name}', 'a field of a known dtype, shape, part and code', x)
     for name, v in m['views'].items():
         if not isinstance(v, dict) or not isinstance(v.get('tensors'), list) or not set(map(str, v['tensors'])) <= set(m['tensors']):
             raise bad(f'views.{name}', f'an object with "tensors" out of {sorted(m["tensors"])}', v)
     return m
 
-# %% ../nbs/05_anchors.ipynb #7f962a47
+# %% ../nbs/05_anchors.ipynb #107c3e9d
+def _plain_mask(x, t:int) -> bool: return isinstance(x, dict) and x.get('shape') == [t] and x.get('code', 'plain') == 'plain'
+
+def _cache_id(m:dict) -> str:
+    plan = {k: m[k] for k in _PLAN} | dict(views={k: {a: b for a, b in v.items() if a not in ('spread', 'layer_spread')} for k, v in m['views'].items()})
+    return hashlib.sha256(_canonical(plan)).hexdigest()
+
 def _check_shards(m:dict, path):
     "File names in order, rows that fill `shard_size` and add up, sizes and hashes well formed."
     n, size = m['num_anchors'], m['shard_size']
     if len(m['shards']) != -(-n // size): raise AnchorCacheError(f'{path}: shards must list {-(-n // size)} files, found {len(m["shards"])}')
     for i, s in enumerate(m['shards']):
         want = dict(file=_SHARD.format(i), rows=min(size, n - i * size))
-        if not isinstance(s, dict) or {k: s.get(k) for k in want} != want or not _SHA[1](s.get('sha256')) or not _int(1)[1](s.get('bytes')):
+        if not isinstance(s, dict) or {k: s.get(k) for k in want} != want or not _SHA[1](s.get('sha256')) or not _int(want['rows'] * 8 * max(1, len(m['tensors'])))[1](s.get('bytes')):
             raise AnchorCacheError(f'{path}: shards[{i}] must be {want} with sha256 and bytes, found {str(s)[:160]}')
 
 def read_manifest(cache_dir, # folder of a finished cache
@@ -314,8 +321,8 @@ def read_manifest(cache_dir, # folder of a finished cache
     except (ValueError, RecursionError) as e: raise AnchorCacheError(f'{path}: is not JSON ({e}); the file is damaged') from None
     _check(m, _FULL, path); _check_shards(m, path)
     found = hashlib.sha256(_canonical({k: v for k, v in m.items() if k != 'manifest_sha256'})).hexdigest()
-    if found != m['manifest_sha256']:
-        raise AnchorCacheError(f'{path}: content was changed after writing (manifest_sha256 {m["manifest_sha256"][:12]}…, found {found[:12]}…); build or pull it again')
+    if found != m['manifest_sha256'] or _cache_id(m) != m['cache_id']:
+        raise AnchorCacheError(f'{path}: content was changed after writing (its checksums do not fit); build or pull it again')
     return m
 
 def _missing(d:Path) -> str:
@@ -443,7 +450,7 @@ class _BuildFolder:
 
     def _rows_of(self, shard:int) -> int: return min(self.plan['shard_size'], self.plan['num_anchors'] - shard * self.plan['shard_size'])
 
-# %% ../nbs/05_anchors.ipynb #4fa30eec
+# %% ../nbs/05_anchors.ipynb #9947738f
 def _fields(m:dict) -> dict: return {k: Field(k, **{**v, 'shape': tuple(v['shape'])}) for k, v in sorted(m['tensors'].items())}
 
 def _narrow(name:str, x:Tensor) -> Tensor:
@@ -477,12 +484,12 @@ class _Intake(_BuildFolder):
             raise AnchorCacheError(f'batch at anchor {self.position}: {k} is {got.get(k, "missing")}, the first batch had {want.get(k, "no such tensor")}')
         for k, x in batch.items():
             if len(x) != b: raise AnchorCacheError(f'batch at anchor {self.position}: {k} has {len(x)} rows, {next(iter(batch))} has {b}')
-            if self.fields[k].part == 'target' and x.is_floating_point() and not (x < float('inf')).all():
-                raise AnchorCacheError(f'batch at anchor {self.position}: {k} holds NaN or +inf; a teacher that is not finite cannot be an anchor')
+            if self.fields[k].part == 'target' and x.is_floating_point() and not x.isfinite().all():
+                raise AnchorCacheError(f'batch at anchor {self.position}: {k} holds NaN or inf; a teacher that is not finite cannot be an anchor')
         if self.position + b > (n := self.plan['num_anchors']): raise AnchorCacheError(f'anchor {self.position + b} of {n}: more than announced')
 
     def _set_fields(self):
-        self.fields, self.cache_id = _fields(self.plan), hashlib.sha256(_canonical(self.plan)).hexdigest()
+        self.fields, self.cache_id = _fields(self.plan), _cache_id(self.plan)
         self.spread = {k: (Spread(), []) for k in self.fields if k.endswith('_hidden') or k == 'target_features'}
 
     def _measure(self, row:dict):
@@ -667,7 +674,7 @@ def _flatten(x:dict) -> dict:
     for k, v in x.items(): out |= _flatten(v) if isinstance(v, dict) else {k: v}
     return out
 
-# %% ../nbs/05_anchors.ipynb #2da4c53b
+# %% ../nbs/05_anchors.ipynb #1be6b73a
 def _pt_rows(path:Path) -> list: # one (column store, row count) a shard
     "A shard as {name: tensor (n, …) or list of n tensors}, whether it was a dict of stacked tensors or a list of dicts."
     raw = _load_pt(path)
@@ -707,10 +714,12 @@ class _PtCache:
         if meta.get('num_anchors', n := int(self.ends[-1])) != n: raise AnchorCacheError(f'{d}: metadata says {meta["num_anchors"]} anchors, the shards hold {n}; a shard is missing')
         kind, view = _KEYS[key]; dist = 'ce' if kind == 'token_level' else 'mse'
         self.manifest = dict(format='pt', schema_version=0, kind=kind, num_anchors=n, policy_type=str(meta.get('policy_type', '')),
-            layers=list(meta.get('layers_to_save', meta.get('layers', []))), pooling=_pooling(meta, self.shape[key]), width=self.shape[key][-1] if kind != 'token_level' else 0,
+            layers=_layers(meta.get('layers_to_save', meta.get('layers', []))), pooling=_pooling(meta, self.shape[key]), width=self.shape[key][-1] if kind != 'token_level' else 0,
             dtype=str((first[key] if isinstance(first[key], Tensor) else first[key][0]).dtype)[6:], hashes={}, dataset=dict(repo_id=meta['dataset_repo_id']) if 'dataset_repo_id' in meta else {},
             versions={}, image=dict(mode='pixels', codec='float'), prompts=[], extra=json.loads(json.dumps(meta, default=str)),
             views={view: dict(tensors=[key], distance=dist, unit='nats per token' if dist == 'ce' else 'squared hidden units')})
+
+    def __reduce__(self): return _PtCache, (self.dir,)               # a spawned worker maps for itself
 
     def _shape(self, k:str) -> tuple:
         shapes = {tuple(t.shape) for cols, _ in self.shards for t in ([cols[k][0]] if isinstance(cols[k], Tensor) else cols[k])}
@@ -732,6 +741,8 @@ class _PtCache:
         s = Spread()
         for i in range(0, self.manifest['num_anchors'], 64): s.update(self.batch(range(i, min(i + 64, self.manifest['num_anchors'])), [key])[key])
         return s.result(False)['spread']
+
+def _layers(x) -> list: return [int(i) for i in (x.split(',') if isinstance(x, str) else x)]
 
 def _pooling(meta:dict, shape:tuple) -> list:
     "Names of the pooled vectors: from the metadata, else the origin's pair when there are two."
@@ -954,7 +965,7 @@ def example_sheet(cache_dir, # cache with pixels
         for j in range(2): draw.text((a * side + 2, cams * tall + 1 + 13 * j), text[j * (side // 6):(j + 1) * (side // 6)], fill='black')
     sheet.save(path); return Path(path)
 
-# %% ../nbs/05_anchors.ipynb #e2e632c0
+# %% ../nbs/05_anchors.ipynb #c7189dce
 def cache_readme(info:dict, name:str) -> str: # Markdown with the hub's metadata block
     "The card of the data-set repository."
     rows = '\n'.join(f'| {k} | {v.get("distance", "")} | {v.get("unit", "")} | {_size(v["bytes_per_anchor"])} |' for k, v in info['views'].items())
@@ -967,7 +978,19 @@ def _hub():
     try: import huggingface_hub; return huggingface_hub
     except ImportError: raise ImportError('the hub needs huggingface_hub: pip install "craft_nb[lerobot]"') from None
 
-def _is_folder(remote:str) -> bool: return str(remote).startswith(('/', './', '../', '~'))
+def _is_folder(remote:str) -> bool:
+    "A path, or a repository's name? Anything else is refused before the network is asked."
+    if str(remote).startswith(('/', './', '../', '~')): return True
+    if re.fullmatch(r'[\w.-]+/[\w.-]+', str(remote)): return False
+    raise AnchorCacheError(f'{remote!r} is neither a data-set repository (user/name) nor a folder (./name, /path/name)')
+
+@contextlib.contextmanager
+def _on_hub(what:str):
+    try: yield _hub()
+    except (AnchorCacheError, ImportError): raise
+    except Exception as e:
+        why = (str(e).splitlines() or [''])[0][:200]
+        raise AnchorCacheError(f'{what}: the hub did not answer as hoped ({type(e).__name__}: {why}); check the name, the login and the network, or use a folder (./name)') from e
 
 def push_cache(cache_dir, remote:str, # 'user/name' on the hub, or a folder ('./…', '/…')
                private:bool=False, revision:str|None=None,
@@ -980,10 +1003,12 @@ def push_cache(cache_dir, remote:str, # 'user/name' on the hub, or a folder ('./
         to = Path(remote).expanduser()
         if to.exists(): raise FileExistsError(f'{to}: exists; give a new folder')
         return str(_place(to, lambda t: ([shutil.copy2(f, t/f.name) for f in files], (t/'README.md').write_text(readme))))
-    hub = _hub(); api = hub.HfApi(); api.create_repo(remote, repo_type='dataset', private=private, exist_ok=True)
-    if revision: api.create_branch(remote, repo_type='dataset', branch=revision, exist_ok=True)
-    ops = [hub.CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f)) for f in files] + [hub.CommitOperationAdd(path_in_repo='README.md', path_or_fileobj=readme.encode())]
-    api.create_commit(remote, ops, commit_message=f'Add {info["num_anchors"]} anchors', repo_type='dataset', revision=revision)
+    with _on_hub(f'push to {remote}') as hub:
+        api = hub.HfApi(); api.create_repo(remote, repo_type='dataset', private=private, exist_ok=True)
+        if revision: api.create_branch(remote, repo_type='dataset', branch=revision, exist_ok=True)
+        ops = [hub.CommitOperationAdd(path_in_repo=f.name, path_or_fileobj=str(f)) for f in files]
+        ops.append(hub.CommitOperationAdd(path_in_repo='README.md', path_or_fileobj=readme.encode()))
+        api.create_commit(remote, ops, commit_message=f'Add {info["num_anchors"]} anchors', repo_type='dataset', revision=revision)
     return f'https://huggingface.co/datasets/{remote}'
 
 def pull_cache(remote:str, out_dir, # new folder
@@ -996,7 +1021,8 @@ def pull_cache(remote:str, out_dir, # new folder
         src = Path(remote).expanduser(); names = [s['file'] for s in read_manifest(src)['shards']] + [MANIFEST]
         return _place(to, lambda t: ([shutil.copy2(src/n, t/n) for n in names], verify_cache(t, samples=8)))
     def fetch(t):
-        _hub().snapshot_download(remote, repo_type='dataset', revision=revision, local_dir=str(t), allow_patterns=[MANIFEST, 'anchors-*.safetensors'])
+        with _on_hub(f'pull {remote}') as hub:
+            hub.snapshot_download(remote, repo_type='dataset', revision=revision, local_dir=str(t), allow_patterns=[MANIFEST, 'anchors-*.safetensors'])
         shutil.rmtree(t/'.cache', ignore_errors=True); verify_cache(t, samples=8)
     return _place(to, fetch)
 
