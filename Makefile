@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := PASSIVE
 export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test check nbtest pytest lab docs readme bench fuzz kill-test distributed-test clean
+.PHONY: help setup demo test prepare check nbtest pytest lab docs readme bench fuzz kill-test distributed-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: .venv/.ready ## everything that CI runs: checks, notebooks, site, pytest
 	$(MAKE) --no-print-directory nbtest
 	python tools/docs.py --quiet
 	$(one) python -m pytest
+
+prepare: .venv/.ready ## before a commit: clean notebooks, export modules, write README.md
+	python tools/prepare.py
 
 check: .venv/.ready ## notebooks clean, export and README in sync, import order, undefined names, light import
 	python tools/checks.py

@@ -1,0 +1,20 @@
+"""Before a commit: clean the notebooks, drop saved widgets, export the modules, write README.md. What `make check` checks."""
+import subprocess, sys
+from checks import notebooks, root
+from execnb.nbio import read_nb, write_nb
+from nbdev.clean import clean_nb
+from nbdev.doclinks import nbdev_export
+
+
+def widget(out): return any('widget-view' in k for k in out.get('data', {}))
+
+
+for p in notebooks():
+    nb = read_nb(p)
+    clean_nb(nb)
+    nb.metadata.pop('widgets', None)
+    for c in nb.cells:
+        if 'outputs' in c: c['outputs'] = [o for o in c.outputs if not widget(o)]
+    write_nb(nb, p)
+nbdev_export()
+subprocess.run([sys.executable, root/'tools/readme.py'], check=True)
