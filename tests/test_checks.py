@@ -1,0 +1,124 @@
+"""The repository's own checks find the faults they are for."""
+import importlib.util, json, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+
+
+def load(name, base):
+    spec = importlib.util.spec_from_file_location(name, base/f'tools/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cell(kind, source, **kw):
+    return dict(cell_type=kind, id=f'{abs(hash(source)):x}'[:8], metadata={}, source=source) | \
+        (dict(execution_count=None, outputs=[]) if kind == 'code' else {}) | kw
+
+
+def notebook(path, *cells):
+    meta = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    path.write_text(json.dumps(dict(cells=list(cells), metadata=meta, nbformat=4, nbformat_minor=5)))
+
+
+@pytest.fixture(scope='module')
+def sound(tmp_path_factory):
+    "A small project of two modules, exported and in sync, and its checks."
+    tmp_path = tmp_path_factory.mktemp('sound')
+    shutil.copytree(root/'tools', tmp_path/'tools')
+    for f in 'settings.ini', 'pyproject.toml': shutil.copy(root/f, tmp_path)
+    for d in 'nbs', 'craft_nb': (tmp_path/d).mkdir()
+    (tmp_path/'craft_nb/__init__.py').write_text('__version__ = "0.1.0"\n')
+    (tmp_path/'_quarto.yml').write_text('project:\n  type: website\n')
+    (tmp_path/'nbs/_quarto.yml').symlink_to('../_quarto.yml')
+    for n, name, code in (0, 'one', 'x = 1'), (1, 'two', 'from craft_nb.one import x\ny = x + 1'):
+        notebook(tmp_path/f'nbs/{n:02}_{name}.ipynb', cell('code', f'#| default_exp {name}'),
+                 cell('markdown', f'# {name}\n\n> A module.'), cell('code', f'#| export\n{code}'))
+    notebook(tmp_path/'nbs/index.ipynb', cell('markdown', '# small\n\n> A project.'), cell('code', '1 + 1'))
+    run(tmp_path, '-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()')
+    run(tmp_path, 'tools/readme.py')
+    return tmp_path
+
+
+@pytest.fixture
+def repo(sound, tmp_path): return Path(shutil.copytree(sound, tmp_path/'repo', symlinks=True))
+
+
+def run(repo, *args): subprocess.run([sys.executable, *args], cwd=repo, check=True, capture_output=True)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_sound(repo):
+    checks = load('checks', repo)
+    assert {c.__name__: c() for c in checks.checks} == {c.__name__: [] for c in checks.checks}
+
+
+@pytest.mark.parametrize('extra, fault', [
+    (cell('code', '1', outputs=[dict(output_type='error', ename='E', evalue='', traceback=[])]), 'saved an error'),
+    (cell('code', '2', execution_count=3), 'not clean'),
+    (cell('code', '3', outputs=[dict(output_type='display_data', metadata={},
+                                     data={'application/vnd.jupyter.widget-view+json': {}})]), 'saved a widget'),
+    (cell('code', '# note\n#| export\nz = 1'), 'makes nbdev drop it'),
+    (cell('code', '4', outputs=[dict(output_type='stream', name='stdout', text=f'{Path.home()}/x')]), 'its output names'),
+])
+def test_clean(repo, extra, fault):
+    notebook(repo/'nbs/02_three.ipynb', cell('markdown', '# three\n\n> A page.'), extra)
+    assert any(fault in f for f in load('checks', repo).clean())
+
+
+def test_title_cell_with_text(repo):
+    notebook(repo/'nbs/02_three.ipynb', cell('markdown', '# three\n\n> A page.\n\nLost text.'))
+    assert 'nbdev drops' in load('checks', repo).clean()[0]
+
+
+def test_edited_by_hand(repo):
+    edit(repo/'craft_nb/one.py', 'x = 1', 'x = 2')
+    assert 'one.py is not what its notebook exports' in load('checks', repo).in_sync()[0]
+
+
+def test_module_without_notebook(repo):
+    (repo/'craft_nb/left.py').write_text('')
+    assert 'left.py is exported by no notebook' in load('checks', repo).in_sync()[0]
+
+
+def test_stale_readme(repo):
+    edit(repo/'nbs/index.ipynb', '1 + 1', '1 + 2')
+    assert 'README.md' in load('checks', repo).readme()[0]
+
+
+@pytest.mark.parametrize('code', ['from craft_nb.two import y', 'def f():\n    from . import two',
+                                  'def f():\n    import craft_nb.two', 'from .one import x', 'from craft_nb import y'])
+def test_import_upwards(repo, code):
+    (repo/'craft_nb/one.py').write_text(code + '\n')
+    assert 'craft_nb/one.py' in load('checks', repo).order()[0]
+
+
+def test_names_and_imports(repo):
+    (repo/'craft_nb/two.py').write_text('def f(): return missing\n')
+    (repo/'craft_nb/one.py').write_text('raise RuntimeError("no")\n')
+    checks = load('checks', repo)
+    assert 'missing' in checks.names()[0] and checks.importable() == ['import craft_nb.one: RuntimeError: no']
+
+
+def test_heavy_package(repo):
+    (repo/'craft_nb/__init__.py').write_text('import matplotlib\n')
+    assert 'matplotlib' in load('checks', repo).light()[0]
+
+
+def test_readme_pictures(repo):
+    png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
+    shown = cell('code', '#| hide_input\nplot()', outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])
+    notebook(repo/'nbs/index.ipynb', cell('markdown', '# small\n\n> A project.'), shown, cell('code', '#| hide\nsecret()'))
+    run(repo, 'tools/readme.py')
+    text = (repo/'README.md').read_text()
+    assert '![](README_files/figure-1.png)' in text and 'secret' not in text and (repo/'README_files/figure-1.png').exists()
+    (repo/'README_files/old.png').write_text('')
+    assert 'old.png' in load('checks', repo).readme()[0]
