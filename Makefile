@@ -13,6 +13,7 @@ export WANDB_MODE := disabled
 export OMP_WAIT_POLICY := PASSIVE
 export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
+each = set -e; for f in $(1); do [ -e "$$f" ] || continue; echo "python $$f $(2)"; python "$$f" $(2); done
 
 .PHONY: help setup demo test prepare check nbtest pytest lab docs readme bench fuzz kill-test distributed-test clean
 
@@ -53,17 +54,17 @@ docs: .venv/.ready ## the site, from the notebooks, into _docs
 readme: .venv/.ready ## README.md from nbs/index.ipynb
 	python tools/readme.py
 
-bench: .venv/.ready ## step times, surgery and cache benchmarks
-	@set -e; for f in bench/bench_*.py; do [ -e "$$f" ] || continue; echo "== $$f"; python $$f; done
+bench: .venv/.ready ## every benchmark of bench/; ARGS="--size pi0_fast" goes to each
+	@$(call each,bench/bench_*.py,$(ARGS))
 
-fuzz: .venv/.ready ## fuzz the config with N examples (N=20)
-	$(one) CRAFT_FUZZ_N=$(N) python -m pytest -m "fuzz or not fuzz" tests/test_fuzz.py
+fuzz: .venv/.ready ## damage caches and draw configs at random, N times each (N=20)
+	@export $(one); $(call each,tests/fuzz_*.py,$(N))
 
-kill-test: .venv/.ready ## kill training and cache builds N times at random moments, resume, compare bit for bit (N=20)
-	$(one) CRAFT_KILL_N=$(N) python -m pytest tests/test_kill.py
+kill-test: .venv/.ready ## kill training and cache builds at N random moments, resume, compare bit for bit (N=20)
+	@export $(one); $(call each,tests/kill_*.py,$(N))
 
-distributed-test: .venv/.ready ## 2-rank DDP and FSDP against one rank, 50 steps
-	$(one) CRAFT_DIST_STEPS=50 python -m pytest tests/test_distributed.py
+distributed-test: .venv/.ready ## 2-rank DDP and FSDP against one rank
+	$(one) python -m pytest tests/test_distributed*.py
 
 clean: ## remove what the targets made, except .venv and outputs
 	rm -rf _docs _proc dist .pytest_cache .ruff_cache .hypothesis *.egg-info
