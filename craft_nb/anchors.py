@@ -674,7 +674,7 @@ def _flatten(x:dict) -> dict:
     for k, v in x.items(): out |= _flatten(v) if isinstance(v, dict) else {k: v}
     return out
 
-# %% ../nbs/05_anchors.ipynb #1be6b73a
+# %% ../nbs/05_anchors.ipynb #b7982cb3
 def _pt_rows(path:Path) -> list: # one (column store, row count) a shard
     "A shard as {name: tensor (n, …) or list of n tensors}, whether it was a dict of stacked tensors or a list of dicts."
     raw = _load_pt(path)
@@ -712,9 +712,12 @@ class _PtCache:
             if set(cols) != set(first): raise AnchorCacheError(f'{p}: holds {sorted(cols)}, {files[0].name} holds {sorted(first)}')
         self.names, self.shape = sorted(first), {k: self._shape(k) for k in first}
         if meta.get('num_anchors', n := int(self.ends[-1])) != n: raise AnchorCacheError(f'{d}: metadata says {meta["num_anchors"]} anchors, the shards hold {n}; a shard is missing')
+        layers = _layers(meta.get('layers_to_save', meta.get('layers', [])))
+        if key == 'teacher_hidden' and (len(layers) != self.shape[key][0] or len(set(layers)) != len(layers)):
+            raise AnchorCacheError(f'{d}: teacher_hidden holds {self.shape[key][0]} layers, its metadata.json names {layers or "none"} (layers_to_save); without them nothing can be compared')
         kind, view = _KEYS[key]; dist = 'ce' if kind == 'token_level' else 'mse'
         self.manifest = dict(format='pt', schema_version=0, kind=kind, num_anchors=n, policy_type=str(meta.get('policy_type', '')),
-            layers=_layers(meta.get('layers_to_save', meta.get('layers', []))), pooling=_pooling(meta, self.shape[key]), width=self.shape[key][-1] if kind != 'token_level' else 0,
+            layers=layers, pooling=_pooling(meta, self.shape[key]), width=self.shape[key][-1] if kind != 'token_level' else 0,
             dtype=str((first[key] if isinstance(first[key], Tensor) else first[key][0]).dtype)[6:], hashes={}, dataset=dict(repo_id=meta['dataset_repo_id']) if 'dataset_repo_id' in meta else {},
             versions={}, image=dict(mode='pixels', codec='float'), prompts=[], extra=json.loads(json.dumps(meta, default=str)),
             views={view: dict(tensors=[key], distance=dist, unit='nats per token' if dist == 'ce' else 'squared hidden units')})
