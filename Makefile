@@ -15,7 +15,7 @@ export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
 each = set -e; for f in $(1); do [ -e "$$f" ] || continue; echo "python $$f $(2)"; python "$$f" $(2); done
 
-.PHONY: help setup demo test prepare check nbtest pytest lab docs readme bench fuzz kill-test distributed-test clean
+.PHONY: help setup demo test prepare check nbtest pytest lab docs readme results bench fuzz kill-test distributed-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ docs: .venv/.ready ## the site, from the notebooks, into _docs
 
 readme: .venv/.ready ## README.md from nbs/index.ipynb
 	python tools/readme.py
+
+results: .venv/.ready ## the demo's figures into nbs/index.ipynb and README.md (after make demo)
+	python tools/results.py
 
 bench: .venv/.ready ## every benchmark of bench/; ARGS="--size pi0_fast" goes to each
 	@$(call each,bench/bench_*.py,$(ARGS))

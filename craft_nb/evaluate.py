@@ -7,8 +7,8 @@ __all__ = ['INK', 'COLOURS', 'CSS', 'wilson', 'rate', 'pooled_rate', 'bootstrap'
            'continual_world_forgetting', 'linear_cka', 'hidden_drift', 'measure_drift', 'check_report', 'arms',
            'summarise', 'arm_colour', 'new_figure', 'figure_png', 'figure_svg', 'plot_success', 'plot_drift',
            'plot_curves', 'table_html', 'cell_html', 'clip_html', 'best_arm', 'lede', 'section', 'success_section',
-           'views_section', 'blind_section', 'clips_section', 'curves_section', 'drift_section', 'render_report',
-           'page_html']
+           'views_section', 'blind_section', 'clips_section', 'curves_section', 'drift_section', 'table_markdown',
+           'success_markdown', 'render_report', 'page_html']
 
 # %% ../nbs/10_evaluate.ipynb #c6a895b7
 import base64
@@ -410,6 +410,23 @@ def drift_section(drift: dict, figure) -> str:
     text = ("Mean ‖h′−h‖ / ‖h‖ of the student's pooled hidden states against the teacher's, "
             f"on {n} anchors that were not trained on.")
     return section("Where the network moved", text, figure_svg(figure, "relative drift by layer and vector"))
+
+# %% ../nbs/10_evaluate.ipynb #b09e4292
+def table_markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    "A Markdown table, columns padded to line up in plain text too."
+    table = [[str(c) for c in row] for row in (head, *rows)]
+    width = [max(map(len, col)) for col in zip(*table, strict=True)]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
+
+def success_markdown(report: dict) -> str:
+    "Success by arm and task with intervals, and what was kept of the old success."
+    def percent(x, low, high): return f"{x:.0%} ({low:.0%}–{high:.0%})".replace("%", " %")
+    def cell(c): return percent(c["rate"], c["low"], c["high"])
+    summary, tasks = summarise(report), [*report["tasks"]["old"], *report["tasks"]["new"]]
+    rows = [[a, *(cell(report["success"][t][a]) for t in tasks),
+             percent(*c["retention"].values()) if a != "teacher" else "–"] for a, c in summary.items()]
+    return table_markdown(["arm", *(f"{t} ({'new' if t in report['tasks']['new'] else 'old'})" for t in tasks), "kept"], rows)
 
 # %% ../nbs/10_evaluate.ipynb #cc15bbc2
 def render_report(

@@ -1,0 +1,26 @@
+"""Put the demo's figures into nbs/index.ipynb: `make results` after `make demo`. Nothing is typed by hand."""
+import json, shutil, subprocess, sys
+from pathlib import Path
+from craft_nb.evaluate import success_markdown
+
+root = Path(__file__).resolve().parent.parent
+mark = '<!-- results of the demo, written by `make results` -->'
+report_file = root/'outputs/demo/report.json'
+if not report_file.exists(): sys.exit(f'{report_file.relative_to(root)} is not there: run `make demo` first')
+report = json.loads(report_file.read_text())
+nb_file = root/'nbs/index.ipynb'
+nb = json.loads(nb_file.read_text())
+cells = [c for c in nb['cells'] if mark in ''.join(c['source'])]
+if len(cells) != 1: sys.exit(f'nbs/index.ipynb: expected one cell with {mark}, found {len(cells)}')
+(root/'nbs/images').mkdir(exist_ok=True)
+shutil.copy(root/'outputs/demo/success.png', root/'nbs/images/demo_success.png')
+episodes = min(c['n'] for row in report['success'].values() for c in row.values())
+text = f'''{mark}
+Measured by `make demo` in {report["minutes"]:.0f} minutes on 2 CPU cores, {episodes} episodes a cell, 95 % intervals in brackets:
+
+{success_markdown(report)}
+
+![Success by task and arm](images/demo_success.png)'''
+cells[0]['source'] = text.splitlines(keepends=True)
+nb_file.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + '\n')
+subprocess.run([sys.executable, root/'tools/readme.py'], check=True)
