@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['PI0FastSmallConfig', 'PI0FastSmallPaliGemma', 'PI0FastSmallPytorch', 'PI0FastSmallPolicy', 'SmallActionTokenizerStep',
            'make_pi0_fast_small_pre_post_processors', 'pick_gl', 'lerobot_metaworld', 'small_env_class',
-           'make_small_env', 'MetaworldSmallEnv', 'record_episode', 'record_episodes', 'write_dataset', 'action_chunks',
-           'save_tokenizers', 'Workload', 'save_checkpoint_folder', 'new_policy', 'tiny_workload']
+           'make_small_env', 'MetaworldSmallEnv', 'vector_env', 'roll_out', 'try_constant', 'replay_gif',
+           'record_episode', 'record_episodes', 'write_dataset', 'action_chunks', 'save_tokenizers', 'Workload',
+           'save_checkpoint_folder', 'new_policy', 'tiny_workload']
 
-# %% ../nbs/11b_small.ipynb #cdf88736
-import ctypes.util, functools, json, os
-from concurrent.futures import ProcessPoolExecutor
+# %% ../nbs/11b_small.ipynb #bf5815c7
+import ctypes.util, functools, io, os, shutil
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import gymnasium as gym
@@ -21,12 +20,13 @@ import torch
 from torch import nn
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
-from lerobot.envs import EnvConfig
+from lerobot.envs import EnvConfig, make_env, make_env_pre_post_processors
 from lerobot.envs.configs import MetaworldEnv
 from lerobot.envs.utils import _LazyAsyncVectorEnv, freeze_after_episode_end
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPaliGemma, PI0FastPolicy, PI0FastPytorch
+from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma
 from lerobot.policies.pi0_fast.processor_pi0_fast import make_pi0_fast_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import ProcessorStepRegistry
@@ -34,7 +34,7 @@ from lerobot.processor.tokenizer_processor import ActionTokenizerProcessorStep
 from transformers import AutoProcessor, AutoTokenizer, PaliGemmaConfig
 from .fast import fit_action_tokenizer, make_text_tokenizer
 
-# %% ../nbs/11b_small.ipynb #53fac677
+# %% ../nbs/11b_small.ipynb #25c91ff8
 @PreTrainedConfig.register_subclass("pi0_fast_small")
 @dataclass
 class PI0FastSmallConfig(PI0FastConfig):
@@ -54,9 +54,10 @@ class PI0FastSmallConfig(PI0FastConfig):
     n_action_steps: int = 10
     max_state_dim: int = 4
     max_action_dim: int = 4
-    max_action_tokens: int = 24
-    max_decoding_steps: int = 24
-    tokenizer_max_length: int = 24
+    max_action_tokens: int = 20
+    max_decoding_steps: int = 20
+    tokenizer_max_length: int = 20
+    blind: bool = False         # sees grey only: what it then solves needs no eyes
     validate_action_token_prefix: bool = False  # an untrained policy may say anything: it then stands still
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=lambda: {
         "VISUAL": NormalizationMode.IDENTITY, "STATE": NormalizationMode.MIN_MAX, "ACTION": NormalizationMode.MIN_MAX})
@@ -66,7 +67,7 @@ class PI0FastSmallConfig(PI0FastConfig):
     scheduler_decay_lr: float = 1e-5
     device: str | None = "cpu"
 
-# %% ../nbs/11b_small.ipynb #30c1fed6
+# %% ../nbs/11b_small.ipynb #132745bc
 class PI0FastSmallPaliGemma(PI0FastPaliGemma):
     "LeRobot's PaliGemma wrapper on a small vision tower and a small Gemma."
 
@@ -81,7 +82,6 @@ class PI0FastSmallPaliGemma(PI0FastPaliGemma):
         config = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=c.width, hidden_size=c.width,
                                  image_token_index=vocab_size, vocab_size=vocab_size)
         config.text_config.use_adarms = False
-        from lerobot.policies.pi_gemma import PaliGemmaForConditionalGenerationWithPiGemma
         self.paligemma = PaliGemmaForConditionalGenerationWithPiGemma(config=config)
         self.to_bfloat16_for_selected_params(c.dtype)
 
@@ -111,6 +111,10 @@ class PI0FastSmallPolicy(PI0FastPolicy):
         if config.gradient_checkpointing: self.model.gradient_checkpointing_enable()
         self.model.to(config.device)
         self.reset()
+
+    def _preprocess_images(self, batch):
+        images, masks = super()._preprocess_images(batch)
+        return [torch.zeros_like(x) for x in images] if self.config.blind else images, masks
 
     def detokenize_actions(self, tokens, action_horizon:int, action_dim:int):
         "differs: decodes the `chunk_size` steps that were encoded, then keeps the first `action_horizon`."
@@ -153,21 +157,21 @@ def lerobot_metaworld():  # the module lerobot.envs.metaworld
     except ImportError as e: raise ImportError(f"{e}. The simulator is an extra: pip install 'craft_nb[sim]'") from e
     return m
 
-# %% ../nbs/11b_small.ipynb #da8871e6
+# %% ../nbs/11b_small.ipynb #6ff3f1f8
 @functools.cache
 def small_env_class():
     "LeRobot's `MetaworldEnv` with fewer pixels, its own episode length and images on demand."
     class SmallMetaworld(lerobot_metaworld().MetaworldEnv):
-        def __init__(self, task, size=64, episode_length=150, render_every=1, **kw):
+        def __init__(self, task, size=64, episode_length=150, render_every=1, shadows=False, **kw):
             super().__init__(task, observation_width=size, observation_height=size, **kw)
-            self._max_episode_steps, self.render_every, self.count, self.raw = episode_length, render_every, 0, None
+            self._max_episode_steps, self.render_every, self.shadows, self.count, self.raw = episode_length, render_every, shadows, 0, None
 
         def _ensure_env(self):
             if self._env is not None: return
             super()._ensure_env()
             r, m = self._env.mujoco_renderer, self._env.model
             r.width = r.height = m.vis.global_.offwidth = m.vis.global_.offheight = self.observation_width
-            m.light_castshadow[:], m.mat_reflectance[:], m.vis.quality.offsamples = 0, 0, 0
+            if not self.shadows: m.light_castshadow[:], m.mat_reflectance[:], m.vis.quality.offsamples = 0, 0, 0
 
         def _format_raw_obs(self, raw_obs):
             self.raw = raw_obs  # (39,) what the scripted expert sees
@@ -212,6 +216,47 @@ class MetaworldSmallEnv(MetaworldEnv):
             lambda fns: gym.vector.SyncVectorEnv([freeze_after_episode_end(f) for f in fns]))
         return {t: {0: wrap(make(t))} for t in map(str.strip, self.task.split(","))}
 
+# %% ../nbs/11b_small.ipynb #a8b635f7
+def vector_env(task:str, n:int, episode_length:int=150, render_every:int=10):
+    "`n` environments of one task as LeRobot makes them."
+    return make_env(MetaworldSmallEnv(task=task, episode_length=episode_length, render_every=render_every), n_envs=n)[task][0]
+
+
+def roll_out(policy, processors, env, seeds): # success: n bools, actions: n lists of (steps, 4) numbers
+    "One episode from each seed by LeRobot's `rollout`. ValueError if images are drawn less often than the policy looks."
+    from lerobot.scripts.lerobot_eval import rollout
+    every, steps = env.get_attr("render_every")[0], policy.config.n_action_steps
+    if steps % every: raise ValueError(f"the policy looks every {steps} steps, the environment draws every {every}: make render_every divide n_action_steps")
+    identity = make_env_pre_post_processors(MetaworldSmallEnv(), policy.config)
+    out = rollout(env, policy.eval(), *identity, *processors, seeds=list(seeds))
+    ends = out["done"].int().argmax(1) + 1
+    success = [bool(s[:n].any()) for s, n in zip(out["success"], ends)]
+    return success, [a[:n].round(decimals=5).tolist() for a, n in zip(out["action"], ends)]
+
+
+def try_constant(task:str, action, seeds, episode_length:int=150): # number of successes
+    "Repeat one action through whole episodes."
+    env, wins = make_small_env(task, episode_length=episode_length, render_every=10**9), 0
+    for seed in seeds:
+        env.reset(seed=seed)
+        wins += any(env.step(np.asarray(action, np.float32))[2] for _ in range(episode_length))
+    env.close()
+    return wins
+
+
+def replay_gif(task:str, seed:int, actions, size:int=144, every:int=5): # bytes of an animated GIF
+    "Redraw an episode, larger than the policy saw it."
+    from PIL import Image
+    env = make_small_env(task, size=size, render_every=every, shadows=True, episode_length=len(actions))
+    frames = [env.reset(seed=seed)[0]["pixels"]]
+    for i, a in enumerate(actions, 1):
+        obs, *_ = env.step(np.asarray(a, np.float32))
+        if i % every == 0: frames.append(obs["pixels"])
+    env.close()
+    images = [Image.fromarray(f).quantize(64) for f in frames]
+    images[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=images[1:], duration=90, loop=0)
+    return out.getvalue()
+
 # %% ../nbs/11b_small.ipynb #49f64e6e
 def record_episode(
     env, # of `make_small_env`
@@ -231,16 +276,17 @@ def record_episode(
     image, state, action = map(np.stack, zip(*rows))
     return dict(task=env.task, seed=seed, image=image, state=state, action=action, success=bool(info["is_success"]))
 
-# %% ../nbs/11b_small.ipynb #caf13b94
+# %% ../nbs/11b_small.ipynb #cb9447ed
 def _record_many(job):
     task, seeds, kw, noise = job
     env = make_small_env(task, **kw)
-    return [record_episode(env, s, noise) for s in seeds]
+    try: return [record_episode(env, s, noise) for s in seeds]
+    finally: env.close()
 
 def record_episodes(
     tasks, # names of Meta-World tasks
     episodes:int, # a task
-    workers:int=0, # processes; 0 records in this one
+    pool=None, # executor; None records in this process
     first_seed:int=0, # episodes of a task have consecutive seeds
     noise:float=0.0, # of `record_episode`
     **env_kw, # size, episode_length
@@ -248,19 +294,15 @@ def record_episodes(
     "Successful expert episodes. RuntimeError if an expert fails more often than one time in three."
     seeds = np.array_split(np.arange(first_seed, first_seed + episodes), max(1, episodes//5))
     jobs = [(t, s.tolist(), env_kw, noise) for t in tasks for s in seeds]
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn")) if workers else None
     failed = dict.fromkeys(tasks, 0)
-    try:
-        for batch in (pool.map if pool else map)(_record_many, jobs):
-            for e in batch:
-                if e["success"]: yield e; continue
-                failed[e["task"]] += 1
-                if failed[e["task"]] > episodes/3: raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: "
-                    "raise episode_length, lower noise or choose another task")
-    finally:
-        if pool: pool.shutdown(cancel_futures=True)
+    for batch in (pool.map if pool else map)(_record_many, jobs):
+        for e in batch:
+            if e["success"]: yield e; continue
+            failed[e["task"]] += 1
+            if failed[e["task"]] > episodes/3: raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: "
+                "raise episode_length, lower noise or choose another task")
 
-# %% ../nbs/11b_small.ipynb #30ea5148
+# %% ../nbs/11b_small.ipynb #40181dfe
 def write_dataset(
     episodes, # iterable of `record_episode` dicts
     root, # folder to create; must not exist
@@ -277,7 +319,7 @@ def write_dataset(
             size = e["image"].shape[1]
             feats = {"observation.image": dict(dtype="image", shape=(size, size, 3), names=["height", "width", "channels"]),
                      "observation.state": dict(dtype="float32", shape=(4,), names=None), "action": dict(dtype="float32", shape=(4,), names=None)}
-            import shutil; shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(part, ignore_errors=True)
             ds = LeRobotDataset.create(repo_id, fps, feats, root=part, use_videos=False)
         for i, s, a in zip(e["image"], e["state"], e["action"]):
             ds.add_frame({"observation.image": i, "observation.state": s, "action": a, "task": names[e["task"]]})
@@ -349,7 +391,7 @@ class Workload:
         rows = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))[:n].tolist()
         return self.processors()[0](torch.utils.data.default_collate([ds[i] for i in rows]))
 
-# %% ../nbs/11b_small.ipynb #7a0e8f96
+# %% ../nbs/11b_small.ipynb #439e7437
 def save_checkpoint_folder(policy, pre, post, path): # a LeRobot `pretrained_model` folder
     "Weights, config and both processors, as LeRobot saves them."
     policy.save_pretrained(path); pre.save_pretrained(path); post.save_pretrained(path)
@@ -368,14 +410,13 @@ def tiny_workload(
     tasks=("window-open-v3", "button-press-topdown-v3"), # Meta-World tasks
     episodes:int=3, # a task
     steps:int=0, # training steps (batch 8, lr 1e-3) before the checkpoint is saved
-    workers:int=0, # processes for recording
     seed:int=0, # of weights and batches
     **sizes, # fields of PI0FastSmallConfig
 )->Workload: # paths and loaders
     "Record, tokenise and save a small policy: real input for tests and notebooks in seconds."
     work = Workload(Path(folder).resolve())
     if (work.policy_path/"model.safetensors").exists(): return work
-    if not work.root.exists(): write_dataset(record_episodes(tasks, episodes, workers), work.root, work.repo_id)
+    if not work.root.exists(): write_dataset(record_episodes(tasks, episodes), work.root, work.repo_id)
     save_tokenizers(work.dataset(), work.tokenizers)
     policy, pre, post = new_policy(work, seed, **sizes)
     if steps:
