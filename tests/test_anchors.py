@@ -5,7 +5,7 @@ import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from anchor_data import INFO, VIEWS, anchors, build, content
-from craft_nb import anchors as A
+from craft_nb import anchors as A, cards as C
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory): return build(tmp_path_factory.mktemp('a')/'cache')
@@ -170,16 +170,16 @@ def test_push_and_pull_through_a_hub(cache, tmp_path, monkeypatch):
             for o in ops: store[o.path_in_repo] = o.path_or_fileobj if isinstance(o.path_or_fileobj, bytes) else Path(o.path_or_fileobj).read_bytes()
     def snapshot(repo, local_dir, **k): [(Path(local_dir)/n).write_bytes(b) for n, b in store.items() if n != 'README.md']; (Path(local_dir)/'.cache').mkdir()
     monkeypatch.setattr(hub, 'HfApi', Api); monkeypatch.setattr(hub, 'snapshot_download', snapshot)
-    assert A.push_cache(cache, 'me/anchors', private=True) == 'https://huggingface.co/datasets/me/anchors' and said == [('me/anchors', 'dataset', True)]
+    assert C.push_cache(cache, 'me/anchors', private=True) == 'https://huggingface.co/datasets/me/anchors' and said == [('me/anchors', 'dataset', True)]
     card = store['README.md'].decode(); assert card.startswith('---\ntags: [craft-anchors') and '| pooled | relative |' in card and str(cache) not in card
-    A.pull_cache('me/anchors', tmp_path/'got'); assert content(tmp_path/'got') == content(cache)
+    C.pull_cache('me/anchors', tmp_path/'got'); assert content(tmp_path/'got') == content(cache)
     store['anchors-00000.safetensors'] = store['anchors-00000.safetensors'][:-1]
-    with pytest.raises(A.AnchorCacheError, match='anchors-00000.safetensors'): A.pull_cache('me/anchors', tmp_path/'bad')
+    with pytest.raises(A.AnchorCacheError, match='anchors-00000.safetensors'): C.pull_cache('me/anchors', tmp_path/'bad')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['got']                                         # nothing half-fetched is left
     monkeypatch.setattr(hub, 'snapshot_download', lambda *a, **k: (_ for _ in ()).throw(ConnectionError('no route')))
-    with pytest.raises(A.AnchorCacheError, match='the hub did not answer.*no route'): A.pull_cache('me/anchors', tmp_path/'off')
+    with pytest.raises(A.AnchorCacheError, match='the hub refused or was not reached.*no route'): C.pull_cache('me/anchors', tmp_path/'off')
 
-def run(*args): return subprocess.run([sys.executable, '-c', 'import sys; from craft_nb.anchors import cache_main; c = cache_main(); print(sorted({m.split(".")[0] for m in sys.modules} & {"lerobot", "transformers", "matplotlib", "ipywidgets"})); sys.exit(c)', *map(str, args)],
+def run(*args): return subprocess.run([sys.executable, '-c', 'import sys; from craft_nb.cards import cache_main; c = cache_main(); print(sorted({m.split(".")[0] for m in sys.modules} & {"lerobot", "transformers", "matplotlib", "ipywidgets"})); sys.exit(c)', *map(str, args)],
                                       capture_output=True, text=True, cwd=Path(__file__).parents[1])
 
 def test_the_command(cache, tmp_path):
@@ -190,9 +190,9 @@ def test_the_command(cache, tmp_path):
     r = run('info', tmp_path/'nowhere'); assert r.returncode == 1 and r.stderr.startswith('craft-cache: ') and 'no such folder; build a cache' in r.stderr and 'Traceback' not in r.stderr
 
 def test_the_command_in_process(cache, tmp_path, capsys):
-    assert A.cache_main(['verify', str(cache), '--policy', 'p', '--tolerance', '1e-6'], recompute=lambda path, m: lambda b: dict(teacher_hidden=b['teacher_hidden'])) == 0
+    assert C.cache_main(['verify', str(cache), '--policy', 'p', '--tolerance', '1e-6'], recompute=lambda path, m: lambda b: dict(teacher_hidden=b['teacher_hidden'])) == 0
     assert 'teacher_hidden: largest error 0' in capsys.readouterr().out
-    assert A.cache_main(['verify', str(cache), '--policy', 'p', '--tolerance', '1e-6'], recompute=lambda path, m: lambda b: dict(teacher_hidden=b['teacher_hidden'] + 1)) == 1
-    assert A.cache_main(['info', str(cache), '--json']) == 0 and json.loads(capsys.readouterr().out)['num_anchors'] == 40
-    with pytest.raises(SystemExit): A.cache_main(['inof', str(cache)])
-    assert A.cache_main(['pull', 'nonsense', str(tmp_path/'x')]) == 1 and 'neither a data-set repository' in capsys.readouterr().err
+    assert C.cache_main(['verify', str(cache), '--policy', 'p', '--tolerance', '1e-6'], recompute=lambda path, m: lambda b: dict(teacher_hidden=b['teacher_hidden'] + 1)) == 1
+    assert C.cache_main(['info', str(cache), '--json']) == 0 and json.loads(capsys.readouterr().out)['num_anchors'] == 40
+    with pytest.raises(SystemExit): C.cache_main(['inof', str(cache)])
+    assert C.cache_main(['pull', 'nonsense', str(tmp_path/'x')]) == 1 and 'neither a data-set repository' in capsys.readouterr().err
