@@ -107,7 +107,7 @@ def find_batch_size(run: Callable[[int], object], most: int, on_gpu: bool = True
             torch.cuda.empty_cache()
     return size
 
-# %% ../nbs/07_builder.ipynb #2b7b569e
+# %% ../nbs/07_builder.ipynb #aa289d91
 PACKED = {"tokens_hidden": ("tokens_mask", 1), "action_hidden": ("predict_mask", 1), "action_logp": ("predict_mask", 0), "action_topk": ("predict_mask", 0)}
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -134,7 +134,7 @@ def build_anchor_cache(
     stratified: bool = True,
     num_workers: int = 0,  # processes that load frames
     progress: bool = True,
-    **manifest,  # hashes, dataset, versions, extra
+    manifest: dict | None = None,  # further fields of it: hashes, dataset, versions, extra
 ) -> dict:  # the manifest
     "Sample anchors, run the teacher over them and write the cache. Wrong arguments raise before anything is written."
     for what, value, known in (("actions", actions, ("teacher", "dataset")), ("dtype", dtype, tuple(DTYPES))):
@@ -145,7 +145,7 @@ def build_anchor_cache(
     with eval_mode(policy):
         size = batch_size or find_batch_size(lambda b: say(0, b), num_anchors, next(policy.parameters()).is_cuda)
         say(0, 1)  # what cannot work fails here, before there is a folder
-        plan = cache_plan(policy, chosen, dict(actions=actions, batch_size=size, seed=seed, stratified=stratified, dtype=dtype), prompts, manifest)
+        plan = cache_plan(policy, chosen, dict(actions=actions, batch_size=size, seed=seed, stratified=stratified, dtype=dtype), prompts, manifest or {})
         with AnchorWriter(out_dir, num_anchors, shard_size=shard_size, images=images, packed=PACKED, **plan) as writer:
             spans = list(writer.ranges(size))
             frames = torch.utils.data.DataLoader(AnchorFrames(dataset, picked, spans, prompts), batch_size=None, num_workers=num_workers)
