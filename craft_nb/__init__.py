@@ -2,18 +2,25 @@
 
 __version__ = "0.1.0"
 
-from craft_nb.anchors import AnchorCacheDataset, build_anchor_dataloader
-from craft_nb.builder import build_anchor_cache
-from craft_nb.config import CraftConfig
-from craft_nb.dual import Dual, epsilon_schedule, update_lambda
-from craft_nb.losses import compute_retention_loss_hidden
-from craft_nb.monitor import CraftMonitor
-from craft_nb.policies import compute_retention_loss, extract_student_hidden_with_pooling
-from craft_nb.surgery import Surgery, compute_dot, merge_grads, project_if_conflict
-from craft_nb.trainer import Callback, CraftTrainer, Retention
+from importlib import import_module
 
-__all__ = [
-    "AnchorCacheDataset", "Callback", "CraftConfig", "CraftMonitor", "CraftTrainer", "Dual", "Retention", "Surgery", "build_anchor_cache",
-    "build_anchor_dataloader", "compute_dot", "compute_retention_loss", "compute_retention_loss_hidden", "epsilon_schedule",
-    "extract_student_hidden_with_pooling", "merge_grads", "project_if_conflict", "update_lambda",
-]
+_HOME = {  # public name → module; loaded when first used, so that commands which need no torch do not wait for it
+    "CraftConfig": "config",
+    "compute_retention_loss_hidden": "losses",
+    "Surgery": "surgery", "compute_dot": "surgery", "merge_grads": "surgery", "project_if_conflict": "surgery",
+    "Dual": "dual", "epsilon_schedule": "dual", "update_lambda": "dual",
+    "AnchorCacheDataset": "anchors", "build_anchor_dataloader": "anchors",
+    "compute_retention_loss": "policies", "extract_student_hidden_with_pooling": "policies",
+    "build_anchor_cache": "builder",
+    "Callback": "trainer", "CraftTrainer": "trainer", "Retention": "trainer",
+    "CraftMonitor": "monitor",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME: raise AttributeError(f"module 'craft_nb' has no attribute {name!r}")
+    return getattr(import_module(f"craft_nb.{_HOME[name]}"), name)
+
+
+def __dir__(): return [*globals(), *_HOME]
