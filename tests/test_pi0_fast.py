@@ -1,0 +1,107 @@
+"""The adapter of pi0_fast: hidden states bit for bit, several cameras, missing cameras, bfloat16, L_ret = 0 at the start."""
+import contextlib
+
+import pytest
+import torch
+
+from craft_nb.builder import anchor_batch_targets
+from craft_nb.losses import make_views
+from craft_nb.policies import adapter_for
+
+VIEWS = ["pooled", "tokens", "action_tokens", "action_logits"]
+
+
+def with_cameras(work, present: int, missing: int = 0, dtype: str = "float32"):
+    "A policy with `present + missing` cameras, and a batch that holds the present ones."
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from craft_nb.small import PI0FastSmallPolicy
+    cfg = work.policy().config
+    cfg.dtype = dtype
+    batch = work.processors()[0](work.batch(4))
+    own = next(iter(k for k, f in cfg.input_features.items() if f.type == FeatureType.VISUAL))
+    for i in range(1, present + missing):
+        cfg.input_features[f"observation.images.extra{i}"] = PolicyFeature(type=FeatureType.VISUAL, shape=cfg.input_features[own].shape)
+        if i < present: batch[f"observation.images.extra{i}"] = batch[own].roll(i, 0).flip(-1)
+    torch.manual_seed(0)
+    return PI0FastSmallPolicy(cfg).train(), batch
+
+
+@contextlib.contextmanager
+def all_hidden_states(decoder):
+    "What transformers itself returns for the passes inside."
+    seen, own = [], decoder.forward
+    def forward(*args, **kw):
+        out = own(*args, **kw, output_hidden_states=True)
+        seen.append(out.hidden_states)
+        return out
+    decoder.forward = forward
+    try: yield seen
+    finally: del decoder.forward
+
+
+@pytest.mark.parametrize("present,missing", [(1, 0), (2, 0), (1, 1), (2, 1)])
+def test_captured_states_equal_transformers(work, present, missing):
+    policy, batch = with_cameras(work, present, missing)
+    adapter = adapter_for(policy)
+    decoder, anchors = adapter.decoder(policy), adapter.prepare(policy, adapter.inputs(policy, batch))
+    assert anchors["pixel_values"].shape[1] == present + missing
+    assert anchors["image_mask"].sum(1).tolist() == [present] * 4
+    depth = len(decoder.layers)
+    with torch.no_grad():
+        with all_hidden_states(decoder) as seen: adapter.features(policy, anchors, [-1], True, True)
+        for i in range(-depth - 1, depth + 1):
+            got = adapter.features(policy, anchors, [i], True, False).hidden[i]
+            assert torch.equal(got, seen[0][i]), i
+    assert policy.training
+
+
+@pytest.mark.parametrize("present,missing", [(1, 0), (2, 1)])
+@pytest.mark.parametrize("dtype,limit", [("float32", 1e-6), ("bfloat16", 1e-4)])
+def test_retention_loss_is_zero_at_the_start(work, present, missing, dtype, limit):
+    policy, batch = with_cameras(work, present, missing, dtype)
+    adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)
+    stored = anchor_batch_targets(policy, batch, views)
+    part = adapter.prepare(policy, {k: v[1:3] for k, v in stored.items()})  # another batch size than the teacher's
+    f = adapter.features(policy, part, [-2, -1], True, True)
+    for name, view in views.items():
+        loss = view.loss(f, part)
+        assert abs(loss.item()) <= limit, (name, loss.item())
+        other = view.loss(perturbed(f), part)
+        assert other > 100 * limit, (name, other.item())  # the view does see a difference
+
+
+def perturbed(f):
+    from dataclasses import replace
+    g = torch.Generator().manual_seed(0)
+    noise = lambda x: x + 10 * x.float().std() * torch.randn(x.shape, generator=g).to(x.dtype)
+    return replace(f, hidden={k: noise(h) for k, h in f.hidden.items()}, logits=noise(f.logits))
+
+
+def test_pass_is_no_deeper_than_it_must_be(work):
+    policy, batch = with_cameras(work, 1)
+    adapter = adapter_for(policy)
+    anchors, decoder = adapter.prepare(policy, adapter.inputs(policy, batch)), adapter.decoder(policy)
+    ran = []
+    hooks = [b.register_forward_hook(lambda *a, i=i: ran.append(i)) for i, b in enumerate(decoder.layers)]
+    hooks.append(policy.model.paligemma_with_expert.paligemma.lm_head.register_forward_hook(lambda *a: ran.append("head")))
+    adapter.features(policy, anchors, [2], False, False)
+    assert ran == [0, 1]
+    ran.clear()
+    adapter.features(policy, anchors, [-1], True, True)
+    assert ran == [*range(len(decoder.layers)), "head"]
+    for h in hooks: h.remove()
+
+
+def test_decoding_is_what_the_policy_does(work):
+    policy, batch = with_cameras(work, 2)
+    policy.eval()
+    adapter = adapter_for(policy)
+    anchors = adapter.inputs(policy, batch)
+    got = adapter.decode(policy, anchors)
+    images, masks = policy._preprocess_images(batch)
+    said = policy.model.sample_actions_fast_kv_cache(images, masks, anchors["input_ids"].long(), anchors["attention_mask"],
+                                                     max_decoding_steps=policy.config.max_action_tokens - 1)
+    n = min(said.shape[1], got["action_ids"].shape[1] - 1)
+    want = torch.where(got["action_mask"][:, 1 : n + 1], said[:, :n], 0)
+    assert torch.equal(got["action_ids"][:, 1 : n + 1].long(), want)
+    assert (got["action_ids"][:, 0] == policy._paligemma_tokenizer.bos_token_id).all()
