@@ -59,7 +59,7 @@ def merge_grads(
     w = MERGES[mode](lambda_weight)
     return [_axpy(g, r, 1.0, w) for g, r in zip(grad_task, grad_retain, strict=True)]
 
-# %% ../nbs/03_surgery.ipynb #ce66a82f
+# %% ../nbs/03_surgery.ipynb #26b5ed59
 def surgery_coefficients(
     sums: Tensor,  # (s, 3) float64: ⟨g,r⟩, ‖g‖², ‖r‖² of each scope
     lam: float,  # λ ≥ 0
@@ -70,7 +70,7 @@ def surgery_coefficients(
     "One scalar a scope, on the device of `sums`, without looking at it from the host."
     dot, gg, rr = sums.unbind(-1)
     norms = gg.sqrt() * rr.sqrt()
-    cosine = torch.where(norms == 0, 0.0, dot / norms)
+    cosine = torch.where(norms == 0, 0.0, dot / norms).clamp(-1, 1)
     conflict = (norms > 0) & (cosine < conflict_threshold)
     c = torch.full_like(dot, MERGES[mode](lam))
     if project: c = torch.where(conflict, c - dot / rr, c)
@@ -81,7 +81,7 @@ def merged_square(sums: Tensor, c: Tensor) -> Tensor:  # (s, 3), (s,) → ()
     dot, gg, rr = sums.unbind(-1)
     return (gg + 2 * c * dot + c * c * rr).clamp(min=0).sum()
 
-# %% ../nbs/03_surgery.ipynb #ebc29eef
+# %% ../nbs/03_surgery.ipynb #95af6e40
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements: 1 MiB of float32 for an L2 cache, few launches on a GPU
 
 def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | None, Tensor | None]]:
@@ -90,7 +90,7 @@ def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | N
     if lead is None: return []
     order = range(lead.dim()) if lead.is_contiguous() else sorted(range(lead.dim()), key=lambda d: -lead.stride(d))
     size = CHUNK.get(lead.device.type, CHUNK["cuda"])
-    cut = [None if t is None else t.permute(*order).reshape(-1).split(size) for t in (g, r)]
+    cut = [None if t is None else t.permute(tuple(order)).reshape(-1).split(size) for t in (g, r)]
     return zip(*(c or [None] * len(cut[0] or cut[1]) for c in cut))
 
 # %% ../nbs/03_surgery.ipynb #76651856
@@ -217,7 +217,7 @@ class Scopes:
         "Is the gate open?"
         return self.use_projection and (self.gate == "always" or self.gate == "violated" and violated)
 
-# %% ../nbs/03_surgery.ipynb #ff85b9ba
+# %% ../nbs/03_surgery.ipynb #4104bcce
 TINY = 1e-20  # a float32 sum of squares below this may have lost terms to underflow
 
 def _local(t): return t.to_local() if hasattr(t, "to_local") else t  # the shard of a DTensor
@@ -247,9 +247,9 @@ def _unshare_(g, index):
 def _write_scope_(g, r, index, params, a, c, exact):
     moves = a != 1 or isinstance(c, Tensor) or c != 0
     for i in index:
-        if g[i] is None and r[i] is not None:
-            g[i] = ((r[i].double() if exact else r[i]) * c).to(params[i].dtype)
-        elif g[i] is not None and moves:
+        if g[i] is None:
+            if r[i] is not None and moves: g[i] = ((r[i].double() if exact else r[i].to(params[i].dtype)) * c).to(params[i].dtype)
+        elif moves:
             out = write_merge_(x := _local(g[i]), None if r[i] is None else _local(r[i]), a, c, exact)
             if out is not x: g[i] = out
 
