@@ -775,7 +775,7 @@ def _pt_columns(path: Path) -> tuple[dict, int]:  # {name: tensor (n, …) or li
     if len(set(n.values())) != 1: raise AnchorCacheError(f'{path}: its tensors have different numbers of rows: {n}')
     return cols, next(iter(n.values()))
 
-# %% ../nbs/05_anchors.ipynb #ef2afa62
+# %% ../nbs/05_anchors.ipynb #e2bb3a78
 def _pt_meta(d: Path) -> dict:
     for p in (d/name for name in ('metadata.json', 'meta.json', 'metadata.pt', 'meta.pt')):
         if not p.is_file(): continue
@@ -799,7 +799,7 @@ def _pt_manifest(d: Path, meta: dict, key: str, n: int, first: Tensor) -> dict:
     if not pooling and kind == 'hidden' and first.shape[1] == 2:
         pooling = ['vision_token_mean', 'text_token_last']                                                      # origin
     labels = kind == 'token_level'
-    distance, unit = ('ce', 'nats a token') if labels else ('mse', 'squared hidden units')
+    distance, unit = ('cross_entropy', 'nats a token') if labels else ('mse', 'squared hidden units')
     return dict(
         format='pt', schema_version=0, kind=kind, num_anchors=n, policy_type=str(meta.get('policy_type', '')),
         layers=layers, pooling=[str(p) for p in pooling], width=0 if labels else first.shape[-1],

@@ -27,7 +27,7 @@ def today(argv: list[str], training: bool = False) -> list[str]:
     if training and not {"--policy.push_to_hub", "--policy.repo_id", "--help", "-h", "--resume", "--config_path"} & set(names): out.append("--policy.push_to_hub=false")
     return out
 
-# %% ../nbs/13_cli.ipynb #cae02d2d
+# %% ../nbs/13_cli.ipynb #a08b33ed
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
     try: return main()
@@ -44,7 +44,10 @@ def parsed(config_class: type, argv: list[str]):
     sys.argv = [sys.argv[0], *argv]  # LeRobot's validate() reads it
     @parser.wrap()
     def take(cfg: config_class): return cfg
-    return take()
+    try: return take()
+    except Exception as e:  # draccus wraps what is wrong in layers of its own
+        while e.__cause__ is not None: e = e.__cause__
+        raise ValueError(str(e)) from e
 
 # %% ../nbs/13_cli.ipynb #37dbeb4e
 def build_cache(argv: list[str] | None = None) -> None:

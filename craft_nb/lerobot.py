@@ -6,17 +6,18 @@
 __all__ = ['CRAFT_STATE', 'CraftTrainConfig', 'missing_parts', 'require_local', 'require_parts', 'localise', 'make_processors',
            'run_hashes', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions', 'open_cache',
            'check_cache', 'cache_views', 'make_accelerator', 'main_first', 'make_loader', 'ready_batches',
-           'write_checkpoint', 'sync', 'move_link', 'read_craft_state', 'Checkpoints', 'Progress', 'Wandb',
-           'Evaluations', 'once', 'rollouts', 'RunParts', 'make_trainer', 'make_student', 'make_retention',
-           'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate',
-           'load_policy_alone', 'eval_table']
+           'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link', 'read_craft_state', 'Checkpoints', 'Progress',
+           'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts', 'make_trainer', 'go_on_from', 'require_writable',
+           'make_student', 'make_retention', 'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss',
+           'anchor_drift', 'evaluate', 'load_policy_alone', 'eval_table']
 
-# %% ../nbs/11_lerobot.ipynb #1453cac3
+# %% ../nbs/11_lerobot.ipynb #be999b23
 import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class CraftTrainConfig(TrainPipelineConfig):
         for name, here in (("reward_model", self.reward_model is not None), ("sample_weighting", self.sample_weighting is not None), ("job.target", self.job.is_remote)):
             if here: raise ValueError(f"{name}: craft-train fine-tunes policies on this machine and does not take it; use lerobot-train")
 
-# %% ../nbs/11_lerobot.ipynb #dfba5192
+# %% ../nbs/11_lerobot.ipynb #3c5598dd
 def missing_parts(cfg: PreTrainedConfig) -> list[str]:
     "Files that loading the pretrained policy of `cfg` will need and that are not on this machine; those that a hub may serve are not counted unless offline."
     from huggingface_hub import constants, try_to_load_from_cache
@@ -62,7 +63,8 @@ def missing_parts(cfg: PreTrainedConfig) -> list[str]:
         if not constants.HF_HUB_OFFLINE: return []
         return [f"{name}/{f} ({why}): not in the hub cache, and HF_HUB_OFFLINE is set" for f in files if not isinstance(try_to_load_from_cache(str(name), f), str)]
     out = []
-    if cfg.pretrained_path: out += absent(str(cfg.pretrained_path), ["config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"], "policy")
+    weights = ["adapter_config.json", "adapter_model.safetensors"] if getattr(cfg, "use_peft", False) else ["model.safetensors"]
+    if cfg.pretrained_path: out += absent(str(cfg.pretrained_path), ["config.json", *weights, "policy_preprocessor.json", "policy_postprocessor.json"], "policy")
     for attr, files in (("text_tokenizer_name", ["tokenizer_config.json"]), ("action_tokenizer_name", ["processor_config.json"])):
         if name := getattr(cfg, attr, None): out += absent(str(name), files, attr)
     return out
@@ -188,7 +190,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
 
-# %% ../nbs/11_lerobot.ipynb #f34d8660
+# %% ../nbs/11_lerobot.ipynb #8d3f5d24
 def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     "The cache of a run. Raises with what to do if there is none, or if it has not what the config asks for."
     if not Path(craft.anchor_cache_dir).is_dir():
@@ -203,8 +205,9 @@ def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
 def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str], resumed: bool = False) -> dict:
     "Refuse a cache that was made for another policy, naming both values. A resumed student has moved, so its weights are not compared."
     decoder, m = adapter_for(policy).decoder(policy), cache.manifest
-    found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size, dtype=str(next(decoder.layers.parameters()).dtype).removeprefix("torch."),
-                 extra=dict(depth=len(decoder.layers)), hashes={k: v for k, v in hashes.items() if not (resumed and k == "weights")})
+    found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size, extra=dict(depth=len(decoder.layers)),
+                 hashes={k: v for k, v in hashes.items() if not (resumed and k == "weights")})
+    if m["hashes"]: found["dtype"] = str(next(decoder.layers.parameters()).dtype).removeprefix("torch.")  # old caches do not say the policy's
     out = check_compatible(m, found, craft.allow_mismatch)
     if m["layers"]: resolve_layers(m["layers"], len(decoder.layers))
     return out
@@ -261,31 +264,45 @@ def ready_batches(loader: Iterable, cameras: Iterable[str], preprocessor) -> Ite
             if k in batch and batch[k].dtype == torch.uint8: batch[k] = batch[k].to(dtype=torch.float32) / 255.0
         yield preprocessor(batch)
 
-# %% ../nbs/11_lerobot.ipynb #7043853f
+# %% ../nbs/11_lerobot.ipynb #4ce9772a
 CRAFT_STATE = "craft_state.json"
 
 def write_checkpoint(trainer: CraftTrainer, parts: "RunParts") -> Path:
     "Save the state of a run. → its folder. Runs on every rank; rank 0 writes."
     cfg, acc = parts.cfg, trainer.accelerator
     target = train_utils.get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, trainer.step)
+    last = target.parent / "last"
+    if last.is_dir() and last.resolve() == target.resolve(): return target  # this very state
     sharded = "FSDP" in str(acc.distributed_type)
     weights, moments = train_utils.gather_fsdp_state_dicts(trainer.policy, trainer.optimizer) if sharded else (None, None)
-    if acc.is_main_process and not target.exists():
-        draft = target.with_name(f".{target.name}.unfinished")
-        shutil.rmtree(draft, ignore_errors=True)
-        policy = acc.unwrap_model(trainer.policy)
-        train_utils.save_checkpoint(checkpoint_dir=draft, step=trainer.step, cfg=cfg, policy=policy, optimizer=trainer.optimizer, scheduler=trainer.scheduler, preprocessor=parts.pre,
-                                    postprocessor=parts.post, num_processes=acc.num_processes, batch_size=cfg.batch_size, model_state_dict=weights, optim_state_dict=moments)
-        (draft / "training_state" / CRAFT_STATE).write_text(json.dumps(trainer.state_dict() | {"hashes": parts.hashes}))
-        for f in draft.rglob("*"):
-            if f.is_file(): sync(f)
-        os.rename(draft, target)
-        move_link(target.parent / "last", target.name)
+    acc.wait_for_everyone()
+    if acc.is_main_process:
+        draft, old = (target.with_name(f".{target.name}.{what}") for what in ("unfinished", "old"))
+        with whole_or_nothing(draft, last):
+            train_utils.save_checkpoint(checkpoint_dir=draft, step=trainer.step, cfg=cfg, policy=acc.unwrap_model(trainer.policy), optimizer=trainer.optimizer, scheduler=trainer.scheduler,
+                                        preprocessor=parts.pre, postprocessor=parts.post, num_processes=acc.num_processes, batch_size=cfg.batch_size, model_state_dict=weights, optim_state_dict=moments)
+            (draft / "training_state" / CRAFT_STATE).write_text(json.dumps(trainer.state_dict() | {"hashes": parts.hashes}))
+            for f in draft.rglob("*"): sync(f)
+            if target.exists(): os.rename(target, old)
+            os.rename(draft, target)
+            sync(target.parent)
+            move_link(last, target.name)
+        shutil.rmtree(old, ignore_errors=True)
     acc.wait_for_everyone()
     return target
 
+@contextmanager
+def whole_or_nothing(draft: Path, last: Path) -> Iterator[None]:
+    "If writing `draft` fails, remove it and say what is left."
+    shutil.rmtree(draft, ignore_errors=True)
+    try: yield
+    except Exception as e:
+        shutil.rmtree(draft, ignore_errors=True)
+        kept = f"the last whole checkpoint is {last.resolve()}" if last.exists() else "there is no earlier one"
+        raise OSError(f"the checkpoint {draft.name.strip('.').removesuffix('.unfinished')} could not be written to {draft.parent} ({e}); {kept}. Make room, then resume") from e
+
 def sync(path: Path) -> None:
-    "Wait until `path` is on the disk."
+    "Wait until `path`, a file or a folder's list of names, is on the disk."
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -374,7 +391,7 @@ def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path 
     finally: close_envs(made)
     return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]] for t in info["per_task"]}
 
-# %% ../nbs/11_lerobot.ipynb #e716f912
+# %% ../nbs/11_lerobot.ipynb #61324c0b
 @dataclass
 class RunParts:
     "What a run was made of."
@@ -393,6 +410,7 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     from lerobot.utils.random_utils import set_seed
     localise(cfg.dataset)
     cfg.validate()
+    require_writable(Path(cfg.output_dir))
     if cfg.policy.pretrained_path: require_parts(cfg.policy)
     cache = open_cache(cfg.craft) if cfg.craft.enabled else None
     acc = accelerator or make_accelerator(cfg)
@@ -428,9 +446,21 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
                            accumulate=cfg.craft.gradient_accumulation_steps, cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
                            callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts)], checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)
     trainer.parts = parts
-    if state: trainer.load_state_dict(state)
+    if state: trainer.load_state_dict(state); go_on_from(cfg, acc)
     logging.info("cache_type=%s", trainer.cache_type)
     return trainer
+
+# %% ../nbs/11_lerobot.ipynb #93c0ebdb
+def go_on_from(cfg: CraftTrainConfig, acc) -> None:
+    "Point `last` at the checkpoint that is resumed, if it is one of this run's own."
+    here = Path(cfg.checkpoint_path).resolve()
+    if acc.is_main_process and here.parent == (Path(cfg.output_dir) / "checkpoints").resolve(): move_link(here.parent / "last", here.name)
+    acc.wait_for_everyone()
+
+def require_writable(folder: Path) -> None:
+    "Refuse an output folder that cannot be made, before anything is loaded."
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)): raise PermissionError(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another --output_dir")
 
 # %% ../nbs/11_lerobot.ipynb #e15ccd5d
 def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
