@@ -1,0 +1,185 @@
+"""What the constrained optimiser costs: surgery against memory traffic, extra gradient copies, and whole steps beside plain LeRobot training.
+
+    python bench/bench_optimiser.py                    the small policy on this machine's CPU
+    python bench/bench_optimiser.py --size pi0_fast    LeRobot's pi0_fast, 2.9 B parameters with random weights, on a GPU
+    python bench/bench_optimiser.py --size pi0_fast_300m    its 300 M language variant, where memory asks for it
+
+Everything that is compared runs in one process, in turns, after a warm-up; figures are medians. Writes outputs/bench/optimiser.json.
+"""
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from memory import extra_copies
+from torch import nn
+
+from craft_nb.surgery import StreamingSurgery, Surgery, retention_grads
+
+VIEWS = ("pooled", "tokens", "action_tokens", "action_logits")
+
+
+def in_turns(device, rounds: int, **runs) -> dict[str, float]:
+    "Median seconds of each callable; one call of each a round, so that a busy machine is busy for all."
+    def clock(run):
+        if device == "cuda": torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda": torch.cuda.synchronize()
+        return time.perf_counter() - start
+    for run in runs.values(): run()
+    took = [{k: clock(run) for k, run in runs.items()} for _ in range(rounds)]
+    return {k: statistics.median(t[k] for t in took) for k in runs}
+
+
+def block_shapes(millions: float, d: int = 1024) -> list[tuple]:
+    block = [(d, d)] * 4 + [(4 * d, d), (d, 4 * d), (d,), (d,)]
+    return block * max(1, round(millions * 1e6 / sum(torch.Size(s).numel() for s in block)))
+
+
+def surgery_speed(millions: float, device: str, rounds: int) -> dict:
+    "Surgery with projection, merge and clipping, each of which rewrites g, against moving five gradient-sized arrays (a copy, and an addition into a third)."
+    from torchjd.aggregation import DualProj
+    shapes = block_shapes(millions)
+    params = [nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
+    g, r = ([torch.randn(s, device=device) for s in shapes] for _ in range(2))
+    a, b, c = (torch.randn(sum(p.numel() for p in params), device=device) for _ in range(3))
+    surgery = Surgery([(f"layers.{i // 8}.{i}", p) for i, p in enumerate(params)], conflict_threshold=1.0)
+    pull, aggregate = 0.5, DualProj(pref_vector=torch.tensor([1.0, 0.0], device=device))
+
+    def traffic(): b.copy_(a); torch.add(a, b, out=c)
+    def ours(): assert surgery.merge_(g, r, pull, True, max_norm=1.0).clipped
+    def direct():  # lists cloned, projected, merged, assigned, clipped
+        task, retain = [x.clone() for x in g], [x.clone() for x in r]
+        dot = sum((x * y).sum() for x, y in zip(task, retain))
+        norms = sum((x * x).sum() for x in task).sqrt() * sum((y * y).sum() for y in retain).sqrt()
+        if (dot / norms).item() < 1.0:
+            scale = dot / sum((y * y).sum() for y in retain)
+            task = [x - scale * y for x, y in zip(task, retain)]
+        for p, x in zip(params, [x + pull * y for x, y in zip(task, retain)]): p.grad = x
+        nn.utils.clip_grad_norm_(params, 1.0)
+    def torchjd():
+        matrix = torch.stack([torch.cat([x.flatten() for x in t]) for t in (g, r)])
+        merged = aggregate(matrix).add_(matrix[1], alpha=pull)
+        for p, x in zip(params, merged.split([p.numel() for p in params])): p.grad = x.view_as(p)
+        nn.utils.clip_grad_norm_(params, 1.0)
+
+    s = in_turns(device, rounds, traffic=traffic, surgery=ours, direct=direct, torchjd=torchjd)
+    return dict(parameters=a.numel(), threads=torch.get_num_threads(), seconds=s, surgery_over_traffic=s["surgery"] / s["traffic"],
+                direct_over_surgery=s["direct"] / s["surgery"], torchjd_over_surgery=s["torchjd"] / s["surgery"])
+
+
+class Residual(nn.Module):
+    "A deep residual net whose parameters outweigh its activations."
+    def __init__(self, d=512, depth=30):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(d, d), nn.GELU()) for _ in range(depth))
+    def forward(self, x):
+        for layer in self.layers: x = x + layer(x)
+        return x
+
+
+def gradient_copies(device: str) -> dict:
+    "Peak memory of a step's gradients over that of plain training, in gradient copies."
+    model, x = Residual().to(device), torch.randn(4, 512, device=device)
+    params, streaming, surgery = list(model.parameters()), StreamingSurgery(model), Surgery(model.named_parameters())
+    def task(): return model(x).square().mean()
+    def anchors(): return (model(x[:2]) - 1).square().mean()
+    def plain(): task().backward()
+    def whole():
+        r = retention_grads(anchors(), params)
+        plain()
+        surgery.merge_([p.grad for p in params], r, 1.0, True, 0.1)
+    def layer():
+        with streaming.record(): loss = anchors()
+        with streaming.merge_(loss, 1.0, True, 0.1): task().backward()
+    return {"global": extra_copies(plain, whole, model), "layer": extra_copies(plain, layer, model)}
+
+
+def build_policy(size: str, folder: Path, device: str):
+    "→ policy, preprocessor, workload, with the workload's tokenizers and random weights."
+    from craft_nb.small import new_policy, tiny_workload
+    work = tiny_workload(folder)
+    if size == "small": return *new_policy(work)[:2], work
+    from lerobot.policies import make_policy, make_pre_post_processors
+    from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+    cfg = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"), action_tokenizer_name=str(work.tokenizers / "action"), push_to_hub=False, device=device,
+                        paligemma_variant="gemma_300m" if size.endswith("300m") else "gemma_2b", dtype="bfloat16", chunk_size=10, n_action_steps=10,
+                        max_action_tokens=64, gradient_checkpointing=True)
+    policy = make_policy(cfg, ds_meta=work.meta)
+    return policy, make_pre_post_processors(policy.config, dataset_stats=work.meta.stats)[0], work
+
+
+def step_ratios(size: str, device: str, rounds: int, batch_size: int, folder: Path, views=VIEWS) -> dict:
+    "Five optimizer steps with CRaFT over five plain ones of the same policy and batch; anchor batch half the task batch."
+    from craft_nb.builder import anchor_batch_targets
+    from craft_nb.config import CraftConfig
+    from craft_nb.losses import make_views
+    from craft_nb.policies import adapter_for
+    from craft_nb.trainer import CraftTrainer, Retention, one_step
+    policy, pre, work = build_policy(size, folder, device)
+    data, n = work.dataset(), batch_size
+    rows = torch.randint(len(data), (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    raw = torch.utils.data.default_collate([data[i] for i in rows])
+    half = torch.utils.data.default_collate([data[i] for i in rows[: n // 2]])
+    batch, anchor_source = pre(raw), pre(half)
+    policy.train()
+    opt = torch.optim.AdamW(policy.parameters(), lr=1e-5)
+
+    def forever(x):
+        while True: yield x
+    def plain():
+        for _ in range(5):
+            policy.forward(batch)[0].backward()
+            nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+            opt.step(); opt.zero_grad()
+    def craft(view, K):
+        anchors = anchor_batch_targets(policy, anchor_source, make_views([view]), actions="dataset")
+        cfg = CraftConfig(retention_freq=K, views=view)
+        trainer = CraftTrainer(policy, forever(batch), opt, steps=10**6, grad_clip_norm=1.0,
+                               retention=Retention(policy, forever(anchors), make_views([view]), adapter_for(policy), cfg, 10**6))
+        def run():
+            for _ in range(5): one_step(trainer)
+        return run
+
+    out = {"K1": {}, "K5": {}}
+    for view in views:
+        s = in_turns(device, rounds, plain=plain, K1=craft(view, 1), K5=craft(view, 5))
+        for K in out: out[K][view] = s[K] / s["plain"]
+    return out
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--size", default="small", choices=["small", "pi0_fast", "pi0_fast_300m"])
+    ap.add_argument("--millions", type=float, help="parameters of the surgery benchmark (default: 75 on a CPU, 1000 on a GPU)")
+    ap.add_argument("--rounds", type=int, default=7)
+    ap.add_argument("--batch_size", type=int, help="of the task (default: 32, for pi0_fast 8)")
+    ap.add_argument("--only", choices=["surgery", "memory", "step"], help="one part; the others keep what the file says of them")
+    ap.add_argument("--out", type=Path, default=Path("outputs/bench/optimiser.json"))
+    args = ap.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.size != "small" and device == "cpu": raise SystemExit(f"--size {args.size} needs a GPU, and none was found; --size small runs on the CPU")
+    result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    result |= dict(device=torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads", size=args.size)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.only in (None, "surgery"): result |= surgery_speed(args.millions or (1000 if device == "cuda" else 75), device, args.rounds)
+    if args.only in (None, "memory"): result["extra_copies"] = gradient_copies(device)
+    if args.only in (None, "step"):
+        result["step_ratio"] = step_ratios(args.size, device, args.rounds, args.batch_size or (32 if args.size == "small" else 8), args.out.parent / "workload")
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+    goals = [("surgery_over_traffic", "≤ 1.5"), ("direct_over_surgery", "≥ 5"), ("torchjd_over_surgery", "")]
+    lines = [(k, result[k], goal) for k, goal in goals if k in result]
+    lines += [(f"extra_copies.{k}", v, {"global": "≤ 1.05", "layer": "≤ 0.10"}[k]) for k, v in result.get("extra_copies", {}).items()]
+    limits = {"K1": ("≤ 1.45", "≤ 1.60"), "K5": ("≤ 1.10", "≤ 1.15")}
+    lines += [(f"step_ratio.{K}.{v}", x, limits[K][v.startswith("action")]) for K, row in result.get("step_ratio", {}).items() for v, x in row.items()]
+    print(result["device"])
+    for name, value, goal in lines: print(f"  {name:28} {value:6.2f}   {goal}")
+    print("written to", args.out)
+
+
+if __name__ == "__main__": main()
