@@ -180,13 +180,14 @@ def arms(report: dict) -> list[str]:
     seen = dict.fromkeys(arm for cells in report["success"].values() for arm in cells)
     return sorted(seen, key=lambda a: a != "teacher")
 
-# %% ../nbs/10_evaluate.ipynb #5a374347
-def summarise(report: dict) -> dict:  # {arm: {old: cell, new: cell, retention: {ratio, low, high}}}
-    "Success on old and on new tasks, and what was kept, for each arm. Raises `ValueError` as `check_report` does."
+# %% ../nbs/10_evaluate.ipynb #5dd967a8
+def summarise(report: dict) -> dict:  # {arm: {old: cell, new: cell, retention: {ratio, low, high} or None}}
+    "Success on old and on new tasks, and what was kept: None if the teacher could do no old task. Raises as `check_report` does."
     check_report(report)
     def pooled(kind, arm): return pooled_rate(report["success"][t][arm] for t in report["tasks"][kind])
     cells = {arm: dict(old=pooled("old", arm), new=pooled("new", arm)) for arm in arms(report)}
-    for c in cells.values(): c["retention"] = retention_ratio(cells["teacher"]["old"], c["old"])
+    before = cells["teacher"]["old"]
+    for c in cells.values(): c["retention"] = retention_ratio(before, c["old"]) if before["rate"] else None
     return cells
 
 # %% ../nbs/10_evaluate.ipynb #2e44dd74
@@ -306,7 +307,7 @@ def clip_html(clip: str | Path | bytes, caption: str) -> str:
     uri = f"data:image/{kinds[data[:4]]};base64,{base64.b64encode(data).decode()}"
     return f'<figure><img src="{uri}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/10_evaluate.ipynb #0535349b
+# %% ../nbs/10_evaluate.ipynb #c5186a0e
 def best_arm(summary: dict) -> str | None:
     "The `craft:` arm that keeps most while learning ≥ 85 % of what `sft` learns; failing that, the one that keeps most."
     ours = [a for a in summary if a.startswith("craft:")]
@@ -317,6 +318,7 @@ def lede(summary: dict) -> str:
     "What happened, in a sentence for each of plain fine-tuning and the best arm of ours; HTML."
     def says(arm, name):
         c, kept = summary[arm], summary[arm]["retention"]
+        if kept is None: return f"{name} had no old success to keep and reached <b>{c['new']['rate']:.0%}</b> on the new task.".replace("%", " %")
         return (f"{name} kept <b>{kept['ratio']:.0%}</b> of the old success ({kept['low']:.0%}–{kept['high']:.0%}) "
                 f"and reached <b>{c['new']['rate']:.0%}</b> on the new task.").replace("%", " %")
     best = best_arm(summary)
@@ -411,7 +413,7 @@ def drift_section(drift: dict, figure) -> str:
             f"on {n} anchors that were not trained on.")
     return section("Where the network moved", text, figure_svg(figure, "relative drift by layer and vector"))
 
-# %% ../nbs/10_evaluate.ipynb #b09e4292
+# %% ../nbs/10_evaluate.ipynb #4f08cef6
 def table_markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
     "A Markdown table, columns padded to line up in plain text too."
     table = [[str(c) for c in row] for row in (head, *rows)]
@@ -425,7 +427,7 @@ def success_markdown(report: dict) -> str:
     def cell(c): return percent(c["rate"], c["low"], c["high"])
     summary, tasks = summarise(report), [*report["tasks"]["old"], *report["tasks"]["new"]]
     rows = [[a, *(cell(report["success"][t][a]) for t in tasks),
-             percent(*c["retention"].values()) if a != "teacher" else "–"] for a, c in summary.items()]
+             percent(*c["retention"].values()) if a != "teacher" and c["retention"] else "–"] for a, c in summary.items()]
     return table_markdown(["arm", *(f"{t} ({'new' if t in report['tasks']['new'] else 'old'})" for t in tasks), "kept"], rows)
 
 # %% ../nbs/10_evaluate.ipynb #cc15bbc2

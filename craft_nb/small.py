@@ -302,7 +302,7 @@ def record_episodes(
             if failed[e["task"]] > episodes/3: raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: "
                 "raise episode_length, lower noise or choose another task")
 
-# %% ../nbs/11b_small.ipynb #40181dfe
+# %% ../nbs/11b_small.ipynb #3793ee28
 def write_dataset(
     episodes, # iterable of `record_episode` dicts
     root, # folder to create; must not exist
@@ -310,6 +310,8 @@ def write_dataset(
     fps:int=80, # Meta-World's control rate
 ):  # path of the dataset
     "Write episodes into one LeRobotDataset with the features `observation.image`, `observation.state` and `action`."
+    import datasets
+    datasets.disable_progress_bars()  # one a row group would drown ours
     root, size = Path(root), None
     part = root.with_name(root.name + ".part")
     if root.exists(): raise FileExistsError(f"{root} exists: remove it or choose another folder")

@@ -1,0 +1,115 @@
+"""The demo's parts on real input: one tiny workload from the simulator serves every test here."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("metaworld", reason="the simulator: pip install 'craft_nb[sim]'")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    from craft_nb.demo import tiny_workload
+    return tiny_workload(tmp_path_factory.mktemp("demo") / "tiny", tasks=("plate-slide-v3", "window-open-v3"), episodes=2)
+
+
+def test_help_answers_without_lerobot():
+    code = "import sys, craft_nb.demo as d\ntry: d.demo_main(['--help'])\nexcept SystemExit: pass\nassert not {'lerobot', 'transformers', 'mujoco'} & set(sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.returncode == 0 and "check-tasks" in out.stdout, out.stderr
+
+
+@pytest.mark.parametrize("argv, says", [(["teach"], "unknown stage teach"), (["--sieze=tiny"], "unrecognized arguments"), (["--size=huge"], "invalid choice"),
+                                        (["--arms=craft:nothing"], "unknown arm craft:nothing")])
+def test_wrong_use_is_one_line_and_writes_nothing(argv, says, tmp_path, capsys):
+    from craft_nb.demo import demo_main
+    with pytest.raises(SystemExit) as e: demo_main([*argv, f"--folder={tmp_path / 'x'}"])
+    assert e.value.code == 2 and says in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_dataset_holds_the_pixels_of_the_simulator(work):
+    from craft_nb.small import make_small_env
+    env = make_small_env("plate-slide-v3")
+    for episode in (0, 1):
+        frame = work.dataset([episode])[0]
+        seen = env.reset(seed=episode)[0]
+        assert np.array_equal((frame["observation.image"] * 255).round().byte().permute(1, 2, 0).numpy(), seen["pixels"])
+        assert np.allclose(frame["observation.state"], seen["agent_pos"], atol=1e-6)
+
+
+def test_checkpoint_trains_and_evaluates_in_stock_lerobot(work, tmp_path):
+    "Nothing of LeRobot is patched: its own training script takes the checkpoint, and its own evaluation the result."
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.scripts.lerobot_train import train
+    from craft_nb.small import roll_out, vector_env
+    policy = PreTrainedConfig.from_pretrained(work.policy_path)
+    policy.pretrained_path = work.policy_path
+    cfg = TrainPipelineConfig(DatasetConfig(work.repo_id, root=str(work.root)), policy=policy, output_dir=tmp_path / "run", steps=2, batch_size=2,
+                              save_freq=2, num_workers=0, env_eval_freq=0, seed=1)
+    train.__wrapped__(cfg)
+    path = tmp_path / "run/checkpoints/last/pretrained_model"
+    before, after = work.policy(), work.policy(path)
+    assert type(after).__name__ == "PI0FastSmallPolicy"
+    assert any((a != b).any() for a, b in zip(before.parameters(), after.parameters()))
+    success, actions = roll_out(after, work.processors(path), vector_env("plate-slide-v3", 2, 12), [1, 2])
+    assert success == [False, False] and [np.shape(a) for a in actions] == [(12, 4)] * 2
+
+
+def test_expert_that_fails_is_named():
+    from craft_nb.small import record_episodes
+    with pytest.raises(RuntimeError, match="expert of window-open-v3 failed .* raise episode_length"):
+        list(record_episodes(["window-open-v3"], 3, episode_length=10))
+
+
+def test_missing_renderer_names_the_packages(monkeypatch):
+    from craft_nb import small
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(small.ctypes.util, "find_library", lambda lib: None)
+    with pytest.raises(RuntimeError, match="apt-get install libegl1"): small.pick_gl()
+
+
+def test_policy_predicts_what_it_was_taught(work, tmp_path):
+    "Enough steps on a handful of frames, and greedy decoding gives the demonstrated chunks back: tokenizers, masks and decoding agree."
+    import torch
+    from craft_nb.small import new_policy
+    policy = new_policy(work)[0].train()
+    batch, opt = work.batch(4), torch.optim.AdamW(policy.parameters(), 2e-3)
+    for _ in range(60):
+        opt.zero_grad(); policy(batch)[0].backward(); opt.step()
+    error = (policy.predict_action_chunk(batch) - batch["action"]).abs().mean()
+    assert error < 0.08, error
+
+
+def test_stages_are_skipped_or_refused(work, tmp_path):
+    "A finished stage is not run again; with other settings it stops and names them."
+    from craft_nb.demo import Run, SIZES, replace
+    said, run = [], Run(tmp_path, SIZES["tiny"], say=said.append)
+    run.marker("record").parent.mkdir(parents=True)
+    run.marker("record").write_text(json.dumps(dict(settings={k: getattr(run.settings, k) for k in ("old", "new", "episodes", "noise", "episode_length", "seed")}, seconds=1, result={})))
+    run.stage("record")
+    assert said and "done before" in said[0]
+    with pytest.raises(ValueError, match="episodes: 3 then, 4 now"): Run(tmp_path, replace(run.settings, episodes=4)).stage("record")
+    with pytest.raises(FileNotFoundError, match="run craft-demo teacher first"): run.result("teacher")
+
+
+def test_whole_demo_tiny(tmp_path, capsys):
+    "Every stage, from the simulator to report.html, on next to nothing."
+    from craft_nb.demo import demo_main
+    args = ["--size=tiny", f"--folder={tmp_path}", "--old=plate-slide-v3", "--arms=sft,craft:action_logits", "--episodes=2", "--eval-episodes=2"]
+    demo_main(args)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["tasks"] == dict(old=["plate-slide-v3"], new=["window-open-v3"])
+    cells = [c for by in report["success"].values() for c in by.values()]
+    assert len(cells) == 6 and all(c["n"] == 2 and 0 <= c["low"] <= c["rate"] <= c["high"] <= 1 for c in cells)
+    assert set(report["step_seconds"]) == set(report["drift"]) == {"sft", "craft:action_logits"}
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/gif" in page and "http" not in page.replace("http://www.w3.org", "")
+    first = json.loads((tmp_path / "runs/craft-action_logits/metrics.jsonl").read_text().splitlines()[1])
+    assert first["step"] == 1 and first["retention_loss"] <= 1e-6  # the student is the teacher
+    capsys.readouterr()
+    demo_main(args)
+    assert capsys.readouterr().out.count("done before") == 7
