@@ -1,0 +1,88 @@
+"""Does a 300-step fine-tune land on its drift budget? The recommended controller beside the origin's plain ascent, on the demo's workload.
+
+    craft-demo record tokenizers teacher caches        the workload, once (or the whole `make demo`)
+    python bench/landing.py [--folder outputs/demo]    one prefix and one action-token view, three final budgets each
+
+A run lands if the mean L_ret of its last 50 steps lies in [0.7, 1.1]·ε_end, or λ is 0: the budget does not bind.
+Writes landing.json and landing.png beside the demo, and exits with 1 if a run of the recommended controller misses.
+"""
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import craft_nb.demo as demo
+
+BUDGETS = {"tokens": (0.005, 0.01, 0.03), "action_logits": (0.02, 0.05, 0.1)}  # relative squared distance; nats per action token
+ASCENT = dict(retention_freq=1, controller="ascent", projection_gate="always", epsilon_schedule="linear")  # the origin's, with its ε of 10 to 1
+COLORS = {"landing": "#009E73", "ascent": "#D55E00"}
+
+
+def arm(controller: str, view: str, eps: float) -> dict:
+    how = demo.OURS | dict(epsilon_start=eps) if controller == "landing" else ASCENT | dict(epsilon_start=10 * eps)
+    return how | dict(views=view, epsilon_end=eps)
+
+
+def train_arm(run, name: str) -> list[dict]:
+    "The step records of one run."
+    from craft_nb.lerobot import train
+    config = demo.train_config(run, name)
+    config.output_dir, config.save_checkpoint = run.folder / "landing" / name.replace(":", "-"), False
+    shutil.rmtree(config.output_dir, ignore_errors=True)
+    train(config, quiet=True)
+    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if "event" not in r and r.get("retention")]
+
+
+def landed(rows: list[dict], eps: float) -> dict:
+    last = [r["retention_loss"] for r in rows if r["step"] > rows[-1]["step"] - 50]
+    ratio, lam = sum(last) / len(last) / eps, rows[-1]["lambda"]
+    return dict(ratio=ratio, lam=lam, lands=0.7 <= ratio <= 1.1 or lam == 0, task_loss=sum(r["task_loss"] for r in rows[-50:]) / len(rows[-50:]))
+
+
+def draw(curves: dict, path: Path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    budgets = list(dict.fromkeys((view, eps) for _, view, eps in curves))
+    fig, axes = plt.subplots(2, len(budgets), figsize=(2.6 * len(budgets), 4.4), dpi=80, layout="constrained", squeeze=False)
+    for (top, low), (view, eps) in zip(axes.T, budgets):
+        for (controller, v, e), rows in curves.items():
+            if (v, e) != (view, eps): continue
+            steps = [r["step"] for r in rows]
+            top.plot(steps, [r["retention_loss"] for r in rows], color=COLORS[controller], lw=1, label=controller)
+            top.plot(steps, [r["epsilon"] for r in rows], color=COLORS[controller], lw=1, ls="--")
+            low.plot(steps, [max(r["lambda"], 1e-3) for r in rows], color=COLORS[controller], lw=1)
+        top.set(title=f"{view}, ε = {eps}", yscale="log"); low.set(xlabel="step", yscale="log")
+    axes[0][0].set_ylabel("L_ret (dashed: ε)"); axes[1][0].set_ylabel("λ"); axes[0][0].legend(frameon=False, fontsize=8)
+    fig.savefig(path)
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--folder", type=Path, default=Path("outputs/demo"))
+    ap.add_argument("--views", default=",".join(BUDGETS), help="some of " + ", ".join(BUDGETS))
+    ap.add_argument("--budgets", help="ε_end of every view, with commas between; by default three that suit each view's unit")
+    ap.add_argument("--controllers", default="landing,ascent")
+    args = ap.parse_args()
+    run = demo.Run(args.folder)
+    marker = run.marker("teacher")
+    if not marker.exists(): sys.exit(f"{args.folder}: expected a demo folder with a teacher, found no {marker}; run make demo first")
+    demo.register()
+    curves, table = {}, []
+    for view in args.views.split(","):
+        for eps in map(float, args.budgets.split(",")) if args.budgets else BUDGETS[view]:
+            for controller in args.controllers.split(","):
+                name = f"{controller}:{view}:{eps:g}"
+                demo.ARMS[name] = arm(controller, view, eps)
+                curves[controller, view, eps] = rows = train_arm(run, name)
+                table.append(dict(controller=controller, view=view, epsilon=eps) | landed(rows, eps))
+                print("{controller:8} {view:14} ε={epsilon:<6g} L_ret/ε={ratio:5.2f}  λ={lam:8.3g}  task {task_loss:.3f}  ".format(**table[-1]) + ("lands" if table[-1]["lands"] else "misses"), flush=True)
+    (run.folder / "landing.json").write_text(json.dumps(table, indent=1) + "\n")
+    draw(curves, run.folder / "landing.png")
+    print("written to", run.folder / "landing.json", "and landing.png")
+    sys.exit(any(not t["lands"] for t in table if t["controller"] == "landing"))
+
+
+if __name__ == "__main__": main()
