@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STYLE', 'PANELS', 'STATES', 'COLOURS', 'RUN_COLOURS', 'ENDED', 'RecordLog', 'Tail', 'read_records', 'Curve',
            'History', 'change_text', 'num', 'nice', 'ticks', 'log_ticks', 'span', 'panel', 'extent', 'draw', 'status',
-           'figure', 'png', 'load_runs', 'plot_records', 'Controls', 'Board', 'Dashboard', 'CraftMonitor', 'live_knobs',
+           'figure', 'png', 'load_runs', 'plot_records', 'Controls', 'Place', 'Dashboard', 'CraftMonitor', 'live_knobs',
            'from_jsonl']
 
 # %% ../nbs/09_monitor.ipynb #40f130b6
@@ -240,12 +240,12 @@ def num(x, digits=3)->str:
     if x is None: return "–"
     return (f"{x:.{digits}g}" if isinstance(x, float) else str(x)).replace("-", "−")
 
-# %% ../nbs/09_monitor.ipynb #42530829
+# %% ../nbs/09_monitor.ipynb #850bbbff
 STYLE = """<style>
 .craft{--blue:#0072b2;--red:#c44e00;--purple:#a3457f;--green:#00785a;--amber:#9a6700;--fg:var(--jp-ui-font-color1,#212121);
 --mute:var(--jp-ui-font-color2,#616161);--line:var(--jp-border-color2,#e0e0e0);--bg:var(--jp-layout-color0,#fff);
 --band:rgba(110,120,130,.13);color:var(--fg);font:12px/1.4 var(--jp-ui-font-family,system-ui,sans-serif);
-font-variant-numeric:tabular-nums;max-width:1000px}
+font-variant-numeric:tabular-nums;max-width:1000px;contain:inline-size}
 [data-jp-theme-light="false"] .craft{--blue:#56b4e9;--red:#ff8c42;--purple:#e699c6;--green:#35c79f;--amber:#e6b422;--band:rgba(160,175,190,.17)}
 .craft .lambda,.craft .k0{--c:var(--blue)}.craft .violation,.craft .retention_loss,.craft .k1{--c:var(--red)}
 .craft .cosine,.craft .k3{--c:var(--purple)}.craft .task_loss,.craft .k2{--c:var(--green)}.craft .k4{--c:var(--amber)}.craft .k5{--c:var(--fg)}
@@ -361,7 +361,7 @@ def panel(runs, title, note, names, log, height, width)->str:
     return (f'{_head(runs, title, note, names)}<div class="plot"><svg height="{height}" role="img" aria-label="{html.escape(alt)}">'
             + below + _axis(lo, hi, height, log, limit) + _box("".join(_path(*l) for l in lines), width, lo, hi) + above + '</svg></div>')
 
-# %% ../nbs/09_monitor.ipynb #68b222c6
+# %% ../nbs/09_monitor.ipynb #2529aca0
 def _tip(h, r):
     "The hover text of one record."
     how = " projected" if r.get("projected") else " conflict" if r.get("conflict") else ""
@@ -380,11 +380,11 @@ def _hover(runs, width):
     return side("", lambda i: i < n/2) + side(" r", lambda i: i >= n/2)
 
 def _marks(h, width):
-    "Dashed lines where a control was changed; a label is left out where it would cover the one before."
-    out, free = "", -math.inf
-    for step, text in h.marks[-60:]:
+    "Dashed lines where a control was changed; a label is left out where it would cover the next one."
+    out, free = "", math.inf
+    for step, text in h.marks[:-61:-1]:
         x = 100*(step - h.x0)/width
-        label, free = (f"<span>{html.escape(text)}</span>", x + 9) if x >= free else ("", free)
+        label, free = (f"<span>{html.escape(text)}</span>", x) if x <= free - 9 else ("", free)
         out += f'<div class="mark{" r" * (x > 85)}" style="left:calc(52px + (100% - 58px)*{x/100:.4f})" title="{html.escape(text)}">{label}</div>'
     return out
 
@@ -509,7 +509,7 @@ def plot_records(source, # a path of a `metrics.jsonl`, its rows, or a list of e
     "A run's curves, or several runs overlaid, as a matplotlib Figure: `plot_records(path).savefig('run.pdf')`."
     return figure(load_runs(source, names), width, height)
 
-# %% ../nbs/09_monitor.ipynb #abc231b5
+# %% ../nbs/09_monitor.ipynb #93de1392
 class Controls:
     "Widgets bound to a trainer's `Control`."
     def __init__(self, control, knobs): # knobs: {name: present value}, those that can be turned
@@ -520,11 +520,11 @@ class Controls:
         self.stop = self._button("Stop", "stop", "Save a checkpoint and end the run", lambda: control.stop())
         def knob(kind, text, wide, **kw): return kind(description=text, style=dict(description_width="initial"), layout=dict(width=f"{wide}px"), **kw)
         make = dict(
-            epsilon_scale=lambda x: knob(w.FloatLogSlider, "ε ×", 240, value=x, min=-2, max=1, step=.05, readout_format=".2f",
+            epsilon_scale=lambda x: knob(w.FloatLogSlider, "ε ×", 200, value=x, min=-2, max=1, step=.05, readout_format=".2f",
                                          continuous_update=False, tooltip="Scales the budget ε(t)"),
-            lambda_lr=lambda x: knob(w.BoundedFloatText, "λ_lr", 128, value=x, max=1e9, step=.01, tooltip="Step size of the multiplier"),
-            lambda_max=lambda x: knob(w.BoundedFloatText, "λ_max", 128, value=x, max=1e9, step=1, tooltip="Upper bound of the multiplier"),
-            projection_gate=lambda x: knob(w.Dropdown, "gate", 150, value=x, options=("always", "violated", "never"),
+            lambda_lr=lambda x: knob(w.BoundedFloatText, "λ_lr", 104, value=x, max=1e9, step=.01, tooltip="Step size of the multiplier"),
+            lambda_max=lambda x: knob(w.BoundedFloatText, "λ_max", 112, value=x, max=1e9, step=1, tooltip="Upper bound of the multiplier"),
+            projection_gate=lambda x: knob(w.Dropdown, "gate", 126, value=x, options=("always", "violated", "never"),
                                            tooltip="When conflicting task gradients are projected"))
         self.knobs = {n: make[n](x) for n, x in knobs.items()}
         for n, x in self.knobs.items(): x.observe(lambda change, n=n: self.quiet or control.set(n, change.new), "value")
@@ -532,7 +532,7 @@ class Controls:
 
     def _button(self, text, icon, tip, act):
         from ipywidgets import Button
-        b = Button(description=text, icon=icon, tooltip=tip, layout=dict(width="90px"))
+        b = Button(description=text, icon=icon, tooltip=tip, layout=dict(width="84px"))
         b.on_click(lambda _: act())
         return b
 
@@ -551,7 +551,12 @@ class Controls:
         self.step.disabled = over or not paused
         for x in (self.pause, self.stop, *self.knobs.values()): x.disabled = over
 
-# %% ../nbs/09_monitor.ipynb #5093728b
+    def unbind(self):
+        "Let clicks go to the subshell that the browser names: ipykernel 7.4 binds a widget to the shell of its last message, where a running cell blocks it."
+        for x in (self.pause, self.step, self.stop, *self.knobs.values()):
+            if x.comm: vars(x.comm).pop("_reply_subshell_id", None)
+
+# %% ../nbs/09_monitor.ipynb #fd48ec67
 def _shell():
     "IPython's shell in a Jupyter kernel, else None."
     if "IPython" not in sys.modules: return None
@@ -559,43 +564,49 @@ def _shell():
     ip = get_ipython()
     return ip if hasattr(ip, "kernel") else None
 
-class Board:
-    "What a cell shows: widgets while a run lasts, then a picture in the same place."
-    def __init__(self, controls=None): # a `Controls`, or None to only watch
-        _needs("ipywidgets", "the live dashboard")
-        import ipywidgets as w
-        self.top, self.panels, self.id = w.HTML(), w.HTML(), uuid.uuid4().hex
-        self.box = w.VBox([w.HTML(STYLE), self.top, *([controls.box] if controls else []), self.panels])
+class Place:
+    "A spot in the output of the running cell: words first, widgets while a run lasts, then a picture."
+    def __init__(self):
+        self.id, self.box = uuid.uuid4().hex, None
+        if _shell(): self._send({"text/plain": "waiting for the run to start"}, update=False)
 
-    def show(self):
+    def _send(self, bundle, update=True):
         from IPython.display import display
-        display(self.box, display_id=self.id)
+        display(bundle, raw=True, display_id=self.id, update=update)
+
+    def widgets(self, controls=None): # a `Controls`, or None to only watch
+        "Put up the widgets; `top` and `panels` take HTML."
+        import ipywidgets as w
+        self.close()
+        self.top, self.panels = w.HTML(), w.HTML()
+        self.box = w.VBox([w.HTML(STYLE), self.top, *([controls.box] if controls else []), self.panels])
+        if _shell(): self._send(self.box._repr_mimebundle_())
 
     def picture(self, bundle):
         "Put a MIME bundle where the widgets are."
-        from IPython.display import update_display
-        send = lambda *_: update_display(bundle, display_id=self.id, raw=True)
         def again(*_):
             ip.events.unregister("post_run_cell", again)
-            send()
-        send()
-        if ip := _shell(): ip.events.register("post_run_cell", again)
+            self._send(bundle)
+        if ip := _shell():
+            self._send(bundle)
+            ip.events.register("post_run_cell", again)
 
     def close(self):
         "Take the widgets away, here and in every browser."
         def shut(x):
             for child in getattr(x, "children", ()): shut(child)
             x.close()
-        shut(self.box)
+        if self.box: shut(self.box)
+        self.box = None
 
-# %% ../nbs/09_monitor.ipynb #43b488d1
+# %% ../nbs/09_monitor.ipynb #dbc8099c
 class Dashboard:
     "Shows runs: live widgets while one lasts, HTML and PNG afterwards."
     def __init__(self, runs, # list of `History`
                  tails=(),       # a `Tail` a run, to follow their files
                  interval=.25):  # seconds between redraws at least
         self.runs, self.tails, self.interval = runs, tails, interval
-        self.board = self.controls = self.thread = None
+        self.place = self.controls = self.thread = None
         self.fault, self.static, self.lock, self.dirty = "", False, threading.RLock(), True
         self.closing, self.over = threading.Event(), threading.Event()
 
@@ -623,10 +634,10 @@ class Dashboard:
         try:
             self.dirty = False
             if self.controls: self.controls.refresh(self.closing.is_set())
-            if self.board: self.board.top.value, self.board.panels.value = self.markup()
+            if self.place and self.place.box: self.place.top.value, self.place.panels.value = self.markup()
         except Exception as e: self.broken(e)
 
-# %% ../nbs/09_monitor.ipynb #57e20393
+# %% ../nbs/09_monitor.ipynb #71d5a6b0
 def _poll(self):
     "Read what the followed logs have grown by."
     for k, tail in enumerate(self.tails):
@@ -646,24 +657,22 @@ def _loop(self):
         if self.dirty or now != seen:
             seen = now
             self.redraw()
+        if self.controls: self.controls.unbind()
         if self.tails and all(h.state in ENDED for h in self.runs): return self.close()
 
 def _start(self):
-    "Show the widgets if there is a Jupyter kernel, and keep them up to date."
+    "Put up the widgets if there is a Jupyter kernel, and keep them up to date."
     self.over.clear(), self.closing.clear()
-    if _shell():
-        _replace(self)
-        if self.board: self.board.close()
-        self.board = Board(self.controls)
+    if self.place:
+        self.place.widgets(self.controls)
         self.redraw()
-        self.board.show()
-    if self.board or self.tails:
+    if self.place or self.tails:
         self.thread = threading.Thread(target=self.loop, name="craft-dashboard", daemon=True)
         self.thread.start()
 
 Dashboard.poll, Dashboard.loop, Dashboard.start = _poll, _loop, _start
 
-# %% ../nbs/09_monitor.ipynb #1b41e5f1
+# %% ../nbs/09_monitor.ipynb #78c93c51
 ENDED = ("finished", "stopped", "failed")
 
 def _close(self, file=None): # file: where to write the PNG
@@ -674,7 +683,7 @@ def _close(self, file=None): # file: where to write the PNG
     try:
         bundle = self.bundle()
         if file and "image/png" in bundle: Path(file).write_bytes(base64.b64decode(bundle["image/png"]))
-        if self.board: self.board.picture(bundle)
+        if self.place: self.place.picture(bundle)
     except Exception as e: self.broken(e)
     self.thread = None
     self.over.set()
@@ -693,12 +702,12 @@ def _plot(self, width=7., height=4.6):
 def _retire(self):
     "Make way for another dashboard in the same cell."
     if self.thread: self.close()
-    if self.board: self.board.close()
+    if self.place: self.place.close()
 
 def _ipython_display_(self):
     from IPython.display import display
-    if self.thread and self.board: return self.board.show()
-    if self.tails and not self.over.is_set() and _shell(): return self.start()
+    if self.thread and self.place: return display(self.place.box, display_id=self.place.id)
+    if self.tails and not self.over.is_set() and _shell(): return self.settle().start()
     # Hover needs HTML, which a notebook that is not trusted strips to rubble: only where a person sits at a server's session.
     rich = {"text/html": STYLE + "".join(self.markup())} if self.static and os.environ.get("JPY_SESSION_NAME") else {}
     display(self.bundle() | rich, raw=True)
@@ -706,22 +715,25 @@ def _ipython_display_(self):
 Dashboard.close, Dashboard.bundle, Dashboard.plot = _close, _bundle, _plot
 Dashboard.retire, Dashboard._ipython_display_ = _retire, _ipython_display_
 
-# %% ../nbs/09_monitor.ipynb #225aeeac
+# %% ../nbs/09_monitor.ipynb #e0918f34
 _here = {} # cell id -> (the run of the cell, its dashboards)
 
-def _replace(new):
-    "Note that the running cell shows `new`, and retire what an earlier run of the same cell showed."
-    if _shell() is None: return
-    parent = _shell().kernel.get_parent()
+def _settle(self):
+    "Take a place in the running cell, and retire what an earlier run of the same cell showed. → self"
+    if (ip := _shell()) is None: return self
+    parent = ip.kernel.get_parent()
     cell, run = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id")
-    if cell is None: return
     last, shown = _here.get(cell, (run, []))
     if last != run:
         for old in shown: old.retire()
         shown = []
-    _here[cell] = run, [d for d in shown if d is not new] + [new]
+    if cell: _here[cell] = run, shown + [self]
+    self.place = Place()
+    return self
 
-# %% ../nbs/09_monitor.ipynb #5849edae
+Dashboard.settle = _settle
+
+# %% ../nbs/09_monitor.ipynb #2b6b9cbd
 class CraftMonitor(Dashboard):
     "A trainer callback: keeps `metrics.jsonl`, shows the live dashboard in Jupyter, and leaves a PNG beside the log."
     order = 90
@@ -732,14 +744,17 @@ class CraftMonitor(Dashboard):
         for m in ("matplotlib", "ipywidgets"): _needs(m, "CraftMonitor (RecordLog alone keeps a log)")
         super().__init__([History(name)], interval=interval)
         self.log, self.name, self.control = RecordLog(path) if path is not None else None, name, None
+        self.settle()
 
     def before_fit(self, trainer):
-        _replace(self)
+        if self.control:   # used before: end what still runs, and show the new run in the cell that runs now
+            self.retire()
+            self.settle()
         if self.log: self.log.open(trainer.step)
         self.runs, self.fault, self.control = [History(self.name)], "", trainer.control
         if self.log and trainer.step: self.feed(self.runs[0], read_records(self.log.path))
         self.runs[0].steps = trainer.steps
-        if _shell(): self.controls = Controls(trainer.control, live_knobs(trainer))
+        if self.place: self.controls = Controls(trainer.control, live_knobs(trainer))
         self.start()
 
     def before_step(self, trainer): pass
