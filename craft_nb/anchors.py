@@ -74,7 +74,7 @@ def hash_json(obj) -> str:  # SHA-256; takes nested dicts, lists, numbers, strin
         return torch.tensor(x, dtype=torch.float32).item() if isinstance(x, float) else x
     return hashlib.sha256(_canonical(canon(obj))).hexdigest()
 
-# %% ../nbs/05_anchors.ipynb #e47e5148
+# %% ../nbs/05_anchors.ipynb #1474a535
 DTYPES = {'float64': 'F64', 'float32': 'F32', 'float16': 'F16', 'bfloat16': 'BF16', 'int64': 'I64', 'int32': 'I32',
           'int16': 'I16', 'int8': 'I8', 'uint8': 'U8', 'bool': 'BOOL'}       # torch's name → safetensors' name
 _FROM = {v: k for k, v in DTYPES.items()}
@@ -102,6 +102,7 @@ def _publish(tmp: Path, path: Path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/05_anchors.ipynb #71cdacda
 def write_shard(
     path: Path,
     parts: dict,  # name → (dtype, shape, list of buffers that make up its bytes)
@@ -172,7 +173,7 @@ def hash_tensors(
             for at in range(lo, hi, 1 << 22): h.update(f.read(min(1 << 22, hi - at)))
     return h.hexdigest()
 
-# %% ../nbs/05_anchors.ipynb #53ccc453
+# %% ../nbs/05_anchors.ipynb #829417a9
 IMAGE_CODES = ('webp', 'zlib', 'raw')
 
 def _pil():
@@ -194,6 +195,7 @@ def encode_image(
     _pil().frombuffer('RGB', (w, h), hwc).save(out, 'WEBP', lossless=True, quality=0, method=1)
     return out.getvalue()
 
+# %% ../nbs/05_anchors.ipynb #6360f675
 def decode_image(
     blob,  # bytes of one frame
     shape: tuple,  # (c,h,w) that it must have
@@ -217,7 +219,7 @@ def _unpack(blob, h: int, w: int, n: int, code: str) -> bytes:
         return im.tobytes()
     except (OSError, SyntaxError, zlib.error) as e: raise ValueError(f'no {code} frame ({e})') from None
 
-# %% ../nbs/05_anchors.ipynb #738a1ab0
+# %% ../nbs/05_anchors.ipynb #be3de780
 INDEX = ('frame_index', 'episode_index', 'task_index', 'prompt_index')
 PACKED = {'tokens_hidden': ('tokens_mask', 1), 'action_hidden': ('action_mask', 1),        # (l,t,d) where mask (t,)
           'action_logp': ('action_mask', 0), 'action_topk': ('action_mask', 0)}              # (ta,k) where mask (ta,)
@@ -225,6 +227,7 @@ CODES = ('plain', 'packed', 'reference', *IMAGE_CODES)
 _RESTORE = {'unit': lambda u: u.float() / 255, 'signed': lambda u: u.float() / 255 * 2 - 1,      # float pixels that
             'mean': lambda u: (u.float() / 255 - .5) / .5, 'byte': lambda u: u.float()}          # are uint8 in disguise
 
+# %% ../nbs/05_anchors.ipynb #47f1dfb5
 @dataclass(frozen=True)
 class Field:
     "One tensor of an anchor: what it is in memory, and how it lies in a shard."
@@ -260,7 +263,7 @@ class Field:
         data = (self.dtype, (None, *self.rest)) if self.code == 'packed' else ('uint8', (None,))
         return {f'{self.name}.data': data, f'{self.name}.offsets': ('int64', (n * self.pieces + 1,))}
 
-# %% ../nbs/05_anchors.ipynb #18a05d9c
+# %% ../nbs/05_anchors.ipynb #fcca0228
 def _frame_hash(x: Tensor) -> bytes: return hashlib.sha256(_bytes(x.contiguous())).digest()[:16]
 def _frame_hashes(x: Tensor) -> bytes: return b''.join(map(_frame_hash, x.reshape(-1, *x.shape[-3:])))
 
@@ -281,6 +284,7 @@ def encode_field(
     at = [0, *sizes.cumsum(0).tolist()]
     return [[raw[a:b]] for a, b in zip(at, at[1:])]
 
+# %% ../nbs/05_anchors.ipynb #a5a781f9
 def _tensor(raw, dtype: str) -> Tensor:
     dt = getattr(torch, dtype)
     return torch.frombuffer(bytearray(raw), dtype=dt) if len(raw) else torch.empty(0, dtype=dt)
@@ -310,7 +314,7 @@ def _check_frames(f: Field, x: Tensor, want: bytes) -> Tensor:
         raise ValueError('the data set holds another frame than the teacher saw: use the one that the manifest names')
     return x
 
-# %% ../nbs/05_anchors.ipynb #36ce1d29
+# %% ../nbs/05_anchors.ipynb #1fed3c17
 SCHEMA_VERSION, MANIFEST, BUILDING = 1, 'anchors.json', 'anchors.building.json'
 KINDS = ('hidden', 'pooled_features', 'token_level')
 _SHARD, _HEX = 'anchors-{:05d}.safetensors', re.compile('[0-9a-f]{64}')
@@ -329,6 +333,7 @@ _PLAN = dict(                                                   # field → (wha
     hashes=_of(dict), dataset=_of(dict), versions=_of(dict), extra=_of(dict))
 _FULL = _PLAN | dict(cache_id=_SHA, shards=_of(list), manifest_sha256=_SHA)
 
+# %% ../nbs/05_anchors.ipynb #45479ea1
 def _check(m, schema: dict, path) -> dict:
     "Check a manifest by field; raises `AnchorCacheError` with file, field, what was expected and found."
     def bad(field, want, got): return AnchorCacheError(f'{path}: {field} must be {want}, found {str(got)[:120]!r}')
@@ -441,13 +446,14 @@ def _write_rows(path: Path, fields: dict, rows: list, cache_id: str, first: int)
             else: parts[key] = dtype, tuple(sum(sizes) if s is None else s for s in shape), pieces
     return write_shard(path, parts, dict(craft_nb=cache_id)) | dict(rows=n)
 
-# %% ../nbs/05_anchors.ipynb #21008a34
+# %% ../nbs/05_anchors.ipynb #91c8c21f
 def check_file(path: Path, entry: dict):
     "A shard is there and has the size that the manifest says."
     size = f'{path.stat().st_size} bytes' if path.is_file() else 'missing'
     if size != (want := f'{entry["bytes"]} bytes'):
         raise AnchorCacheError(f'{path}: {size}, the manifest says {want}; pull or build the cache again')
 
+# %% ../nbs/05_anchors.ipynb #22cdaee0
 class Shard:
     "A mapped shard; `pieces` gives the stored bytes of one field of one row, checked."
     def __init__(self, path: Path, entry: dict, fields: dict, cache_id: str, first: int):
@@ -494,7 +500,7 @@ class Shard:
         what = f'{f.name} of anchor {self.first + i} is damaged ({why})'
         return AnchorCacheError(f'{self.path}: {what}; pull or build the cache again')
 
-# %% ../nbs/05_anchors.ipynb #9bc3e72f
+# %% ../nbs/05_anchors.ipynb #73b35ea3
 class _BuildFolder:
     "A folder under construction: its plan, its finished shards, its lock."
     def __init__(self, out_dir, plan: dict):
@@ -529,28 +535,7 @@ class _BuildFolder:
         if self._lock is not None: os.close(self._lock)
         self._lock = None
 
-    def _go_on(self, old: dict):
-        if 'shards' in old:
-            _publish(self.dir/BUILDING, self.dir/MANIFEST)
-            raise FileExistsError(f'{self.dir}: holds a finished anchor cache (killed after its last shard); use it')
-        say = lambda v: json.dumps(v)[:100]
-        differ = [f'{k}: {say(old.get(k))} then, {say(v)} now' for k, v in self.plan.items()
-                  if k != 'tensors' and old.get(k) != v]
-        if differ:
-            why = f'{self.dir}: was begun with other settings; repeat those, or give another out_dir'
-            raise AnchorCacheError('\n  '.join([why, *differ]))
-        self.plan['tensors'] = old['tensors']; self._set_fields()
-        while self.position < self.plan['num_anchors'] and (p := self.dir/_SHARD.format(len(self.shards))).exists():
-            entry = dict(file=p.name, rows=self._rows_of(len(self.shards)), bytes=p.stat().st_size)
-            s = Shard(p, entry, self.fields, self.cache_id, self.position)
-            self._measure([{k: s.pieces(f, i) for k, f in self.fields.items()} for i in range(s.rows)])
-            self.shards.append(entry | dict(sha256=hash_file(p))); self.position += s.rows
-
-    def _rows_of(self, shard: int) -> int:
-        size = self.plan['shard_size']
-        return min(size, self.plan['num_anchors'] - shard * size)
-
-# %% ../nbs/05_anchors.ipynb #b7c070bb
+# %% ../nbs/05_anchors.ipynb #eca05d2f
 def _fields(m: dict) -> dict:
     return {k: Field(k, **{**v, 'shape': tuple(v['shape'])}) for k, v in sorted(m['tensors'].items())}
 
@@ -563,6 +548,7 @@ def _narrow(name: str, x: Tensor) -> Tensor:
         raise AnchorCacheError(f'{name}: {x.min()} … {x.max()} does not fit {y.dtype}')
     return y
 
+# %% ../nbs/05_anchors.ipynb #0c795367
 class _Intake(_BuildFolder):
     "Declares, checks and measures fields."
     def _declare(self, batch: dict):
@@ -604,14 +590,77 @@ class _Intake(_BuildFolder):
                 raw = b''.join(p for r in rows[i:i + per] for p in r[k])
                 s.update(_tensor(raw, f.dtype).view(-1, *(f.rest if f.code == 'packed' else f.shape)))
 
-# %% ../nbs/05_anchors.ipynb #36e566d3
+# %% ../nbs/05_anchors.ipynb #e6c4e587
+class _Resumable(_Intake):
+    "Finds out what is done."
+    def _go_on(self, old: dict):
+        "Go on from the shards that an earlier run of the same plan finished."
+        if 'shards' in old:
+            _publish(self.dir/BUILDING, self.dir/MANIFEST)
+            raise FileExistsError(f'{self.dir}: holds a finished anchor cache (killed after its last shard); use it')
+        say = lambda v: json.dumps(v)[:100]
+        differ = [f'{k}: {say(old.get(k))} then, {say(v)} now' for k, v in self.plan.items()
+                  if k != 'tensors' and old.get(k) != v]
+        if differ:
+            why = f'{self.dir}: was begun with other settings; repeat those, or give another out_dir'
+            raise AnchorCacheError('\n  '.join([why, *differ]))
+        self.plan['tensors'] = old['tensors']; self._set_fields()
+        while self.position < self.plan['num_anchors'] and (p := self.dir/_SHARD.format(len(self.shards))).exists():
+            entry = dict(file=p.name, rows=self._rows_of(len(self.shards)), bytes=p.stat().st_size)
+            s = Shard(p, entry, self.fields, self.cache_id, self.position)
+            self._measure([{k: s.pieces(f, i) for k, f in self.fields.items()} for i in range(s.rows)])
+            self.shards.append(entry | dict(sha256=hash_file(p))); self.position += s.rows
+
+    def _rows_of(self, shard: int) -> int:
+        size = self.plan['shard_size']
+        return min(size, self.plan['num_anchors'] - shard * size)
+
+# %% ../nbs/05_anchors.ipynb #ccb01ad6
+class _Queued(_Resumable):
+    "Encodes and writes behind the caller's back, in order."
+    def _start(self, encoders: int):
+        self._rows, self._waiting = [], collections.deque()
+        self._queue, self._encoders = (concurrent.futures.ThreadPoolExecutor(k) for k in (1, encoders))
+
+    def add(self, batch: dict):  # {name: (b, …) tensor}: inputs, targets and index of the next b anchors
+        "Take the next anchors. Returns at once; an error of disk or codec shows at a later `add`, or at `finish`."
+        batch = {k: _narrow(k, v) for k, v in batch.items()}; b = len(next(iter(batch.values())))
+        if not self.fields: self._declare(batch)
+        self._fits(batch, b)
+        while len(self._waiting) >= 2: self._waiting.popleft().result()
+        self._waiting.append(self._queue.submit(self._encode, batch, b))
+        self.position += b
+
+    def _encode(self, batch: dict, b: int):
+        coded = {k: encode_field(f, batch[k], batch.get(f.mask), self._encoders.map) for k, f in self.fields.items()}
+        for i in range(b):
+            self._rows.append({k: c[i] for k, c in coded.items()})
+            if len(self._rows) < self._rows_of(k := len(self.shards)): continue
+            first, path = k * self.plan['shard_size'], self.dir/_SHARD.format(k)
+            self.shards.append(_write_rows(path, self.fields, self._rows, self.cache_id, first))
+            self._measure(self._rows); self._rows.clear()
+
+    def _measured_views(self) -> dict:
+        "The plan's views, each with the spread of its hidden states."
+        out = {}
+        for name, v in self.plan['views'].items():
+            t = next((t for t in v['tensors'] if t in self.spread), None)
+            out[name] = v | (self.spread[t].result(t.endswith('_hidden')) if t else {})
+        return out
+
+    def close(self):
+        "Stop without publishing; the finished shards stay, and the same call goes on from them."
+        for pool in (self._queue, self._encoders): pool.shutdown(wait=True, cancel_futures=True)
+        self.release()
+
+# %% ../nbs/05_anchors.ipynb #b396cc5f
 def _kind(views: dict) -> str:
     "The origin's cache_type, from what the views store."
     names = {t for v in views.values() for t in v.get('tensors', [])}
     if 'target_features' in names: return 'pooled_features'
     return 'token_level' if 'labels' in names and not any('hidden' in t or 'logp' in t for t in names) else 'hidden'
 
-class AnchorWriter(_Intake):
+class AnchorWriter(_Queued):
     "Stream anchors into a cache folder: atomic, resumable, never overwriting. Use `with`, or call `finish`."
     def __init__(self,
         out_dir,  # folder to write: new, empty, or an interrupted build of the same plan
@@ -632,11 +681,10 @@ class AnchorWriter(_Intake):
                     tensors={}, num_anchors=num_anchors, shard_size=shard_size, policy_type='', layers=[], pooling=[],
                     width=0, dtype='', image=image, prompts=[], hashes={}, dataset={}, versions={}, extra={}) | manifest
         _check(plan | dict(views={}), _PLAN, 'AnchorWriter')                # views are checked with the first batch
-        self.images, self.restore, self._rows = images, restore or {}, []
+        self.images, self.restore = images, restore or {}
         self.packed = PACKED if packed is None else packed
         super().__init__(out_dir, json.loads(_canonical(plan)))
-        self._waiting = collections.deque()
-        self._queue, self._encoders = (concurrent.futures.ThreadPoolExecutor(k) for k in (1, encoders))
+        self._start(encoders)
 
     def ranges(self, batch_size: int):  # yields (start, stop) of each batch that is still to come
         "Batches cut at shard borders, so that an interrupted build sees the batches of an unbroken one."
@@ -645,24 +693,6 @@ class AnchorWriter(_Intake):
             stop = min(at + batch_size, (at // size + 1) * size, n)
             yield at, stop
             at = stop
-
-    def add(self, batch: dict):  # {name: (b, …) tensor}: inputs, targets and index of the next b anchors
-        "Take the next anchors. Returns at once; an error of disk or codec shows at a later `add`, or at `finish`."
-        batch = {k: _narrow(k, v) for k, v in batch.items()}; b = len(next(iter(batch.values())))
-        if not self.fields: self._declare(batch)
-        self._fits(batch, b)
-        while len(self._waiting) >= 2: self._waiting.popleft().result()
-        self._waiting.append(self._queue.submit(self._encode, batch, b))
-        self.position += b
-
-    def _encode(self, batch: dict, b: int):
-        coded = {k: encode_field(f, batch[k], batch.get(f.mask), self._encoders.map) for k, f in self.fields.items()}
-        for i in range(b):
-            self._rows.append({k: c[i] for k, c in coded.items()})
-            if len(self._rows) < self._rows_of(k := len(self.shards)): continue
-            first, path = k * self.plan['shard_size'], self.dir/_SHARD.format(k)
-            self.shards.append(_write_rows(path, self.fields, self._rows, self.cache_id, first))
-            self._measure(self._rows); self._rows.clear()
 
     def finish(self) -> dict:  # the manifest
         "Wait for the disk, then publish the cache with one rename."
@@ -678,19 +708,6 @@ class AnchorWriter(_Intake):
             _publish(self.dir/BUILDING, self.dir/MANIFEST)
             return m
         finally: self.close()
-
-    def _measured_views(self) -> dict:
-        "The plan's views, each with the spread of its hidden states."
-        out = {}
-        for name, v in self.plan['views'].items():
-            t = next((t for t in v['tensors'] if t in self.spread), None)
-            out[name] = v | (self.spread[t].result(t.endswith('_hidden')) if t else {})
-        return out
-
-    def close(self):
-        "Stop without publishing; the finished shards stay, and the same call goes on from them."
-        for pool in (self._queue, self._encoders): pool.shutdown(wait=True, cancel_futures=True)
-        self.release()
 
     def __enter__(self): return self
     def __exit__(self, kind, *_): self.finish() if kind is None else self.close()
@@ -726,7 +743,7 @@ class _Cache:
         rows = [self.row(i, names) for i in idxs]
         return {n: torch.stack([r[n] for r in rows]) for n in names}
 
-# %% ../nbs/05_anchors.ipynb #d7b0ace8
+# %% ../nbs/05_anchors.ipynb #0e789b37
 _KEYS = {'teacher_hidden': ('hidden', 'pooled'), 'target_features': ('pooled_features', 'pooled_features'),
          'labels': ('token_level', 'token_ce')}                                  # key → cache_type, view
 
@@ -756,6 +773,7 @@ def _flatten(x: dict) -> dict:
     for k, v in x.items(): out |= _flatten(v) if isinstance(v, dict) else {k: v}
     return out
 
+# %% ../nbs/05_anchors.ipynb #ce8df524
 def _pt_columns(path: Path) -> tuple[dict, int]:  # {name: tensor (n, …) or list of n tensors}, n
     "A shard by columns, whether it was a dict of stacked tensors (nested or not) or a list of dicts."
     raw = _load_pt(path)
@@ -775,7 +793,7 @@ def _pt_columns(path: Path) -> tuple[dict, int]:  # {name: tensor (n, …) or li
     if len(set(n.values())) != 1: raise AnchorCacheError(f'{path}: its tensors have different numbers of rows: {n}')
     return cols, next(iter(n.values()))
 
-# %% ../nbs/05_anchors.ipynb #e2bb3a78
+# %% ../nbs/05_anchors.ipynb #9eeb9562
 def _pt_meta(d: Path) -> dict:
     for p in (d/name for name in ('metadata.json', 'meta.json', 'metadata.pt', 'meta.pt')):
         if not p.is_file(): continue
@@ -807,6 +825,7 @@ def _pt_manifest(d: Path, meta: dict, key: str, n: int, first: Tensor) -> dict:
         image=dict(mode='pixels', codec='float'), prompts=[], hashes={}, dataset={}, versions={},
         extra=json.loads(json.dumps(meta, default=str)))
 
+# %% ../nbs/05_anchors.ipynb #fe98ae39
 class _PtCache:
     "Rows of an old cache. Text of unequal length is padded to the longest one: ids with 0, labels with −100."
     def __init__(self, d: Path):
@@ -910,7 +929,24 @@ def anchor_batch(
     start = (step * world_size + rank) * batch_size
     return [int(anchor_order(n, seed, p // n)[p % n]) for p in range(start, start + batch_size)]
 
-# %% ../nbs/05_anchors.ipynb #9b588da5
+# %% ../nbs/05_anchors.ipynb #b2a97352
+def _as_it_is(x): return x
+
+class _Batches:
+    "Lists of row numbers, for a `DataLoader`; without a length, since there may be no end."
+    def __init__(self, it): self.it = it
+    def __iter__(self): return iter(self.it)
+
+def _decoded(ds: AnchorCacheDataset, batches, how: dict):  # yields batches
+    how = how | dict(collate_fn=_as_it_is, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(ds, batch_sampler=_Batches(batches), **how)
+    try: yield from loader
+    except RuntimeError as e:
+        if 'DataLoader worker' not in str(e): raise
+        raise RuntimeError(f'an anchor loader worker died ({str(e).splitlines()[0]}); '
+                           'check free memory and /dev/shm, or set anchor_num_workers=0') from e
+
+# %% ../nbs/05_anchors.ipynb #0f82247e
 class AnchorLoader:
     "Batches: `for b in loader` is one pass, `forever()` the trainer's endless line, resumed exactly by `state_dict`."
     def __init__(self, dataset: AnchorCacheDataset, batch_size: int = 16, seed: int = 0, step: int = 0, rank: int = 0,
@@ -935,26 +971,16 @@ class AnchorLoader:
         n = len(self.dataset)
         order = anchor_order(n, self.seed, self.passes).tolist() if self.shuffle else list(range(n))
         self.passes += 1
-        yield from self._load([order[i:i + self.batch_size] for i in self._starts()])
+        yield from _decoded(self.dataset, [order[i:i + self.batch_size] for i in self._starts()], self.how)
 
     def forever(self):
         "Full batches without end, from `step` on; `step` counts what was handed out, whatever workers fetched ahead."
         n, mine = len(self.dataset), (self.batch_size, self.seed, self.rank, self.world_size)
         def line(step):
             while True: yield anchor_batch(step, n, *mine); step += 1
-        for batch in self._load(line(self.step)):
+        for batch in _decoded(self.dataset, line(self.step), self.how):
             self.step += 1
             yield batch
-
-    def _load(self, batches):
-        loader = torch.utils.data.DataLoader(
-            self.dataset, batch_sampler=_Batches(batches), collate_fn=_as_it_is,
-            generator=torch.Generator(), **self.how)                          # its own: the global random state stays
-        try: yield from loader
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise RuntimeError(f'an anchor loader worker died ({str(e).splitlines()[0]}); '
-                               'check free memory and /dev/shm, or set anchor_num_workers=0') from e
 
     def state_dict(self) -> dict:  # plain and JSON-able, the same on each rank
         return dict(seed=self.seed, anchors_seen=self.step * self.global_batch, passes=self.passes,
@@ -971,13 +997,6 @@ class AnchorLoader:
             raise AnchorCacheError(f'{seen} anchors were seen, no multiple of the global anchor batch '
                                    f'{self.global_batch}; resume with the batch size of the run')
         self.seed, self.passes, self.step = state['seed'], state['passes'], seen // self.global_batch
-
-def _as_it_is(x): return x
-
-class _Batches:
-    "Lists of row numbers, for a `DataLoader`; without a length, since there may be no end."
-    def __init__(self, it): self.it = it
-    def __iter__(self): return iter(self.it)
 
 # %% ../nbs/05_anchors.ipynb #4595cbc8
 def build_anchor_dataloader(
