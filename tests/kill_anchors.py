@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 sys.path.insert(0, str(Path(__file__).parent)); sys.path.insert(0, str(Path(__file__).parents[1]))
 from anchor_data import build, content
-from craft_nb import anchors as A
 
 N = dict(n=120, shard_size=16, batch=8)
 
@@ -36,7 +35,6 @@ def random_kills(n, seed=0):
     return kills, builds
 
 def each_door():
-    doors = [0]
     def guarded(d, at):
         real, count = (os.replace, os.fsync), [0]
         def door(f):

@@ -1,7 +1,7 @@
 "Kills, damage, full disks, two builders: small here; `make kill-test N=…` and `make fuzz N=…` do many."
 import os, resource, signal, sys, time
 from pathlib import Path
-import pytest, torch
+import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from anchor_data import VIEWS, INFO, anchors, build, content
 from craft_nb import anchors as A

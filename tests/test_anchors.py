@@ -1,10 +1,10 @@
 "The anchor cache: what goes in comes out, in the order that seed, epoch and rank say; old caches; hub; command."
-import io, json, subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
-from anchor_data import INFO, VIEWS, anchors, build, content
+from anchor_data import anchors, build, content
 from craft_nb import anchors as A, cards as C
 
 @pytest.fixture(scope='module')
