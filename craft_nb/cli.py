@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['today', 'refuse_clearly', 'parsed', 'build_cache', 'with_path', 'train', 'no_cache', 'summary', 'evaluate', 'cache',
-           'demo']
+           'recompute', 'demo']
 
 # %% ../nbs/13_cli.ipynb #307b77c1
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .config import FIELD_NAMES, unknown_field
 
-# %% ../nbs/13_cli.ipynb #4370b153
+# %% ../nbs/13_cli.ipynb #3e6ee828
 def today(argv: list[str], training: bool = False) -> list[str]:
     "Bring the origin's flags to LeRobot's present names. Raises `SystemExit` for unknown `--craft.*` flags."
     names = [a.split("=")[0] for a in argv]
@@ -24,13 +24,15 @@ def today(argv: list[str], training: bool = False) -> list[str]:
     wrong = [n.removeprefix("--craft.") for n in names if n.startswith("--craft.") and n.removeprefix("--craft.") not in FIELD_NAMES]
     if wrong: raise SystemExit("--craft: " + "; ".join(map(unknown_field, wrong)))
     out = [a.replace(n, renamed.get(n, n), 1) for a, n in zip(argv, names, strict=True)]
+    if training: out = ["--resume=true" if a == "--resume" and (b is None or b.startswith("--")) else a for a, b in zip(out, [*out[1:], None], strict=True)]
     if training and not {"--policy.push_to_hub", "--policy.repo_id", "--help", "-h", "--resume", "--config_path"} & set(names): out.append("--policy.push_to_hub=false")
     return out
 
-# %% ../nbs/13_cli.ipynb #a08b33ed
+# %% ../nbs/13_cli.ipynb #28393f0a
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
     try: return main()
+    except KeyboardInterrupt: raise SystemExit(130) from None
     except (ValueError, OSError, TypeError, RuntimeError, FloatingPointError, ImportError) as e:
         if os.environ.get("CRAFT_DEBUG"): raise
         raise SystemExit(f"{Path(sys.argv[0]).name}: {type(e).__name__}: {e}\n(CRAFT_DEBUG=1 shows where)") from e
@@ -74,7 +76,7 @@ def with_path(cfg):
         cfg.policy.pretrained_path = Path(path)
     return cfg
 
-# %% ../nbs/13_cli.ipynb #3f408e9a
+# %% ../nbs/13_cli.ipynb #18a353ba
 def train(argv: list[str] | None = None) -> None:
     "Entry point of `craft-train`: `lerobot-train` with `--craft.*`; CRaFT is on unless `--craft.enabled=false`."
     argv = today(sys.argv[1:] if argv is None else argv, training=True)
@@ -84,14 +86,14 @@ def train(argv: list[str] | None = None) -> None:
         if not Path(folder).is_dir(): raise SystemExit(no_cache(folder))
     def main():
         from lerobot.utils.utils import init_logging
-        from craft_nb.lerobot import CraftTrainConfig, finish, make_accelerator, make_trainer
+        from craft_nb.lerobot import CraftTrainConfig, finish, make_trainer
         cfg = parsed(CraftTrainConfig, argv)
         init_logging()
         trainer = make_trainer(cfg)
-        signal.signal(signal.SIGTERM, lambda *_: trainer.control.stop())
         record = trainer.fit()
         finish(trainer)
         if trainer.accelerator.is_main_process: print(summary(trainer, record))
+        if trainer.ended in signal.Signals.__members__: raise SystemExit(128 + signal.Signals[trainer.ended])
     refuse_clearly(main)
 
 def no_cache(folder: str) -> str:
@@ -103,9 +105,11 @@ def summary(trainer, r: dict) -> str:
     out = Path(trainer.parts.cfg.output_dir)
     last = (out / "checkpoints" / "last").resolve()
     kept = f", L_ret {r['retention_loss']:.3g} for ε {r['epsilon']:.3g}, λ {r['lambda']:.3g}" if r and r.get("retention_loss") is not None else ""
-    return f"Trained to step {trainer.step}/{trainer.steps}: task loss {r['task_loss']:.4g}{kept}. Records in {out / 'metrics.jsonl'}, " + (f"checkpoint in {last}" if last.exists() else "no checkpoint")
+    loss = f": task loss {r['task_loss']:.4g}{kept}" if r and r["task_loss"] is not None else ""
+    why = f" ({trainer.ended})" if trainer.ended != "done" else ""
+    return f"Trained to step {trainer.step}/{trainer.steps}{why}{loss}. Records in {out / 'metrics.jsonl'}, " + (f"checkpoint in {last}" if last.exists() else "no checkpoint")
 
-# %% ../nbs/13_cli.ipynb #140f47e8
+# %% ../nbs/13_cli.ipynb #7df08650
 def evaluate(argv: list[str] | None = None) -> None:
     "Entry point of `craft-eval`: success in LeRobot's environments, task loss, and drift on held-out anchors."
     argv = today(sys.argv[1:] if argv is None else argv)
@@ -119,9 +123,15 @@ def evaluate(argv: list[str] | None = None) -> None:
 
 def cache(argv: list[str] | None = None) -> None:
     "Entry point of `craft-cache`: info, verify, convert, push, pull."
-    from craft_nb.anchors import cache_main
+    from craft_nb.cards import cache_main
     argv = sys.argv[1:] if argv is None else argv
-    sys.exit(refuse_clearly(lambda: cache_main(argv)))
+    sys.exit(refuse_clearly(lambda: cache_main(argv, recompute)))
+
+def recompute(policy_path: str, manifest: dict):
+    "What `verify --policy` calls."
+    import craft_nb.small  # noqa: F401  registers the small pi0_fast
+    from craft_nb.lerobot import recompute_targets
+    return recompute_targets(policy_path, manifest)
 
 def demo(argv: list[str] | None = None) -> None:
     "Entry point of `craft-demo`: the whole story on a real simulator, or one stage of it."

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CRAFT_STATE', 'CraftTrainConfig', 'missing_parts', 'require_local', 'require_parts', 'localise', 'make_processors',
-           'run_hashes', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions', 'open_cache',
-           'check_cache', 'cache_views', 'make_accelerator', 'main_first', 'make_loader', 'ready_batches',
-           'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link', 'read_craft_state', 'Checkpoints', 'Progress',
-           'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts', 'make_trainer', 'go_on_from', 'require_writable',
-           'make_student', 'make_retention', 'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss',
-           'anchor_drift', 'evaluate', 'load_policy_alone', 'eval_table']
+           'run_hashes', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions',
+           'recompute_targets', 'open_cache', 'check_cache', 'cache_views', 'make_accelerator', 'main_first',
+           'make_loader', 'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link',
+           'read_craft_state', 'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts',
+           'make_trainer', 'go_on_from', 'require_writable', 'make_student', 'make_retention', 'sum_over_shards',
+           'train', 'finish', 'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate', 'load_policy_alone',
+           'eval_table']
 
-# %% ../nbs/11_lerobot.ipynb #be999b23
+# %% ../nbs/11_lerobot.ipynb #a05b0770
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors
-from .builder import build_anchor_cache
+from .builder import build_anchor_cache, teacher_targets
 from .config import CraftConfig, parse_weights
 from .evaluate import measure_drift, rate
 from .features import resolve_layers
@@ -190,6 +191,17 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
 
+# %% ../nbs/11_lerobot.ipynb #fa052787
+def recompute_targets(policy_path: str, manifest: dict):  # → function of a batch of the cache: {target: tensor}
+    "A function that recomputes what a cache of `manifest` stores, with the policy at `policy_path`."
+    require_local(policy_path)
+    cfg = PreTrainedConfig.from_pretrained(policy_path)
+    cfg.pretrained_path = Path(policy_path)
+    policy, _, _ = load_policy_alone(cfg)
+    views = make_views(manifest["views"], layers=manifest["layers"], pooling=manifest["pooling"], top_k=manifest["extra"].get("top_k", 32))
+    stored = {t for v in manifest["views"].values() for t in v["tensors"] if not t.endswith("_mask")}
+    return lambda batch: {k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views).items() if k in stored}
+
 # %% ../nbs/11_lerobot.ipynb #8d3f5d24
 def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     "The cache of a run. Raises with what to do if there is none, or if it has not what the config asks for."
@@ -264,15 +276,15 @@ def ready_batches(loader: Iterable, cameras: Iterable[str], preprocessor) -> Ite
             if k in batch and batch[k].dtype == torch.uint8: batch[k] = batch[k].to(dtype=torch.float32) / 255.0
         yield preprocessor(batch)
 
-# %% ../nbs/11_lerobot.ipynb #4ce9772a
+# %% ../nbs/11_lerobot.ipynb #c582ec37
 CRAFT_STATE = "craft_state.json"
 
 def write_checkpoint(trainer: CraftTrainer, parts: "RunParts") -> Path:
     "Save the state of a run. → its folder. Runs on every rank; rank 0 writes."
     cfg, acc = parts.cfg, trainer.accelerator
     target = train_utils.get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, trainer.step)
+    if parts.saved == trainer.step: return target
     last = target.parent / "last"
-    if last.is_dir() and last.resolve() == target.resolve(): return target  # this very state
     sharded = "FSDP" in str(acc.distributed_type)
     weights, moments = train_utils.gather_fsdp_state_dicts(trainer.policy, trainer.optimizer) if sharded else (None, None)
     acc.wait_for_everyone()
@@ -288,6 +300,7 @@ def write_checkpoint(trainer: CraftTrainer, parts: "RunParts") -> Path:
             sync(target.parent)
             move_link(last, target.name)
         shutil.rmtree(old, ignore_errors=True)
+    parts.saved = trainer.step
     acc.wait_for_everyone()
     return target
 
@@ -391,7 +404,7 @@ def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path 
     finally: close_envs(made)
     return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]] for t in info["per_task"]}
 
-# %% ../nbs/11_lerobot.ipynb #61324c0b
+# %% ../nbs/11_lerobot.ipynb #98884adb
 @dataclass
 class RunParts:
     "What a run was made of."
@@ -403,6 +416,7 @@ class RunParts:
     cameras: list
     eval_loader: object = None
     cache: AnchorCacheDataset | None = None
+    saved: int = -1  # step of the checkpoint that was written or resumed last
 
 def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None, quiet: bool = False) -> CraftTrainer:
     "Everything up to the first step. Raises, with nothing written, if the config, the cache or the policy do not fit each other."
@@ -427,8 +441,10 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
         check_cache(cache, cfg.craft, policy, hashes, resumed=cfg.resume)
         route_forward(policy)
     sharded = "FSDP" in str(acc.distributed_type)
+    if sharded and acc.is_fsdp2: raise ValueError("LeRobot writes checkpoints of FSDP 1 only: set fsdp_version: 1 and fsdp_use_orig_params: true in the accelerate config")
     if cfg.resume:
         state = read_craft_state(cfg.checkpoint_path)
+        hashes = state["hashes"]  # of the run's first start
         _, optimizer, scheduler = train_utils.load_training_state(cfg.checkpoint_path, optimizer, scheduler, load_optimizer=not sharded)
     pin = acc.device.type == "cuda"
     loader = make_loader(cfg, dataset, state.get("step", 0), acc.num_processes, pin)
@@ -446,23 +462,27 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
                            accumulate=cfg.craft.gradient_accumulation_steps, cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
                            callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts)], checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)
     trainer.parts = parts
-    if state: trainer.load_state_dict(state); go_on_from(cfg, acc)
+    if state:
+        trainer.load_state_dict(state)
+        parts.saved = go_on_from(cfg, acc, trainer.step)
     logging.info("cache_type=%s", trainer.cache_type)
     return trainer
 
-# %% ../nbs/11_lerobot.ipynb #93c0ebdb
-def go_on_from(cfg: CraftTrainConfig, acc) -> None:
-    "Point `last` at the checkpoint that is resumed, if it is one of this run's own."
+# %% ../nbs/11_lerobot.ipynb #33efc4f3
+def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
+    "Point `last` at the checkpoint that is resumed, if it is one of this run's own. → the step that is on the disk, −1 if it is another run's."
     here = Path(cfg.checkpoint_path).resolve()
-    if acc.is_main_process and here.parent == (Path(cfg.output_dir) / "checkpoints").resolve(): move_link(here.parent / "last", here.name)
+    if here.parent != (Path(cfg.output_dir) / "checkpoints").resolve(): return -1
+    if acc.is_main_process: move_link(here.parent / "last", here.name)
     acc.wait_for_everyone()
+    return step
 
 def require_writable(folder: Path) -> None:
     "Refuse an output folder that cannot be made, before anything is loaded."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)): raise PermissionError(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another --output_dir")
 
-# %% ../nbs/11_lerobot.ipynb #e15ccd5d
+# %% ../nbs/11_lerobot.ipynb #beae6436
 def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     "The policy that is trained: pretrained weights verified, adapters of peft put on."
     policy = make_policy(cfg=cfg.policy, ds_meta=ds_meta, rename_map=cfg.rename_map)
@@ -479,12 +499,14 @@ def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset, policy: nn.
     views = cache_views(cache, craft)
     spreads = {n: cache.spread(n) for n in views} if craft.epsilon_unit == "relative" else {}
     stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
-    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads, all_reduce=sum_over_shards if "FSDP" in str(acc.distributed_type) else None, stream=stream)
+    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads, all_reduce=sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None, stream=stream)
 
-def sum_over_shards(x: torch.Tensor) -> torch.Tensor:
-    "Sum over ranks, for inner products of sharded gradients."
-    torch.distributed.all_reduce(x)
-    return x
+def sum_over_shards(policy: nn.Module):
+    "What sums inner products of sharded gradients over the ranks that hold a shard each; None where every rank holds all of `policy`."
+    from torch.distributed.fsdp import ShardingStrategy
+    if policy.sharding_strategy == ShardingStrategy.NO_SHARD: return None
+    def total(x): torch.distributed.all_reduce(x, group=policy.process_group); return x
+    return total
 
 def train(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None, quiet: bool = False) -> CraftTrainer:
     "Fine-tune as `cfg` says. → the trainer, whose `record` is the last one."
