@@ -173,7 +173,7 @@ def hash_tensors(
             for at in range(lo, hi, 1 << 22): h.update(f.read(min(1 << 22, hi - at)))
     return h.hexdigest()
 
-# %% ../nbs/05_anchors.ipynb #829417a9
+# %% ../nbs/05_anchors.ipynb #994fb4f0
 IMAGE_CODES = ('webp', 'zlib', 'raw')
 
 def _pil():
@@ -192,7 +192,8 @@ def encode_image(
     if code == 'raw': return hwc
     if code == 'zlib': return zlib.compress(hwc, 1)
     out, (_, h, w) = io.BytesIO(), x.shape
-    _pil().frombuffer('RGB', (w, h), hwc).save(out, 'WEBP', lossless=True, quality=0, method=1)
+    hard = h * w >= 128 * 128                           # smaller: a third of the time for 8 % more bytes
+    _pil().frombuffer('RGB', (w, h), hwc).save(out, 'WEBP', lossless=True, quality=0, method=int(hard))
     return out.getvalue()
 
 # %% ../nbs/05_anchors.ipynb #6360f675
