@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #8b1f269a
+# %% ../nbs/12_demo.ipynb #80236959
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
     old: str = "plate-slide-v3,door-open-v3"  # tasks the teacher can do
     new: str = "window-open-v3"  # task to learn without losing them
     episodes: int = 40  # expert episodes a task
-    noise: float = 0.1  # on the expert's executed actions
-    episode_length: int = 130  # steps; the experts need 50 to 120
+    noise: float = 0.05  # on the expert's executed actions
+    episode_length: int = 120  # steps; the experts need 50 to 110
     teacher_steps: int = 1000
     teacher_lr: float = 1e-3
     steps: int = 300  # of fine-tuning
@@ -107,7 +107,7 @@ class Run:
     def minutes(self): # {stage: minutes} of the finished stages
         return {n: json.loads(self.marker(n).read_text())["seconds"]/60 for n in STAGES if self.marker(n).exists()}
 
-# %% ../nbs/12_demo.ipynb #b808103d
+# %% ../nbs/12_demo.ipynb #b995c97d
 def _job(log, func, args):
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as f:
@@ -126,18 +126,18 @@ def run_jobs(
     run:Run,
     name:str, # of the bar and of the log files
     jobs, # list of (function, arguments, file with a line a unit)
-    total:int, # units of all jobs together
+    total:int=0, # units of all jobs together; 0 counts finished jobs
 ): # the functions' results, in order
     "Run jobs in the pool behind one progress bar. RuntimeError naming the log if one fails."
     from tqdm.auto import tqdm
     logs = [run.folder/"logs"/f"{name}-{i}.log" for i in range(len(jobs))]
     futures = [run.pool.submit(_job, str(log), f, args) for log, (f, args, _) in zip(logs, jobs)]
-    files = dict.fromkeys(file for *_, file in jobs)
-    with tqdm(total=total, desc=f"{name:>9}", smoothing=.1) as bar:
+    files = dict.fromkeys(file for *_, file in jobs if file)
+    with tqdm(total=total or len(jobs), desc=f"{name:>9}", smoothing=.1) as bar:
         left = set(futures)
         while left:
             done, left = wait(left, timeout=.5, return_when=FIRST_COMPLETED)
-            bar.update(sum(map(lines_in, files)) - bar.n)
+            bar.update((min(total, sum(map(lines_in, files))) if total else len(jobs) - len(left)) - bar.n)
             for f in done:
                 if f.exception(): run.close(); raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {logs[futures.index(f)]}") from f.exception()
     return [f.result() for f in futures]
@@ -166,7 +166,7 @@ def tokenizers(run:Run):
     save_tokenizers(work.dataset(), work.tokenizers)
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
 
-# %% ../nbs/12_demo.ipynb #9093ed53
+# %% ../nbs/12_demo.ipynb #311cc9f3
 def train_config(run:Run, arm:str, blind:bool=False):
     "The `CraftTrainConfig` of an arm, or of `teacher`."
     from lerobot.configs.default import DatasetConfig
@@ -192,7 +192,7 @@ def train_job(run_args, arm, blind=False):
     run = Run(*run_args)
     config = train_config(run, arm, blind)
     shutil.rmtree(config.output_dir, ignore_errors=True)
-    torch.set_num_threads(run.workers if arm in ("teacher", "blind") else 1)  # alone on the machine, or beside another arm
+    torch.set_num_threads(1)  # the other core loads data, or trains another arm
     train(config, quiet=True)
     return str((Path(config.output_dir)/"checkpoints"/"last"/"pretrained_model").resolve())
 
@@ -240,7 +240,7 @@ def caches(run:Run):
     jobs = [(cache_job, ((str(run.folder), s), name, *how, path), done) for name, how in plan.items()]
     return dict(zip(plan, run_jobs(run, "caches", jobs, len(jobs))))
 
-# %% ../nbs/12_demo.ipynb #23fbad5e
+# %% ../nbs/12_demo.ipynb #dd1d430d
 SEED = 100_000  # of the first evaluation episode; demonstrations start at 0
 
 def evaluate_job(run_args, task, seeds, paths, file):
@@ -276,7 +276,7 @@ def evaluate(run:Run):
     "Success of the teacher and of every arm on every task, and drift on held-out anchors."
     paths = dict(teacher=run.result("teacher")["path"]) | run.result("finetune")
     rows = evaluate_paths(run, "evaluate", paths, run.settings.tasks)
-    drift = dict(zip(paths, run_jobs(run, "drift", [(drift_job, ((str(run.folder), run.settings), p), run.folder/"none") for p in paths.values()], 0)))
+    drift = dict(zip(paths, run_jobs(run, "drift", [(drift_job, ((str(run.folder), run.settings), p), None) for p in paths.values()])))
     return dict(success=cells(rows), drift={a: d for a, d in drift.items() if a != "teacher"})
 
 def drift_job(run_args, path):
@@ -290,7 +290,7 @@ def drift_job(run_args, path):
     batches = (held.batch(range(i, min(i + 32, len(held)))) for i in range(0, len(held), 32))
     return measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, layers, m), batches, layers, m["pooling"])
 
-# %% ../nbs/12_demo.ipynb #04decd9f
+# %% ../nbs/12_demo.ipynb #60cd189b
 def clip_job(run_args, task, seed, actions):
     "Replay actions at 160 pixels; the frames as an animated GIF."
     from craft_nb.small import replay_gif
@@ -306,9 +306,9 @@ def clips(run:Run, arms): # {task: {arm: GIF bytes}}
         seeds = sorted(s for t, s in plays if t == task)
         telling = [s for s in seeds if [plays[task, s][a][0] for a in arms] == [a != "sft" for a in arms]]
         picks += [(task, (telling or seeds)[0], a) for a in arms]
-    jobs = [(clip_job, ((str(run.folder), run.settings), t, s, plays[t, s][a][1]), run.folder/"none") for t, s, a in picks]
+    jobs = [(clip_job, ((str(run.folder), run.settings), t, s, plays[t, s][a][1]), None) for t, s, a in picks]
     out = {}
-    for (t, s, a), gif in zip(picks, run_jobs(run, "clips", jobs, 0)): out.setdefault(t, {})[a] = gif
+    for (t, s, a), gif in zip(picks, run_jobs(run, "clips", jobs)): out.setdefault(t, {})[a] = gif
     return out
 
 def records(run:Run): # {arm: step rows of metrics.jsonl}
