@@ -142,3 +142,14 @@ def test_eval_writes_a_table(inside, work):
     assert "retention loss pooled" in Path("evaluated/eval.md").read_text()
     assert "exists" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden", "--out_dir=evaluated")
     assert "nothing to evaluate" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--out_dir=other")
+
+
+def test_cache_commands(inside, work, capsys):
+    for flags, says in [(["info", "data/anchor_cache_hidden"], "64"), (["verify", "data/anchor_cache_hidden"], ""),
+                        (["verify", "data/anchor_cache_hidden", "--policy", str(work.policy_path)], "")]:
+        with pytest.raises(SystemExit) as stop: cli.cache(flags)
+        out = capsys.readouterr()
+        assert not stop.value.code, out.err
+        assert says in out.out
+    with pytest.raises(SystemExit) as stop: cli.cache(["verify", "nowhere"])
+    assert stop.value.code and "nowhere" in capsys.readouterr().err
