@@ -45,6 +45,9 @@ nbtest: .venv/.ready ## run every notebook
 pytest: .venv/.ready ## run tests/
 	$(one) python -m pytest
 
+lab: export HF_HUB_OFFLINE := 0
+lab: export TRANSFORMERS_OFFLINE := 0
+lab: export HF_DATASETS_OFFLINE := 0
 lab: .venv/.ready ## JupyterLab on the notebooks
 	cd nbs && jupyter lab
 

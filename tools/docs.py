@@ -1,6 +1,8 @@
-"""Build the site into _docs: notebooks -> _proc (nbdev), then Quarto when it is installed, else smalldocs."""
+"""Build the site into _docs: notebooks -> _proc (nbdev's processors), then Quarto when it is installed, else smalldocs."""
 import re, shutil, subprocess, sys
 from pathlib import Path
+from execnb.nbio import read_nb, write_nb
+from nbdev.processors import FilterDefaults, exec_show_docs
 
 root = Path(__file__).resolve().parent.parent
 math = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
@@ -21,12 +23,51 @@ def offline(page):
     return re.sub(r'<script\b[^>]*>[^<]*renderMathInElement[^<]*</script>', '', page)
 
 
+def show(sym, **kw):
+    "nbdev's `show_doc`; a class whose inherited annotations cannot be resolved here gets its name and docstring."
+    from IPython.display import Markdown
+    from nbdev.showdoc import show_doc
+    try: return show_doc(sym, **kw)
+    except NameError: return Markdown(f"### {sym.__name__}\n\n{sym.__doc__ or ''}")
+
+
+class ShowDocs(exec_show_docs):
+    "Run `show_doc` cells only, among the names of the exported module: all other cells have their outputs saved."
+    def begin(self):
+        super().begin()
+        self.k.user_ns['show_doc'] = show
+        for c in self.nb.cells:
+            for name in (c.directives_ or {}).get('default_exp', []): self.k.run_cell(f'from craft_nb.{name} import *')
+
+    def __call__(self, cell):
+        if not self.nb.has_docs_ or cell.cell_type != 'code' or not re.search(r'(?m)^show_doc', cell.source or ''): return
+        self.k.cell(cell)
+        if self.k.exc: raise RuntimeError(f'{self.nb.path_}: {cell.source}') from self.k.exc
+
+    def end(self): pass
+
+
+class Pages(FilterDefaults):
+    def base_procs(self): return [ShowDocs if p is exec_show_docs else p for p in super().base_procs()]
+
+
+def process(proc):
+    "Notebooks as pages, and what goes with them, from nbs to `proc`, in one process."
+    for src in sorted((root/'nbs').rglob('*')):
+        inside = src.relative_to(root/'nbs')
+        if not src.is_file() or any(x[0] in '._' for x in inside.parts if x != '_quarto.yml'): continue
+        dst = proc/inside
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        if src.suffix != '.ipynb': shutil.copy(src, dst)
+        else:
+            Pages()(nb := read_nb(src))
+            write_nb(nb, dst)
+
+
 def main():
-    quiet = '--quiet' in sys.argv
-    from nbdev.serve import proc_nbs
-    shutil.rmtree(root/'_proc', ignore_errors=True)
-    proc = Path(proc_nbs(n_workers=2, force=True))
-    if (proc/'_quarto.yml').is_symlink(): raise SystemExit('_proc/_quarto.yml is a link; expected nbdev to copy it')
+    quiet, proc = '--quiet' in sys.argv, root/'_proc'
+    shutil.rmtree(proc, ignore_errors=True)
+    process(proc)
     tool = 'quarto render --no-cache' if shutil.which('quarto') else 'smalldocs render .'
     subprocess.run(tool.split() + ['--quiet']*quiet, cwd=proc, check=True)
     shutil.rmtree(root/'_docs', ignore_errors=True)

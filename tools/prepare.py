@@ -1,4 +1,4 @@
-"""Before a commit: clean the notebooks, drop saved widgets, export the modules, write README.md. What `make check` checks."""
+"""Before a commit: clean the notebooks, drop saved widgets and warnings, export the modules, write README.md. What `make check` checks."""
 import subprocess, sys
 from checks import notebooks, root
 from execnb.nbio import read_nb, write_nb
@@ -6,7 +6,7 @@ from nbdev.clean import clean_nb
 from nbdev.doclinks import nbdev_export
 
 
-def widget(out): return any('widget-view' in k for k in out.get('data', {}))
+def passing(out): return out.get('name') == 'stderr' or any('widget-view' in k for k in out.get('data', {}))
 
 
 for p in notebooks():
@@ -14,7 +14,7 @@ for p in notebooks():
     clean_nb(nb)
     nb.metadata.pop('widgets', None)
     for c in nb.cells:
-        if 'outputs' in c: c['outputs'] = [o for o in c.outputs if not widget(o)]
+        if 'outputs' in c: c['outputs'] = [o for o in c.outputs if not passing(o)]
     write_nb(nb, p)
 nbdev_export()
 subprocess.run([sys.executable, root/'tools/readme.py'], check=True)
