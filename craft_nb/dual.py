@@ -67,13 +67,14 @@ def _pi(dual, loss, eps, grad_norms):
     memory["xi"] = nu * xi + (1 - nu) * e
     return dual.config.pi_ki * e + dual.config.pi_kp * (memory["xi"] - xi)
 
-# %% ../nbs/04_dual.ipynb #8ff96484
-LANDING = dict(aim=0.9, ki=0.05, kp=0.5, clip=1.5, low=-7.0, high=3.0, memory=0.9)  # bench/landing.py measures them
+# %% ../nbs/04_dual.ipynb #7036160f
+LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-7.0, high=2.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
 
 def _landing(dual, loss, eps, grad_norms):
     p, memory = LANDING, dual.memory
     if not (loss > 0 and eps > 0): return 0.0
     e = min(max(math.log(loss / (p["aim"] * eps)), -p["clip"]), p["clip"])
+    mean = memory["e"] = p["smooth"] * memory.get("e", e) + (1 - p["smooth"]) * e
     g, r = grad_norms or (0.0, 0.0)
     if g > 0 and r > 0:  # a running mean that weighs the first measurements equally
         n = memory["n"] = memory.get("n", 0) + 1
@@ -82,7 +83,7 @@ def _landing(dual, loss, eps, grad_norms):
     if "rho" not in memory: return 0.0
     steps = dual.config.retention_freq * dual.config.lambda_update_every
     s = memory["s"] = min(max(memory.get("s", 0.0) + p["ki"] * steps * e, p["low"]), p["high"])
-    target = 0.0 if s == p["low"] else math.exp(min(memory["rho"] + s + p["kp"] * e, 700.0))
+    target = 0.0 if s == p["low"] else math.exp(min(memory["rho"] + s + p["kp"] * mean, 700.0))
     return target / dual.pressure - dual.lam
 
 CONTROLLERS = {"ascent": _ascent, "ema": _ema, "pi": _pi, "landing": _landing}
