@@ -81,8 +81,8 @@ def merged_square(sums: Tensor, c: Tensor) -> Tensor:  # (s, 3), (s,) → ()
     dot, gg, rr = sums.unbind(-1)
     return (gg + 2 * c * dot + c * c * rr).clamp(min=0).sum()
 
-# %% ../nbs/03_surgery.ipynb #95af6e40
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements: 1 MiB of float32 for an L2 cache, few launches on a GPU
+# %% ../nbs/03_surgery.ipynb #8fc96557
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements: two float32 chunks are 4 MiB, for a CPU's cache; few launches on a GPU
 
 def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | None, Tensor | None]]:
     "Matching 1-D pieces of `g` and `r` in the memory order of `g`: views where memory is dense, copies elsewhere; None where one is missing."
