@@ -68,8 +68,9 @@ def main():
     quiet, proc = '--quiet' in sys.argv, root/'_proc'
     shutil.rmtree(proc, ignore_errors=True)
     process(proc)
-    tool = 'quarto render --no-cache' if shutil.which('quarto') else 'smalldocs render .'
-    subprocess.run(tool.split() + ['--quiet']*quiet, cwd=proc, check=True)
+    smalldocs = [Path(sys.executable).parent/'smalldocs', 'render', '.']
+    tool = ['quarto', 'render', '--no-cache'] if shutil.which('quarto') else smalldocs
+    subprocess.run(tool + ['--quiet']*quiet, cwd=proc, check=True)
     shutil.rmtree(root/'_docs', ignore_errors=True)
     shutil.move(proc/'_docs', root/'_docs')
     pages = sorted((root/'_docs').rglob('*.html'))
