@@ -87,7 +87,8 @@ def test_policy_predicts_what_it_was_taught(work, tmp_path):
 def test_stages_are_skipped_or_refused(work, tmp_path):
     "A finished stage is not run again; with other settings it stops and names them."
     from craft_nb.demo import Run, SIZES, replace
-    said, run = [], Run(tmp_path, SIZES["tiny"], say=said.append)
+    said = []
+    run = Run(tmp_path, SIZES["tiny"], say=said.append)
     run.marker("record").parent.mkdir(parents=True)
     run.marker("record").write_text(json.dumps(dict(settings={k: getattr(run.settings, k) for k in ("old", "new", "episodes", "noise", "episode_length", "seed")}, seconds=1, result={})))
     run.stage("record")
