@@ -57,7 +57,7 @@ class Again(torch.utils.data.Dataset):
     def __getitem__(self, i): return self.ds[i % len(self.ds)]
 
 
-def builds(tmp, n=256, batch=16, turns=3, views=('pooled', 'action_logits'), **sizes):
+def builds(tmp, n=512, batch=16, turns=3, views=('pooled', 'action_logits'), **sizes):
     "Anchors a second of a build over those of the loop without writing, and over forward passes alone on batches held in memory."
     from craft_nb.builder import AnchorFrames, anchor_batch_targets, build_anchor_cache
     from craft_nb.losses import make_views
