@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CRAFT_STATE', 'CraftTrainConfig', 'missing_parts', 'require_local', 'require_parts', 'localise', 'make_processors',
-           'run_hashes', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions',
+           'run_hashes', 'base_weights', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions',
            'recompute_targets', 'open_cache', 'check_cache', 'cache_views', 'make_accelerator', 'main_first',
            'make_loader', 'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link',
            'read_craft_state', 'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts',
@@ -12,7 +12,8 @@ __all__ = ['CRAFT_STATE', 'CraftTrainConfig', 'missing_parts', 'require_local', 
            'train', 'finish', 'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate', 'load_policy_alone',
            'eval_table']
 
-# %% ../nbs/11_lerobot.ipynb #a05b0770
+# %% ../nbs/11_lerobot.ipynb #9d417cad
+import itertools
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ from .features import resolve_layers
 from .losses import make_views
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, extract_student_hidden_with_pooling
-from .trainer import AnchorPass, Callback, CraftTrainer, Retention, route_forward
+from .trainer import AnchorPass, Callback, CraftTrainer, Memory, Retention, route_forward
 
 # %% ../nbs/11_lerobot.ipynb #d532e61b
 @dataclass
@@ -103,16 +104,23 @@ def make_processors(cfg: PreTrainedConfig, policy: nn.Module, device: str, stats
     return make_pre_post_processors(policy_cfg=cfg, pretrained_path=cfg.pretrained_path, pretrained_revision=getattr(cfg, "pretrained_revision", None),
                                     **({"dataset_stats": stats} if stats is not None else {}), preprocessor_overrides=pre, postprocessor_overrides=post)
 
-# %% ../nbs/11_lerobot.ipynb #e7084ba4
+# %% ../nbs/11_lerobot.ipynb #2ca435fc
 def run_hashes(policy: nn.Module, preprocessor) -> dict[str, str]:
     "SHA-256 of weights, processors, normalisation statistics and tokenizers as they are in memory."
     base = base_policy(policy)
-    out = {"weights": hash_tensors(base.state_dict()), "processors": hash_json([_step_config(s) for s in preprocessor.steps])}
+    out = {"weights": hash_tensors(base_weights(policy)), "processors": hash_json([_step_config(s) for s in preprocessor.steps])}
     norm = next((s for s in preprocessor.steps if hasattr(s, "norm_map") and hasattr(s, "stats")), None)
     if norm is not None: out["normalisation"] = hash_json(_used_stats(norm))
     tokenizers = {n: getattr(base, n) for n in ("_paligemma_tokenizer", "action_tokenizer") if hasattr(base, n)}
     if tokenizers: out["tokenizers"] = hash_json({n: _tokenizer_facts(t) for n, t in tokenizers.items()})
     return out
+
+def base_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
+    "The weights of a policy under their own names, without those that peft has put beside them."
+    state = base_policy(policy).state_dict()
+    if not hasattr(policy, "peft_config"): return state
+    added = (f".{getattr(policy.base_model, 'prefix', 'lora_')}", ".modules_to_save.")
+    return {k.replace(".base_layer.", ".").replace(".original_module.", "."): v for k, v in state.items() if not any(a in k for a in added)}
 
 def _step_config(step):  # without what names this machine, and without statistics, which have a hash of their own
     skip = ("device", "stats", "tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name", "features", "norm_map", "rename_map", "float_dtype")
@@ -404,7 +412,7 @@ def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path 
     finally: close_envs(made)
     return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]] for t in info["per_task"]}
 
-# %% ../nbs/11_lerobot.ipynb #98884adb
+# %% ../nbs/11_lerobot.ipynb #87441cd7
 @dataclass
 class RunParts:
     "What a run was made of."
@@ -421,7 +429,7 @@ class RunParts:
 def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None, quiet: bool = False) -> CraftTrainer:
     "Everything up to the first step. Raises, with nothing written, if the config, the cache or the policy do not fit each other."
     from lerobot.optim.factory import make_optimizer_and_scheduler
-    from lerobot.utils.random_utils import set_seed
+    from lerobot.utils.random_utils import load_rng_state, set_seed
     localise(cfg.dataset)
     cfg.validate()
     require_writable(Path(cfg.output_dir))
@@ -454,10 +462,14 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     if cfg.resume and sharded: train_utils.load_fsdp_optimizer_state(policy, optimizer, cfg.checkpoint_path)
     parts = RunParts(cfg, dataset, pre, post, hashes, dataset.meta.camera_keys, eval_loader, cache)
     if acc.is_main_process:
-        callbacks = [RecordLog(Path(cfg.output_dir) / "metrics.jsonl"), *([] if quiet else [Progress(cfg.log_freq)]),
+        callbacks = [RecordLog(Path(cfg.output_dir) / "metrics.jsonl"), *([] if quiet else [Progress(cfg.log_freq), Memory()]),
                      *([Wandb(cfg)] if cfg.wandb.enable and cfg.wandb.project else []), *callbacks]
     else: callbacks = []
-    trainer = CraftTrainer(policy, ready_batches(loader, parts.cameras, pre), optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc,
+    batches = ready_batches(loader, parts.cameras, pre)
+    if cfg.resume:  # opening a loader draws from the random state, which therefore comes last
+        batches = itertools.chain([next(batches)], batches)
+        load_rng_state(cfg.checkpoint_path / "training_state")
+    trainer = CraftTrainer(policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc,
                            retention=make_retention(cfg, cache, policy, adapter, acc) if cache is not None else None, grad_clip_norm=cfg.optimizer.grad_clip_norm,
                            accumulate=cfg.craft.gradient_accumulation_steps, cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
                            callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts)], checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)

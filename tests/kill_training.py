@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 CRAFT = dict(anchor_batch_size=4, retention_freq=2, conflict_threshold=0.9, controller="pi", pi_kp=2.0, epsilon_start=1e-4, epsilon_end=1e-5, lambda_lr=0.5, lambda_update_every=2)
 
 
-def prepare(folder, work=None):  # → work, folder of a cache
+def prepare(folder, work=None, seed=0):  # → work, folder of a cache
     "A tiny policy and data set, and an anchor cache made by that policy."
     from craft_nb.lerobot import BuildCacheConfig, build_cache
     from craft_nb.small import tiny_workload
@@ -26,7 +27,7 @@ def prepare(folder, work=None):  # → work, folder of a cache
     if not cache.exists():
         policy = PreTrainedConfig.from_pretrained(work.policy_path)
         policy.pretrained_path, policy.push_to_hub = work.policy_path, False
-        build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache), num_anchors=24, views="pooled,action_logits", batch_size=8), progress=False)
+        build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache), num_anchors=24, views="pooled,action_logits", batch_size=8, seed=seed), progress=False)
     return work, cache
 
 
@@ -40,27 +41,32 @@ def first_line(work, cache, out, *more, steps=8, save_freq=2, **craft):
 def resume_line(out, *more): return ["--resume", f"--config_path={out}/checkpoints/last/pretrained_model/train_config.json", *more]
 
 
-def child(argv, log, env=()):
+def leave(run):
+    "Call `run` and end the process with the exit code that Python would give, 70 for an exception."
+    code = 70
+    try:
+        run()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+        if code != e.code: print(e.code, file=sys.stderr)
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def child(argv, log):
     "pid of a process that is `craft-train argv`, forked so that it need not import anything."
     if pid := os.fork(): return pid
     try:
         torch.set_num_threads(1)
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(fd, 1), os.dup2(fd, 2)
-        os.environ.update(env)
         sys.stdout, sys.stderr, sys.argv = open(1, "w", closefd=False), open(2, "w", closefd=False), ["craft-train"]
         from craft_nb.cli import train
-        train(argv)
-        code = 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
-        print(e.code, file=sys.stderr)
-    except BaseException:
-        import traceback
-        traceback.print_exc()
-        code = 70
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+        leave(lambda: train(argv))
+    finally: os._exit(70)
 
 
 def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -125,6 +131,7 @@ def broken_run(out, argv, kills, span, rng, log):
 def kill_runs(folder, work, cache, kills, per_run=3, seed=0, progress=False, **craft):  # → runs, kills inside a write
     "`kills` kills, at most `per_run` in one run."
     folder, rng, runs, writing = Path(folder), random.Random(seed), 0, 0
+    folder.mkdir(exist_ok=True)
     start = time.monotonic()
     assert wait(child(first_line(work, cache, folder / "whole", **craft), folder / "log")) == 0, (folder / "log").read_text()[-3000:]
     span, whole = time.monotonic() - start, result(folder / "whole")

@@ -1,13 +1,14 @@
 """Training with several ranks on CPU (gloo), forked so that none has to import anything."""
 import os
+import signal
 import socket
 import sys
-import traceback
+import time
 from pathlib import Path
 
 import torch
 
-from kill_training import first_line, wait
+from kill_training import ended, first_line, leave, wait
 
 SGD = ["--use_policy_training_preset=false", "--optimizer.type=sgd", "--optimizer.lr=0.05", "--optimizer.momentum=0.9", "--optimizer.grad_clip_norm=1.0", "--scheduler.type=cosine_decay_with_warmup",
        "--scheduler.num_warmup_steps=2", "--scheduler.num_decay_steps=50", "--scheduler.peak_lr=0.05", "--scheduler.decay_lr=0.005"]
@@ -31,34 +32,37 @@ def start_rank(rank, world, port, log, run):
         from accelerate.state import AcceleratorState, GradientState
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        run(rank)
-        code = 0
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else 1
-        print(e.code)
-    except BaseException:
-        traceback.print_exc()
-        code = 70
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)
+        leave(lambda: run(rank))
+    finally: os._exit(70)
 
 
 def on_ranks(world, log, run, codes=(0,)):
     "Call `run(rank)` in `world` processes; all must end with an exit code of `codes`."
     port = free_port()
     pids = [start_rank(r, world, port, log, run) for r in range(world)]
+    while not all(map(ended, pids)):
+        if any(ended(p) and os.waitid(os.P_PID, p, os.WEXITED | os.WNOWAIT).si_status not in codes for p in pids):
+            time.sleep(1)
+            for p in pids: os.kill(p, signal.SIGKILL)  # the others would wait for it
+        time.sleep(0.02)
     found = [wait(p) for p in pids]
     assert set(found) <= set(codes), f"exit codes {found}\n" + "\n".join(Path(f"{log}.{r}").read_text()[-2500:] for r in range(world))
     return found
 
 
-def fsdp_on_cpu():
-    "Accelerate takes FSDP for accelerators only; apart from that its path is this one: full shards by decoder layer, original parameters."
+def fsdp_on_cpu(**how):
+    "Accelerate takes FSDP for accelerators only, so it is told; all else is its own path: full shards by decoder layer, original parameters."
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from torch.distributed import fsdp
+    from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, use_orig_params=True, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["_PiGemmaDecoderLayerBase"], cpu_ram_efficient_loading=False)
+    how = how or dict(auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["_PiGemmaDecoderLayerBase"])
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, use_orig_params=True, cpu_ram_efficient_loading=False, **how)
     acc = Accelerator(cpu=True, step_scheduler_with_optimizer=False, fsdp_plugin=plugin)
-    acc.state.distributed_type, acc.state.fsdp_plugin, acc.state.device = DistributedType.FSDP, plugin, torch.device("cpu")
+    for state in (PartialState._shared_state, acc.state.__dict__): state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+    acc.state.fsdp_plugin = plugin
+    own = fsdp.FullStateDictConfig  # what LeRobot gathers with; moving to the CPU what is there already leaves a view of memory that FSDP frees
+    fsdp.FullStateDictConfig = lambda offload_to_cpu=False, **kw: own(offload_to_cpu=False, **kw)
     return acc
 
 

@@ -61,7 +61,7 @@ def test_a_checkpoint_holds_all_that_craft_knows(done):
 
 def test_resume_with_another_cache_or_without_one_is_refused(done, place):
     work, cache, folder = place
-    _, other = K.prepare(folder / "other", work)
+    _, other = K.prepare(folder / "other", work, seed=1)
     before = K.result(done)
     longer = ["--steps=6"]
     assert "another cache" in run(K.resume_line(done, *longer, f"--craft.anchor_cache_dir={other}"), folder, 1)
