@@ -16,15 +16,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #80236959
+# %% ../nbs/12_demo.ipynb #8b1f269a
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
     old: str = "plate-slide-v3,door-open-v3"  # tasks the teacher can do
     new: str = "window-open-v3"  # task to learn without losing them
     episodes: int = 40  # expert episodes a task
-    noise: float = 0.05  # on the expert's executed actions
-    episode_length: int = 120  # steps; the experts need 50 to 110
+    noise: float = 0.1  # on the expert's executed actions
+    episode_length: int = 130  # steps; the experts need 50 to 120
     teacher_steps: int = 1000
     teacher_lr: float = 1e-3
     steps: int = 300  # of fine-tuning
