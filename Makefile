@@ -69,8 +69,8 @@ fuzz: .venv/.ready ## damage caches and draw configs at random, N times each (N=
 kill-test: .venv/.ready ## kill training and cache builds at N random moments, resume, compare bit for bit (N=20)
 	@export $(one); $(call each,tests/kill_*.py,$(N))
 
-distributed-test: .venv/.ready ## 2-rank DDP and FSDP against one rank
-	$(one) python -m pytest tests/test_distributed*.py
+distributed-test: .venv/.ready ## 2-rank DDP and FSDP against one rank, and both launchers
+	$(one) python -m pytest -m '' tests/test_distributed*.py
 
 clean: ## remove what the targets made, except .venv and outputs
 	rm -rf _docs _proc dist .pytest_cache .ruff_cache .hypothesis *.egg-info
