@@ -105,3 +105,22 @@ def test_decoding_is_what_the_policy_does(work):
     want = torch.where(got["action_mask"][:, 1 : n + 1], said[:, :n], 0)
     assert torch.equal(got["action_ids"][:, 1 : n + 1].long(), want)
     assert (got["action_ids"][:, 0] == policy._paligemma_tokenizer.bos_token_id).all()
+
+
+def test_lerobots_own_class(work, monkeypatch):
+    "`PI0FastPolicy` and `PI0FastPytorch` themselves, nothing subclassed; only the transformer inside them is small."
+    from lerobot.policies.pi0_fast import modeling_pi0_fast as own
+    from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+    from craft_nb.small import PI0FastSmallPaliGemma
+    small = work.policy()
+    vocab = small.model.paligemma_with_expert.paligemma.config.text_config.vocab_size
+    monkeypatch.setattr(own, "PI0FastPaliGemma", lambda *args, **kw: PI0FastSmallPaliGemma(small.config, vocab))
+    same = ("chunk_size", "n_action_steps", "max_action_tokens", "max_decoding_steps", "fast_skip_tokens", "image_resolution", "tokenizer_max_length", "text_tokenizer_name",
+            "action_tokenizer_name", "input_features", "output_features", "normalization_mapping", "device")
+    policy = own.PI0FastPolicy(PI0FastConfig(**{k: getattr(small.config, k) for k in same}))
+    assert type(policy) is own.PI0FastPolicy and type(policy.model) is own.PI0FastPytorch
+    adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)
+    stored = anchor_batch_targets(policy, work.processors()[0](work.batch(4)), views)
+    part = adapter.prepare(policy, {k: v[1:3] for k, v in stored.items()})
+    f = adapter.features(policy, part, [-2, -1], True, True)
+    for name, view in views.items(): assert abs(view.loss(f, part).item()) <= 1e-6, name
