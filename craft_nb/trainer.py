@@ -513,14 +513,14 @@ def measure_passes(trainer: CraftTrainer, policy: nn.Module) -> dict[str, int]:
     out["anchor_pass"] = kept_bytes(policy, lambda: anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
     return out | ({"task_pass": sum(out.values())} if isinstance(ret.surgery, StreamingSurgery) else {})
 
-# %% ../nbs/08_trainer.ipynb #9af6feb8
+# %% ../nbs/08_trainer.ipynb #72fbf292
 class Memory(Callback):
     "Says before the first step what memory will be needed, and at the end what was used."
     order = 10
     def before_fit(self, trainer):
         self.device, self.expected = next(trainer.policy.parameters()).device, estimate_memory(trainer)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
-        else: self.start = resident() - self.expected["weights"]
+        else: self.start = resident(forget_peak=True) - self.expected["weights"]
         print("memory: " + ", ".join(f"{k.replace('_', ' ')} {v / 2**30:.3g}" for k, v in self.expected.items()) + " GiB")
 
     def on_event(self, trainer, row):
@@ -532,9 +532,11 @@ class Memory(Callback):
         trainer.event("memory_used", used=used, expected=self.expected["peak"])
         print(f"memory used: {used / 2**30:.3g} GiB of {self.expected['peak'] / 2**30:.3g} expected")
 
-def resident(what: str = "VmRSS") -> int:
+def resident(what: str = "VmRSS", forget_peak: bool = False) -> int:
     "Bytes of this process in memory, or at most so far (`VmHWM`); 0 where the system does not tell."
     try:
+        if forget_peak:
+            with open("/proc/self/clear_refs", "w") as f: f.write("5")
         with open("/proc/self/status") as f: return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
     except (OSError, StopIteration): return 0
 
