@@ -400,10 +400,8 @@ def demo_main(argv=None):
     finally: run.close()
     if run.marker("report").exists(): print(f"{run.folder/'report.html'} and report.json, in {(time.time()-start)/60:.1f} minutes")
 
-# %% ../nbs/12_demo.ipynb #cf6da83c
+# %% ../nbs/12_demo.ipynb #f012962d
 def tiny_workload(folder, **kw):
     "A data set and a small policy in seconds: see `craft_nb.small.tiny_workload`."
     from craft_nb.small import tiny_workload
     return tiny_workload(folder, **kw)
-
-if __name__ == "__main__" and "ipykernel" not in sys.modules: demo_main()
