@@ -43,7 +43,7 @@ for n in range(301, 100_001):
 out["redraw_ms_100k"], out["rss_growth"], out["rss_mb"] = redraws(m), rss[100_000]/rss[10_000], rss[100_000]/2**20
 m.close()
 
-def block(trainer, monitor, seconds=1.5):
+def block(trainer, monitor, seconds=1.2):
     "Mean CPU-bound step over a block; with a monitor its thread redraws as in life."
     t, n = time.perf_counter(), 0
     while time.perf_counter() - t < seconds:
@@ -52,13 +52,13 @@ def block(trainer, monitor, seconds=1.5):
         n += 1
     return (time.perf_counter() - t)/n
 
-trainer = make_run(steps=10**6, width=256, rows=2048)
+trainer = make_run(steps=10**6, width=256, rows=4096)   # about a policy's step on a CPU
 m = CraftMonitor("bench_metrics.jsonl"); m.before_fit(trainer)
 block(trainer, m, 3)
 pairs = []
-for k in range(16):   # A B, B A, …: drift of the machine cancels
-    on, off = (block(trainer, m), block(trainer, None)) if k % 2 else (block(trainer, None), block(trainer, m))[::-1]
-    pairs.append(on/off)
+for k in range(60):   # A B, B A, …: drift of the machine cancels
+    first, second = block(trainer, m if k % 2 else None), block(trainer, None if k % 2 else m)
+    pairs.append(first/second if k % 2 else second/first)
 out["step_ratio_on_off"], out["step_ms"] = statistics.median(pairs), 1e3*block(trainer, None)
 m.close()
 os.unlink("bench_metrics.jsonl")
