@@ -105,12 +105,16 @@ def open_notebook(page, url, name):
     until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle", "an idle kernel")
 
 
-def scroll_to_dashboard(page, seconds):
-    "JupyterLab renders only the cells in view: go to the one whose output is a widget."
-    go = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
-        const i = nb.widgets.findIndex(c => JSON.stringify(c.model.sharedModel.outputs ?? []).includes("widget-view"));
+def scroll_to(page, mime, selector, seconds):
+    "JupyterLab renders only the cells in view: go to the one with an output of this type and wait for what it shows."
+    go = """(mime) => { const nb = window.jupyterapp.shell.currentWidget.content;
+        const i = nb.widgets.findIndex(c => JSON.stringify(c.model.sharedModel.outputs ?? []).includes(mime));
         if (i >= 0) nb.scrollToItem(i, "center"); return i >= 0 }"""
-    until(lambda: page.evaluate(go) and page.locator(f"{DASH} .state").count(), "the dashboard to come into view", seconds, every=1)
+    until(lambda: page.evaluate(go, mime) and page.locator(selector).count(), f"an output of type {mime} to come into view", seconds, every=1)
+
+
+def scroll_to_dashboard(page, seconds):
+    scroll_to(page, "widget-view", f"{DASH} .state", seconds)
     page.locator(BOX).first.scroll_into_view_if_needed()
 
 
@@ -123,6 +127,9 @@ def shoot(page, name):
 def test_tutorial_live(lab, page):
     url, work = lab
     open_notebook(page, url, NOTEBOOK.name)
+    scroll_to(page, "image/png", ".jp-RenderedImage img", 30)   # as it was saved: the picture, no kernel that knows it
+    assert page.locator(".jp-OutputArea .craft").count() == 0
+    shoot(page, "saved")
     command(page, "notebook:run-all-cells")
     scroll_to_dashboard(page, 240)
     log = until(lambda: next(iter(work.rglob("metrics.jsonl")), None), "metrics.jsonl")
