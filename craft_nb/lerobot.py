@@ -43,7 +43,7 @@ from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, extract_student_hidden_with_pooling
 from .trainer import AnchorPass, Callback, CraftTrainer, Memory, Retention, route_forward
 
-# %% ../nbs/11_lerobot.ipynb #d532e61b
+# %% ../nbs/11_lerobot.ipynb #36350bd1
 @dataclass
 class CraftTrainConfig(TrainPipelineConfig):
     "LeRobot's training config with a `craft` section."
@@ -51,22 +51,30 @@ class CraftTrainConfig(TrainPipelineConfig):
 
     def validate(self) -> None:
         super().validate()
-        for name, here in (("reward_model", self.reward_model is not None), ("sample_weighting", self.sample_weighting is not None), ("job.target", self.job.is_remote)):
-            if here: raise ValueError(f"{name}: craft-train fine-tunes policies on this machine and does not take it; use lerobot-train")
+        for name, here in (("reward_model", self.reward_model is not None),
+                           ("sample_weighting", self.sample_weighting is not None), ("job.target", self.job.is_remote)):
+            if here:
+                raise ValueError(f"{name}: craft-train fine-tunes policies on this machine and does not take it; "
+                                 "use lerobot-train")
 
-# %% ../nbs/11_lerobot.ipynb #3c5598dd
+# %% ../nbs/11_lerobot.ipynb #62b1b593
 def missing_parts(cfg: PreTrainedConfig) -> list[str]:
-    "Files that loading the pretrained policy of `cfg` will need and that are not on this machine; those that a hub may serve are not counted unless offline."
+    """Files that loading the pretrained policy of `cfg` will need and that are not on this machine;
+    those that a hub may serve are not counted unless offline."""
     from huggingface_hub import constants, try_to_load_from_cache
     def absent(name, files, why):
         folder = Path(name)
         if folder.is_dir(): return [f"{folder / f} ({why})" for f in files if not (folder / f).is_file()]
-        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1: return [f"{folder} ({why}): no such folder"]
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            return [f"{folder} ({why}): no such folder"]
         if not constants.HF_HUB_OFFLINE: return []
-        return [f"{name}/{f} ({why}): not in the hub cache, and HF_HUB_OFFLINE is set" for f in files if not isinstance(try_to_load_from_cache(str(name), f), str)]
+        return [f"{name}/{f} ({why}): not in the hub cache, and HF_HUB_OFFLINE is set"
+                for f in files if not isinstance(try_to_load_from_cache(str(name), f), str)]
     out = []
     weights = ["adapter_config.json", "adapter_model.safetensors"] if getattr(cfg, "use_peft", False) else ["model.safetensors"]
-    if cfg.pretrained_path: out += absent(str(cfg.pretrained_path), ["config.json", *weights, "policy_preprocessor.json", "policy_postprocessor.json"], "policy")
+    if cfg.pretrained_path:
+        out += absent(str(cfg.pretrained_path),
+                      ["config.json", *weights, "policy_preprocessor.json", "policy_postprocessor.json"], "policy")
     for attr, files in (("text_tokenizer_name", ["tokenizer_config.json"]), ("action_tokenizer_name", ["processor_config.json"])):
         if name := getattr(cfg, attr, None): out += absent(str(name), files, attr)
     return out
@@ -74,12 +82,15 @@ def missing_parts(cfg: PreTrainedConfig) -> list[str]:
 def require_local(path: str | Path) -> None:
     "Refuse a policy folder that is not there before LeRobot asks a hub for it."
     from huggingface_hub import constants
-    if not (Path(path) / "config.json").is_file() and (constants.HF_HUB_OFFLINE or Path(path).is_absolute() or str(path).startswith((".", "~"))):
-        raise FileNotFoundError(f"no policy at {path}: expected a LeRobot checkpoint folder (…/pretrained_model) with config.json" + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""))
+    if not (Path(path) / "config.json").is_file() and (
+            constants.HF_HUB_OFFLINE or Path(path).is_absolute() or str(path).startswith((".", "~"))):
+        raise FileNotFoundError(f"no policy at {path}: expected a LeRobot checkpoint folder (…/pretrained_model) with config.json"
+                                + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""))
 
 def require_parts(cfg: PreTrainedConfig) -> None:
     "Raise `FileNotFoundError` naming all of them."
-    if missing := missing_parts(cfg): raise FileNotFoundError("the policy cannot be loaded, missing are:\n  " + "\n  ".join(missing))
+    if missing := missing_parts(cfg):
+        raise FileNotFoundError("the policy cannot be loaded, missing are:\n  " + "\n  ".join(missing))
 
 # %% ../nbs/11_lerobot.ipynb #11b1559c
 def localise(dataset: DatasetConfig) -> DatasetConfig:
@@ -89,22 +100,28 @@ def localise(dataset: DatasetConfig) -> DatasetConfig:
         dataset.root, dataset.repo_id = str(folder), f"local/{folder.resolve().name}"
     return dataset
 
-# %% ../nbs/11_lerobot.ipynb #7cbd035d
-def make_processors(cfg: PreTrainedConfig, policy: nn.Module, device: str, stats: dict | None = None, rename_map: dict | None = None):
+# %% ../nbs/11_lerobot.ipynb #e1a8eef5
+def make_processors(cfg: PreTrainedConfig, policy: nn.Module, device: str, stats: dict | None = None,
+                    rename_map: dict | None = None):
     "Pre- and postprocessor of a policy as LeRobot's training script makes them; `stats=None` keeps those of the checkpoint."
     if cfg.pretrained_path is None: return make_pre_post_processors(policy_cfg=cfg, dataset_stats=stats)
     both = {**policy.config.input_features, **policy.config.output_features}
-    norm, unnorm = ({"features": f, "norm_map": policy.config.normalization_mapping} | ({"stats": stats} if stats is not None else {}) for f in (both, policy.config.output_features))
+    norm, unnorm = ({"features": f, "norm_map": policy.config.normalization_mapping}
+                    | ({"stats": stats} if stats is not None else {}) for f in (both, policy.config.output_features))
     pre, post = {"device_processor": {"device": device}, "normalizer_processor": norm}, {"unnormalizer_processor": unnorm}
     if rename_map is not None: pre["rename_observations_processor"] = {"rename_map": rename_map}
     if getattr(cfg, "use_relative_actions", False):
-        pre["relative_actions_processor"] = {"enabled": True, "exclude_joints": getattr(cfg, "relative_exclude_joints", []), "action_names": getattr(cfg, "action_feature_names", None)}
+        pre["relative_actions_processor"] = {"enabled": True, "exclude_joints": getattr(cfg, "relative_exclude_joints", []),
+                                             "action_names": getattr(cfg, "action_feature_names", None)}
         post["absolute_actions_processor"] = {"enabled": True}
-    if cfg.type == "pi0_fast": pre["action_tokenizer_processor"] = {"paligemma_tokenizer_name": cfg.text_tokenizer_name, "fast_skip_tokens": cfg.fast_skip_tokens}
-    return make_pre_post_processors(policy_cfg=cfg, pretrained_path=cfg.pretrained_path, pretrained_revision=getattr(cfg, "pretrained_revision", None),
-                                    **({"dataset_stats": stats} if stats is not None else {}), preprocessor_overrides=pre, postprocessor_overrides=post)
+    if cfg.type == "pi0_fast":
+        pre["action_tokenizer_processor"] = {"paligemma_tokenizer_name": cfg.text_tokenizer_name,
+                                             "fast_skip_tokens": cfg.fast_skip_tokens}
+    return make_pre_post_processors(
+        policy_cfg=cfg, pretrained_path=cfg.pretrained_path, pretrained_revision=getattr(cfg, "pretrained_revision", None),
+        **({"dataset_stats": stats} if stats is not None else {}), preprocessor_overrides=pre, postprocessor_overrides=post)
 
-# %% ../nbs/11_lerobot.ipynb #2ca435fc
+# %% ../nbs/11_lerobot.ipynb #1ca4356b
 def run_hashes(policy: nn.Module, preprocessor) -> dict[str, str]:
     "SHA-256 of weights, processors, normalisation statistics and tokenizers as they are in memory."
     base = base_policy(policy)
@@ -120,27 +137,33 @@ def base_weights(policy: nn.Module) -> dict[str, torch.Tensor]:
     state = base_policy(policy).state_dict()
     if not hasattr(policy, "peft_config"): return state
     added = (f".{getattr(policy.base_model, 'prefix', 'lora_')}", ".modules_to_save.")
-    return {k.replace(".base_layer.", ".").replace(".original_module.", "."): v for k, v in state.items() if not any(a in k for a in added)}
+    return {k.replace(".base_layer.", ".").replace(".original_module.", "."): v
+            for k, v in state.items() if not any(a in k for a in added)}
 
 def _step_config(step):  # without what names this machine, and without statistics, which have a hash of their own
-    skip = ("device", "stats", "tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name", "features", "norm_map", "rename_map", "float_dtype")
+    skip = ("device", "stats", "tokenizer_name", "action_tokenizer_name", "paligemma_tokenizer_name",
+            "features", "norm_map", "rename_map", "float_dtype")
     return [type(step).__name__, {k: str(v) for k, v in step.get_config().items() if k not in skip}]
 
 def _used_stats(norm):
     reads = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
     mode = {f: getattr(norm.norm_map.get(x.type, "IDENTITY"), "value", "IDENTITY") for f, x in norm.features.items()}
-    return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ()))] for f, m in sorted(mode.items()) if m != "IDENTITY" and f in norm.stats}
+    return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ()))]
+            for f, m in sorted(mode.items()) if m != "IDENTITY" and f in norm.stats}
 
 def _tokenizer_facts(t):
     inner = getattr(t, "bpe_tokenizer", t)
-    return [sorted(inner.get_vocab().items()), {k: getattr(t, k) for k in ("scale", "min_token", "bos_token_id") if hasattr(t, k)}]
+    return [sorted(inner.get_vocab().items()),
+            {k: getattr(t, k) for k in ("scale", "min_token", "bos_token_id") if hasattr(t, k)}]
 
-# %% ../nbs/11_lerobot.ipynb #a1aef4f7
-def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):  # → policy, preprocessor, postprocessor
-    "Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. Raises if parts are missing or its weights did not load."
+# %% ../nbs/11_lerobot.ipynb #7017646e
+def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):
+    """Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. → policy, preprocessor, postprocessor.
+    Raises if parts are missing or its weights did not load."""
     require_parts(cfg)
     policy = make_policy(cfg=cfg, ds_meta=ds_meta, env_cfg=env, rename_map=rename_map or {})
-    if Path(cfg.pretrained_path).is_dir() and not getattr(cfg, "use_peft", False): check_loaded_weights(policy, cfg.pretrained_path)
+    if Path(cfg.pretrained_path).is_dir() and not getattr(cfg, "use_peft", False):
+        check_loaded_weights(policy, cfg.pretrained_path)
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
 
 # %% ../nbs/11_lerobot.ipynb #bac3cba0
@@ -168,24 +191,29 @@ class BuildCacheConfig:
     @classmethod
     def __get_path_fields__(cls): return ["policy"]
 
-# %% ../nbs/11_lerobot.ipynb #470ad710
+# %% ../nbs/11_lerobot.ipynb #033a135b
 def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     "Build the anchor cache that `cfg` describes. → its manifest."
-    if cfg.policy is None or not cfg.policy.pretrained_path: raise ValueError("no teacher: give --policy.path=FOLDER or --policy.pretrained_path=FOLDER")
+    if cfg.policy is None or not cfg.policy.pretrained_path:
+        raise ValueError("no teacher: give --policy.path=FOLDER or --policy.pretrained_path=FOLDER")
     layers, prompts = [int(i) for i in cfg.layers_to_save.split(",")], None
     if cfg.prompts_file and not (prompts := [p.strip() for p in Path(cfg.prompts_file).read_text().splitlines() if p.strip()]):
         raise ValueError(f"prompts_file: expected one prompt a line in {cfg.prompts_file}, found none")
-    if cfg.sampling not in ("stratified", "uniform"): raise ValueError(f"sampling: expected stratified or uniform, found {cfg.sampling!r}")
+    if cfg.sampling not in ("stratified", "uniform"):
+        raise ValueError(f"sampling: expected stratified or uniform, found {cfg.sampling!r}")
     dataset = load_dataset(cfg.dataset, cfg.policy)
     policy, pre, _ = load_policy(cfg.policy, dataset.meta)
     hashes = run_hashes(policy, pre)
     return build_anchor_cache(
-        policy, pre, dataset, cfg.out_dir, episode_index=[int(i) for i in dataset.hf_dataset["episode_index"]], task_index=[int(i) for i in dataset.hf_dataset["task_index"]],
-        num_anchors=cfg.num_anchors, layers=layers, views=[v.strip() for v in cfg.views.split(",")], pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k,
-        actions=cfg.actions, prompts=prompts, batch_size=cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images, dtype=cfg.store_dtype, seed=cfg.seed,
-        stratified=cfg.sampling == "stratified", num_workers=cfg.num_workers, progress=progress, manifest=dict(
+        policy, pre, dataset, cfg.out_dir, episode_index=[int(i) for i in dataset.hf_dataset["episode_index"]],
+        task_index=[int(i) for i in dataset.hf_dataset["task_index"]], num_anchors=cfg.num_anchors, layers=layers,
+        views=[v.strip() for v in cfg.views.split(",")], pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k,
+        actions=cfg.actions, prompts=prompts, batch_size=cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images,
+        dtype=cfg.store_dtype, seed=cfg.seed, stratified=cfg.sampling == "stratified", num_workers=cfg.num_workers,
+        progress=progress, manifest=dict(
             hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)),
-            dataset=dict(repo_id=cfg.dataset.repo_id, revision=str(cfg.dataset.revision or ""), frames=len(dataset), episodes=dataset.num_episodes)))
+            dataset=dict(repo_id=cfg.dataset.repo_id, revision=str(cfg.dataset.revision or ""), frames=len(dataset),
+                         episodes=dataset.num_episodes)))
 
 def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
     "The LeRobot data set of `cfg` with the action chunks that `policy` is trained on."
@@ -193,41 +221,53 @@ def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
     cfg = localise(cfg)
     meta = LeRobotDatasetMetadata(cfg.repo_id, root=cfg.root, revision=cfg.revision)
-    return LeRobotDataset(cfg.repo_id, root=cfg.root, episodes=cfg.episodes, delta_timestamps=resolve_delta_timestamps(policy, meta), revision=cfg.revision, video_backend=cfg.video_backend)
+    return LeRobotDataset(cfg.repo_id, root=cfg.root, episodes=cfg.episodes,
+                          delta_timestamps=resolve_delta_timestamps(policy, meta), revision=cfg.revision,
+                          video_backend=cfg.video_backend)
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
 
-# %% ../nbs/11_lerobot.ipynb #fa052787
+# %% ../nbs/11_lerobot.ipynb #0324956a
 def recompute_targets(policy_path: str, manifest: dict):  # → function of a batch of the cache: {target: tensor}
     "A function that recomputes what a cache of `manifest` stores, with the policy at `policy_path`."
     require_local(policy_path)
     cfg = PreTrainedConfig.from_pretrained(policy_path)
     cfg.pretrained_path = Path(policy_path)
     policy, _, _ = load_policy_alone(cfg)
-    views = make_views(manifest["views"], layers=manifest["layers"], pooling=manifest["pooling"], top_k=manifest["extra"].get("top_k", 32))
+    views = make_views(manifest["views"], layers=manifest["layers"], pooling=manifest["pooling"],
+                       top_k=manifest["extra"].get("top_k", 32))
     stored = {t for v in manifest["views"].values() for t in v["tensors"] if not t.endswith("_mask")}
-    return lambda batch: {k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views).items() if k in stored}
+    return lambda batch: {
+        k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views).items()
+        if k in stored}
 
-# %% ../nbs/11_lerobot.ipynb #8d3f5d24
+# %% ../nbs/11_lerobot.ipynb #f2fb2e0d
 def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     "The cache of a run. Raises with what to do if there is none, or if it has not what the config asks for."
     if not Path(craft.anchor_cache_dir).is_dir():
-        raise FileNotFoundError(f"CRaFT is on, but there is no anchor cache at {craft.anchor_cache_dir}: build one with craft-build-cache --out_dir={craft.anchor_cache_dir}, "
-                                "name another with --craft.anchor_cache_dir, or train without retention with --craft.enabled=false")
+        raise FileNotFoundError(f"CRaFT is on, but there is no anchor cache at {craft.anchor_cache_dir}: "
+                                f"build one with craft-build-cache --out_dir={craft.anchor_cache_dir}, "
+                                "name another with --craft.anchor_cache_dir, "
+                                "or train without retention with --craft.enabled=false")
     cache = AnchorCacheDataset(craft.anchor_cache_dir, views=list(parse_weights(craft.views)) or None, frames=frames)
     token_level = cache.cache_type == "token_level"
     if token_level != (craft.retention_mode == "token_ce") and not craft.views:
-        raise ValueError(f"{craft.anchor_cache_dir} is a {cache.cache_type} cache, which needs --craft.retention_mode={'token_ce' if token_level else 'hidden'}; found {craft.retention_mode}")
+        raise ValueError(f"{craft.anchor_cache_dir} is a {cache.cache_type} cache, which needs "
+                         f"--craft.retention_mode={'token_ce' if token_level else 'hidden'}; found {craft.retention_mode}")
     return cache
 
-def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str], resumed: bool = False) -> dict:
-    "Refuse a cache that was made for another policy, naming both values. A resumed student has moved, so its weights are not compared."
+def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str],
+                resumed: bool = False) -> dict:
+    """Refuse a cache that was made for another policy, naming both values.
+    A resumed student has moved, so its weights are not compared."""
     decoder, m = adapter_for(policy).decoder(policy), cache.manifest
-    found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size, extra=dict(depth=len(decoder.layers)),
+    found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size,
+                 extra=dict(depth=len(decoder.layers)),
                  hashes={k: v for k, v in hashes.items() if not (resumed and k == "weights")})
-    if m["hashes"]: found["dtype"] = str(next(decoder.layers.parameters()).dtype).removeprefix("torch.")  # old caches do not say the policy's
+    if m["hashes"]:  # old caches do not say the policy's dtype
+        found["dtype"] = str(next(decoder.layers.parameters()).dtype).removeprefix("torch.")
     out = check_compatible(m, found, craft.allow_mismatch)
     if m["layers"]: resolve_layers(m["layers"], len(decoder.layers))
     return out
@@ -240,7 +280,7 @@ def cache_views(cache: AnchorCacheDataset, craft: CraftConfig) -> dict:
     stored = {k: m[k] for k in ("layers", "pooling") if m[k]}
     return {n: make_views([n], **stored, **how[n])[n] for n in cache.views}
 
-# %% ../nbs/11_lerobot.ipynb #4ed95b5a
+# %% ../nbs/11_lerobot.ipynb #fdb2741c
 def make_accelerator(cfg: CraftTrainConfig):
     "Accelerate's `Accelerator` as LeRobot sets it up; the policy's dtype decides about autocast."
     from accelerate import Accelerator
@@ -249,9 +289,16 @@ def make_accelerator(cfg: CraftTrainConfig):
     mixed = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}.get(getattr(policy, "dtype", None))
     if mixed is None and not hasattr(policy, "dtype") and getattr(policy, "use_amp", False):
         mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}[torch.get_autocast_dtype(torch.device(policy.device).type)]
-    if mixed == "fp16" and cfg.craft.enabled: raise ValueError("CRaFT does not train in float16: loss scaling would scale ⟨g,r⟩ too. Use --policy.dtype=bfloat16 or float32")
-    return Accelerator(step_scheduler_with_optimizer=False, mixed_precision=mixed, cpu=policy.device == "cpu",
-                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    if mixed == "fp16" and cfg.craft.enabled:
+        raise ValueError("CRaFT does not train in float16: loss scaling would scale ⟨g,r⟩ too. "
+                         "Use --policy.dtype=bfloat16 or float32")
+    accelerator = Accelerator(step_scheduler_with_optimizer=False, mixed_precision=mixed, cpu=policy.device == "cpu",
+                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:  # or each would train alone, and all would write the same folder
+        raise RuntimeError(f"the launcher started {started} processes, Accelerate sees {accelerator.num_processes}: "
+                           f"give each process a device, or pass --policy.device=cpu")
+    return accelerator
 
 def main_first(accelerator, make):
     "What `make()` returns, made by the main process before the others, which then find its files."
@@ -260,21 +307,26 @@ def main_first(accelerator, make):
     if accelerator.is_main_process: accelerator.wait_for_everyone()
     return out
 
-# %% ../nbs/11_lerobot.ipynb #9bfb22ac
+# %% ../nbs/11_lerobot.ipynb #fd95eb8a
 def make_loader(cfg: CraftTrainConfig, dataset, done: int, num_processes: int, pin: bool):
     "LeRobot's data loader, its order set to go on after `done` steps."
     from lerobot.datasets.sampler import EpisodeAwareSampler, compute_sampler_state
     from lerobot.utils.collate import lerobot_collate_fn
     sampler, workers = None, cfg.num_workers > 0
     if not cfg.dataset.streaming:
-        sampler = EpisodeAwareSampler(dataset.meta.episodes["dataset_from_index"], dataset.meta.episodes["dataset_to_index"], episode_indices_to_use=dataset.episodes,
-                                      drop_n_last_frames=getattr(cfg.trainable_config, "drop_n_last_frames", 0), shuffle=True, seed=cfg.seed if cfg.seed is not None else 0,
-                                      absolute_to_relative_idx=dataset.absolute_to_relative_idx)
-        if done: sampler.load_state_dict(compute_sampler_state(done * cfg.craft.gradient_accumulation_steps, len(sampler), cfg.batch_size, num_processes))
+        sampler = EpisodeAwareSampler(
+            dataset.meta.episodes["dataset_from_index"], dataset.meta.episodes["dataset_to_index"],
+            episode_indices_to_use=dataset.episodes, drop_n_last_frames=getattr(cfg.trainable_config, "drop_n_last_frames", 0),
+            shuffle=True, seed=cfg.seed if cfg.seed is not None else 0,
+            absolute_to_relative_idx=dataset.absolute_to_relative_idx)
+        if done:
+            sampler.load_state_dict(compute_sampler_state(done * cfg.craft.gradient_accumulation_steps, len(sampler),
+                                                          cfg.batch_size, num_processes))
     return torch.utils.data.DataLoader(
-        dataset, batch_size=cfg.batch_size, sampler=sampler, shuffle=False, num_workers=cfg.num_workers, pin_memory=pin, drop_last=False,
-        collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None, prefetch_factor=cfg.prefetch_factor if workers else None,
-        persistent_workers=cfg.persistent_workers and workers, multiprocessing_context=cfg.dataloader_multiprocessing_context if workers else None)
+        dataset, batch_size=cfg.batch_size, sampler=sampler, shuffle=False, num_workers=cfg.num_workers, pin_memory=pin,
+        drop_last=False, collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None,
+        prefetch_factor=cfg.prefetch_factor if workers else None, persistent_workers=cfg.persistent_workers and workers,
+        multiprocessing_context=cfg.dataloader_multiprocessing_context if workers else None)
 
 def ready_batches(loader: Iterable, cameras: Iterable[str], preprocessor) -> Iterator[dict]:
     "Batches without end, as the policy takes them."
@@ -284,7 +336,7 @@ def ready_batches(loader: Iterable, cameras: Iterable[str], preprocessor) -> Ite
             if k in batch and batch[k].dtype == torch.uint8: batch[k] = batch[k].to(dtype=torch.float32) / 255.0
         yield preprocessor(batch)
 
-# %% ../nbs/11_lerobot.ipynb #c582ec37
+# %% ../nbs/11_lerobot.ipynb #f2936856
 CRAFT_STATE = "craft_state.json"
 
 def write_checkpoint(trainer: CraftTrainer, parts: "RunParts") -> Path:
@@ -299,8 +351,10 @@ def write_checkpoint(trainer: CraftTrainer, parts: "RunParts") -> Path:
     if acc.is_main_process:
         draft, old = (target.with_name(f".{target.name}.{what}") for what in ("unfinished", "old"))
         with whole_or_nothing(draft, last):
-            train_utils.save_checkpoint(checkpoint_dir=draft, step=trainer.step, cfg=cfg, policy=acc.unwrap_model(trainer.policy), optimizer=trainer.optimizer, scheduler=trainer.scheduler,
-                                        preprocessor=parts.pre, postprocessor=parts.post, num_processes=acc.num_processes, batch_size=cfg.batch_size, model_state_dict=weights, optim_state_dict=moments)
+            train_utils.save_checkpoint(
+                checkpoint_dir=draft, step=trainer.step, cfg=cfg, policy=acc.unwrap_model(trainer.policy),
+                optimizer=trainer.optimizer, scheduler=trainer.scheduler, preprocessor=parts.pre, postprocessor=parts.post,
+                num_processes=acc.num_processes, batch_size=cfg.batch_size, model_state_dict=weights, optim_state_dict=moments)
             (draft / "training_state" / CRAFT_STATE).write_text(json.dumps(trainer.state_dict() | {"hashes": parts.hashes}))
             for f in draft.rglob("*"): sync(f)
             if target.exists(): os.rename(target, old)
@@ -320,7 +374,8 @@ def whole_or_nothing(draft: Path, last: Path) -> Iterator[None]:
     except Exception as e:
         shutil.rmtree(draft, ignore_errors=True)
         kept = f"the last whole checkpoint is {last.resolve()}" if last.exists() else "there is no earlier one"
-        raise OSError(f"the checkpoint {draft.name.strip('.').removesuffix('.unfinished')} could not be written to {draft.parent} ({e}); {kept}. Make room, then resume") from e
+        raise OSError(f"the checkpoint {draft.name.strip('.').removesuffix('.unfinished')} could not be written to "
+                      f"{draft.parent} ({e}); {kept}. Make room, then resume") from e
 
 def sync(path: Path) -> None:
     "Wait until `path`, a file or a folder's list of names, is on the disk."
@@ -338,10 +393,12 @@ def move_link(link: Path, target: str) -> None:
 def read_craft_state(checkpoint: Path) -> dict:
     "What `write_checkpoint` added. Raises if the checkpoint was not written by craft-train."
     path = Path(checkpoint) / "training_state" / CRAFT_STATE
-    if not path.is_file(): raise FileNotFoundError(f"{path}: not found, so this checkpoint is not one of craft-train; resume it with lerobot-train, or start from it with --policy.path")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, so this checkpoint is not one of craft-train; "
+                                "resume it with lerobot-train, or start from it with --policy.path")
     return json.loads(path.read_text())
 
-# %% ../nbs/11_lerobot.ipynb #d5c56603
+# %% ../nbs/11_lerobot.ipynb #405893d0
 class Checkpoints(Callback):
     "Writes a checkpoint every `save_freq` steps and at the end."
     order = 50
@@ -351,7 +408,8 @@ class Checkpoints(Callback):
         if cfg.save_checkpoint and train_utils.should_save_checkpoint(trainer.step, cfg.save_freq, cfg.steps):
             path = write_checkpoint(trainer, self.parts)
             trainer.event("checkpoint", path=str(path))
-            if cfg.save_checkpoint_to_hub and trainer.accelerator.is_main_process: train_utils.push_checkpoint_to_hub(path, cfg.policy.repo_id, private=cfg.policy.private)
+            if cfg.save_checkpoint_to_hub and trainer.accelerator.is_main_process:
+                train_utils.push_checkpoint_to_hub(path, cfg.policy.repo_id, private=cfg.policy.private)
 
 class Progress(Callback):
     "A bar with the loss, λ and the violation; a log line every `log_freq` steps."
@@ -361,9 +419,13 @@ class Progress(Callback):
         from tqdm.std import tqdm
         self.bar = tqdm(total=trainer.steps, initial=trainer.step, desc="craft-train", unit="step")
     def after_step(self, trainer, r):
-        if r["retention"]: self.bar.set_postfix_str(f"task {r['task_loss']:.3f}  ret {r['retention_loss'] or 0:.2e}  v {r['violation'] or 0:+.1e}  λ {r['lambda']:.2f}", refresh=False)
+        if r["retention"]:
+            self.bar.set_postfix_str(f"task {r['task_loss']:.3f}  ret {r['retention_loss'] or 0:.2e}  "
+                                     f"v {r['violation'] or 0:+.1e}  λ {r['lambda']:.2f}", refresh=False)
         self.bar.update(1)
-        if self.log_freq and trainer.step % self.log_freq == 0: logging.info(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in r.items() if v is not None and not isinstance(v, dict)))
+        if self.log_freq and trainer.step % self.log_freq == 0:
+            logging.info(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                                  for k, v in r.items() if v is not None and not isinstance(v, dict)))
     def after_fit(self, trainer): self.bar.close()
     def on_error(self, trainer, error): self.bar and self.bar.close()
 
@@ -374,9 +436,10 @@ class Wandb(Callback):
         from lerobot.common.wandb_utils import WandBLogger
         self.logger, self.log_freq = WandBLogger(cfg), max(1, cfg.log_freq)
     def after_step(self, trainer, record):
-        if trainer.step % self.log_freq == 0: self.logger.log_dict({k: v for k, v in record.items() if isinstance(v, (int, float))}, trainer.step)
+        if trainer.step % self.log_freq == 0:
+            self.logger.log_dict({k: v for k, v in record.items() if isinstance(v, (int, float))}, trainer.step)
 
-# %% ../nbs/11_lerobot.ipynb #80540964
+# %% ../nbs/11_lerobot.ipynb #b57b60bf
 class Evaluations(Callback):
     "Rolls the policy out every `env_eval_freq` steps and measures the held-out loss every `eval_steps` steps."
     order = 60
@@ -391,14 +454,17 @@ class Evaluations(Callback):
                 trainer.policy.train()
             trainer.event("eval_loss", value=float(acc.reduce(torch.stack(losses).mean(), reduction="mean")))
         if cfg.env is not None and cfg.env_eval_freq > 0 and trainer.step % cfg.env_eval_freq == 0:
-            if acc.is_main_process: trainer.event("success", **rollouts(acc.unwrap_model(trainer.policy), p.pre, p.post, cfg.env, cfg.eval, cfg.seed, acc.autocast))
+            if acc.is_main_process:
+                trainer.event("success", **rollouts(acc.unwrap_model(trainer.policy), p.pre, p.post, cfg.env, cfg.eval,
+                                                    cfg.seed, acc.autocast))
             acc.wait_for_everyone()
 
 def once(loader, cameras, preprocessor):
     from itertools import islice
     yield from islice(ready_batches(loader, cameras, preprocessor), len(loader))
 
-def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path | None = None, max_videos: int = 0) -> dict:  # task → [bool, …]
+def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path | None = None,
+             max_videos: int = 0) -> dict:  # task → [bool, …]
     "Success of each episode in LeRobot's environments."
     from lerobot.envs.factory import make_env, make_env_pre_post_processors
     from lerobot.envs.utils import close_envs
@@ -407,12 +473,15 @@ def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path 
     made = make_env(env_cfg, n_envs=eval_cfg.batch_size, use_async_envs=eval_cfg.use_async_envs)
     try:
         with torch.no_grad(), autocast():
-            info = eval_policy_all(envs=made, policy=policy, env_preprocessor=env_pre, env_postprocessor=env_post, preprocessor=pre, postprocessor=post,
-                                   n_episodes=eval_cfg.n_episodes, start_seed=seed, max_parallel_tasks=env_cfg.max_parallel_tasks, videos_dir=videos, max_episodes_rendered=max_videos)
+            info = eval_policy_all(
+                envs=made, policy=policy, env_preprocessor=env_pre, env_postprocessor=env_post, preprocessor=pre,
+                postprocessor=post, n_episodes=eval_cfg.n_episodes, start_seed=seed,
+                max_parallel_tasks=env_cfg.max_parallel_tasks, videos_dir=videos, max_episodes_rendered=max_videos)
     finally: close_envs(made)
-    return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]] for t in info["per_task"]}
+    return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]]
+            for t in info["per_task"]}
 
-# %% ../nbs/11_lerobot.ipynb #87441cd7
+# %% ../nbs/11_lerobot.ipynb #f5da6397
 @dataclass
 class RunParts:
     "What a run was made of."
@@ -449,11 +518,14 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
         check_cache(cache, cfg.craft, policy, hashes, resumed=cfg.resume)
         route_forward(policy)
     sharded = "FSDP" in str(acc.distributed_type)
-    if sharded and acc.is_fsdp2: raise ValueError("LeRobot writes checkpoints of FSDP 1 only: set fsdp_version: 1 and fsdp_use_orig_params: true in the accelerate config")
+    if sharded and acc.is_fsdp2:
+        raise ValueError("LeRobot writes checkpoints of FSDP 1 only: "
+                         "set fsdp_version: 1 and fsdp_use_orig_params: true in the accelerate config")
     if cfg.resume:
         state = read_craft_state(cfg.checkpoint_path)
         hashes = state["hashes"]  # of the run's first start
-        _, optimizer, scheduler = train_utils.load_training_state(cfg.checkpoint_path, optimizer, scheduler, load_optimizer=not sharded)
+        _, optimizer, scheduler = train_utils.load_training_state(cfg.checkpoint_path, optimizer, scheduler,
+                                                                  load_optimizer=not sharded)
     pin = acc.device.type == "cuda"
     loader = make_loader(cfg, dataset, state.get("step", 0), acc.num_processes, pin)
     eval_loader = None if held_out is None else torch.utils.data.DataLoader(held_out, batch_size=cfg.batch_size)
@@ -469,10 +541,13 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     if cfg.resume:  # opening a loader draws from the random state, which therefore comes last
         batches = itertools.chain([next(batches)], batches)
         load_rng_state(cfg.checkpoint_path / "training_state")
-    trainer = CraftTrainer(policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc,
-                           retention=make_retention(cfg, cache, policy, adapter, acc) if cache is not None else None, grad_clip_norm=cfg.optimizer.grad_clip_norm,
-                           accumulate=cfg.craft.gradient_accumulation_steps, cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
-                           callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts)], checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)
+    trainer = CraftTrainer(
+        policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc,
+        retention=make_retention(cfg, cache, policy, adapter, acc) if cache is not None else None,
+        grad_clip_norm=cfg.optimizer.grad_clip_norm, accumulate=cfg.craft.gradient_accumulation_steps,
+        cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
+        callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts)],
+        checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)
     trainer.parts = parts
     if state:
         trainer.load_state_dict(state)
@@ -480,9 +555,10 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     logging.info("cache_type=%s", trainer.cache_type)
     return trainer
 
-# %% ../nbs/11_lerobot.ipynb #33efc4f3
+# %% ../nbs/11_lerobot.ipynb #c4e5100b
 def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
-    "Point `last` at the checkpoint that is resumed, if it is one of this run's own. → the step that is on the disk, −1 if it is another run's."
+    """Point `last` at the checkpoint that is resumed, if it is one of this run's own.
+    → the step that is on the disk, −1 if it is another run's."""
     here = Path(cfg.checkpoint_path).resolve()
     if here.parent != (Path(cfg.output_dir) / "checkpoints").resolve(): return -1
     if acc.is_main_process: move_link(here.parent / "last", here.name)
@@ -492,9 +568,11 @@ def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
 def require_writable(folder: Path) -> None:
     "Refuse an output folder that cannot be made, before anything is loaded."
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)): raise PermissionError(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another --output_dir")
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise PermissionError(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. "
+                              "Give another --output_dir")
 
-# %% ../nbs/11_lerobot.ipynb #beae6436
+# %% ../nbs/11_lerobot.ipynb #641db3c3
 def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     "The policy that is trained: pretrained weights verified, adapters of peft put on."
     policy = make_policy(cfg=cfg.policy, ds_meta=ds_meta, rename_map=cfg.rename_map)
@@ -506,15 +584,18 @@ def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
 def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset, policy: nn.Module, adapter, acc) -> Retention:
     "Anchors, views and multipliers of a run, sharded over its ranks."
     craft, one = cfg.craft, acc.num_processes == 1
-    anchors = build_anchor_dataloader(cache, craft.anchor_batch_size, seed=cfg.seed or 0, rank=acc.process_index, world_size=acc.num_processes,
-                                      num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda")
+    anchors = build_anchor_dataloader(
+        cache, craft.anchor_batch_size, seed=cfg.seed or 0, rank=acc.process_index, world_size=acc.num_processes,
+        num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda")
     views = cache_views(cache, craft)
     spreads = {n: cache.spread(n) for n in views} if craft.epsilon_unit == "relative" else {}
     stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
-    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads, all_reduce=sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None, stream=stream)
+    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads,
+                     all_reduce=sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None, stream=stream)
 
 def sum_over_shards(policy: nn.Module):
-    "What sums inner products of sharded gradients over the ranks that hold a shard each; None where every rank holds all of `policy`."
+    """What sums inner products of sharded gradients over the ranks that hold a shard each;
+    None where every rank holds all of `policy`."""
     from torch.distributed.fsdp import ShardingStrategy
     if policy.sharding_strategy == ShardingStrategy.NO_SHARD: return None
     def total(x): torch.distributed.all_reduce(x, group=policy.process_group); return x
@@ -537,7 +618,7 @@ def finish(trainer: CraftTrainer) -> None:
     acc.wait_for_everyone()
     acc.end_training()
 
-# %% ../nbs/11_lerobot.ipynb #948a73ea
+# %% ../nbs/11_lerobot.ipynb #9c2fa9fc
 @dataclass
 class CraftEvalConfig:
     "Flags of craft-eval: a policy, and at least one of env, dataset and anchors."
@@ -560,7 +641,8 @@ def task_loss(policy: nn.Module, pre, dataset, batch_size: int, max_frames: int)
     "Mean loss over frames spread evenly over a data set. → {loss, frames}."
     every = torch.utils.data.Subset(dataset, range(0, len(dataset), -(-len(dataset) // max_frames)))
     loader = torch.utils.data.DataLoader(every, batch_size=batch_size)
-    losses = [(policy(b)[0].item(), len(b["task"]) if "task" in b else batch_size) for b in once(loader, dataset.meta.camera_keys, pre)]
+    losses = [(policy(b)[0].item(), len(b["task"]) if "task" in b else batch_size)
+              for b in once(loader, dataset.meta.camera_keys, pre)]
     return dict(loss=sum(x * n for x, n in losses) / sum(n for _, n in losses), frames=len(every))
 
 @torch.no_grad()
@@ -575,20 +657,23 @@ def anchor_drift(policy: nn.Module, folder: str, batch_size: int) -> dict:
     out = dict(anchors=n, losses=losses)
     if "pooled" in views:
         m = cache.manifest
-        out |= measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, m["layers"], m), build_anchor_dataloader(cache, min(batch_size, n), shuffle=False), m["layers"], m["pooling"])
+        out |= measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, m["layers"], m),
+                             build_anchor_dataloader(cache, min(batch_size, n), shuffle=False), m["layers"], m["pooling"])
     return out
 
-# %% ../nbs/11_lerobot.ipynb #ba4342e7
+# %% ../nbs/11_lerobot.ipynb #9c789697
 def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     "Run what `cfg` asks for. → the table (Markdown) and the folder with `eval.json` and `eval.md`."
     from contextlib import nullcontext
-    if not (cfg.env or cfg.dataset or cfg.anchors): raise ValueError("nothing to evaluate: give --env.type=…, --dataset.repo_id=… or --anchors=FOLDER")
+    if not (cfg.env or cfg.dataset or cfg.anchors):
+        raise ValueError("nothing to evaluate: give --env.type=…, --dataset.repo_id=… or --anchors=FOLDER")
     if cfg.policy is None or not cfg.policy.pretrained_path: raise ValueError("no policy: give --policy.path=FOLDER")
     out = Path(cfg.out_dir)
     if out.exists(): raise FileExistsError(f"{out} exists: give another --out_dir")
     if cfg.anchors: AnchorCacheDataset(cfg.anchors)
     dataset = load_dataset(cfg.dataset, cfg.policy) if cfg.dataset else None
-    policy, pre, post = load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env) if dataset or cfg.env else load_policy_alone(cfg.policy)
+    policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env)
+                         if dataset or cfg.env else load_policy_alone(cfg.policy))
     result = dict(policy=str(cfg.policy.pretrained_path))
     if cfg.env:
         seen = rollouts(policy, pre, post, cfg.env, cfg.eval, cfg.seed, nullcontext, out / "videos", cfg.max_videos)
@@ -610,10 +695,12 @@ def load_policy_alone(cfg: PreTrainedConfig):
 
 def eval_table(result: dict) -> str:
     "The result as a Markdown table."
-    rows = [f"| success {t} | {c['rate']:.0%} | {c['low']:.0%} – {c['high']:.0%}, {c['n']} episodes |" for t, c in result.get("success", {}).items()]
+    rows = [f"| success {t} | {c['rate']:.0%} | {c['low']:.0%} – {c['high']:.0%}, {c['n']} episodes |"
+            for t, c in result.get("success", {}).items()]
     if x := result.get("task_loss"): rows.append(f"| task loss | {x['loss']:.4f} | {x['frames']} frames |")
     if d := result.get("drift"):
         rows += [f"| retention loss {n} | {v:.3e} | {d['anchors']} held-out anchors |" for n, v in d["losses"].items()]
-        rows += [f"| drift layer {i} {v} | {d['relative_l2'][a][b]:.4f} | relative L2; cosine {d['cosine'][a][b]:.1e}, CKA {d['cka'][a][b]:.3f} |"
+        rows += [f"| drift layer {i} {v} | {d['relative_l2'][a][b]:.4f} | "
+                 f"relative L2; cosine {d['cosine'][a][b]:.1e}, CKA {d['cka'][a][b]:.3f} |"
                  for a, i in enumerate(d.get("layers", [])) for b, v in enumerate(d["vectors"])]
     return "\n".join(["| measure | value | |", "|---|---|---|", *rows]) + "\n"
