@@ -29,26 +29,27 @@ from .dual import Dual, no_trace
 from .losses import View
 from .surgery import StreamingSurgery, Surgery
 
-# %% ../nbs/08_trainer.ipynb #d2fe8607
+# %% ../nbs/08_trainer.ipynb #0891ba26
 HOOKS = ("before_fit", "before_step", "after_step", "on_event", "after_fit", "on_error")
 
 class Callback:
-    "Base of callbacks: override any of the hooks below. Lower `order` runs first. Defining another public method raises `TypeError`."
+    "Base of callbacks: override any of the hooks below. Lower `order` runs first. Other public methods raise `TypeError`."
     order = 0
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        strange = [n for n, f in vars(cls).items() if callable(f) and n.startswith(("before_", "after_", "on_")) and n not in HOOKS]
+        strange = [n for n, f in vars(cls).items()
+                   if callable(f) and n.startswith(("before_", "after_", "on_")) and n not in HOOKS]
         if strange: raise TypeError(f"{cls.__name__}: unknown hooks {strange}; a callback may define {', '.join(HOOKS)}")
 
     def before_fit(self, trainer): "Before the first step."
     def before_step(self, trainer): "Before each step; `trainer.step` steps are done."
     def after_step(self, trainer, record: dict): "After each step, with its record."
-    def on_event(self, trainer, row: dict): "Something other than a step happened: start, resume, control, checkpoint, end, error."
+    def on_event(self, trainer, row: dict): "Something other than a step: start, resume, control, checkpoint, end, error."
     def after_fit(self, trainer): "After the last step, also when training was stopped."
     def on_error(self, trainer, error: BaseException): "Training ended with `error`, which is raised afterwards."
 
-# %% ../nbs/08_trainer.ipynb #fd7ad71f
+# %% ../nbs/08_trainer.ipynb #f66b0e7f
 class Control:
     "Thread-safe wishes: pause, resume, one step, stop, and new values for the live knobs."
     KNOBS = {"epsilon_scale": (0.0, math.inf), "lambda_lr": (0.0, math.inf), "lambda_max": (0.0, math.inf),
@@ -76,7 +77,9 @@ class Control:
         if name not in self.KNOBS: raise ValueError(f"unknown knob {name!r}: expected one of {', '.join(self.KNOBS)}")
         words = self.KNOBS[name]
         ok = value in words if isinstance(words[0], str) else isinstance(value, (int, float)) and words[0] <= value < words[1]
-        if not ok: raise ValueError(f"{name}: expected {' | '.join(words) if isinstance(words[0], str) else 'a finite number ≥ 0'}, found {value!r}")
+        if not ok:
+            raise ValueError(f"{name}: expected {' | '.join(words) if isinstance(words[0], str) else 'a finite number ≥ 0'}, "
+                             f"found {value!r}")
         with self._lock: self._changes[name] = value
 
     def take(self) -> dict:
@@ -107,7 +110,7 @@ def stop_on_signals(control: Control) -> Iterator[None]:
     finally:
         for s, handler in before.items(): signal.signal(s, handler or signal.SIG_DFL)
 
-# %% ../nbs/08_trainer.ipynb #697ab0ff
+# %% ../nbs/08_trainer.ipynb #cd2c832b
 class AnchorPass:
     "Losses of `views` on anchors: `AnchorPass(…)(policy)` → {view: scalar}."
     def __init__(self, adapter, views: dict[str, View], anchors: dict[str, Tensor]):
@@ -115,33 +118,38 @@ class AnchorPass:
 
     def __call__(self, policy: nn.Module) -> dict[str, Tensor]:
         views = self.views.values()
-        layers = list(dict.fromkeys(i for v in views if not (v.needs_logits and v.distances[0] in ("kl", "cross_entropy")) for i in v.layers)) or [-1]
+        layers = list(dict.fromkeys(
+            i for v in views if not (v.needs_logits and v.distances[0] in ("kl", "cross_entropy")) for i in v.layers)) or [-1]
         anchors = self.adapter.prepare(policy, self.anchors)
-        f = self.adapter.features(policy, anchors, layers, any(v.needs_actions for v in views), any(v.needs_logits for v in views))
+        f = self.adapter.features(policy, anchors, layers, any(v.needs_actions for v in views),
+                                  any(v.needs_logits for v in views))
         return {n: v.loss(f, anchors) for n, v in self.views.items()}
 
 def route_forward(policy: nn.Module) -> nn.Module:
-    "Let `policy(AnchorPass)` run the pass; every other call goes to the policy's own forward. Do this before wrapping the policy."
+    "Let `policy(AnchorPass)` run the pass; every other call goes to the policy's own forward. Do this before wrapping it."
     own = policy.forward
     policy.forward = lambda batch, *args, **kw: batch(policy) if isinstance(batch, AnchorPass) else own(batch, *args, **kw)
     policy.routes_anchors = True
     return policy
 
-# %% ../nbs/08_trainer.ipynb #7e786325
+# %% ../nbs/08_trainer.ipynb #3ee32890
 def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads: dict[str, float]) -> dict[str, Dual]:
     "One `Dual` named `shared`, or one for each view. Raises `ValueError` if a spread is needed and not known."
     scale = dict.fromkeys(weights, 1.0)
     if cfg.epsilon_unit == "relative":
         if missing := set(weights) - set(spreads):
-            raise ValueError(f"epsilon_unit=relative needs the teacher's spread of {', '.join(sorted(missing))}, which this cache does not state; use raw or auto")
+            raise ValueError(f"epsilon_unit=relative needs the teacher's spread of {', '.join(sorted(missing))}, "
+                             "which this cache does not state; use raw or auto")
         scale = {n: spreads[n] for n in weights}
-    if cfg.shared_lambda: return {"shared": Dual(cfg, steps, scale=sum(w * scale[n] for n, w in weights.items()) if cfg.epsilon_unit == "relative" else 1.0)}
+    if cfg.shared_lambda:
+        return {"shared": Dual(cfg, steps, scale=sum(w * scale[n] for n, w in weights.items())
+                               if cfg.epsilon_unit == "relative" else 1.0)}
     own = parse_weights(cfg.view_epsilons, "view_epsilons")
     if strange := set(own) - set(weights):
         raise ValueError(f"view_epsilons names {', '.join(sorted(strange))}, trained on are {', '.join(weights)}")
     return {n: Dual(replace(cfg, epsilon_end=own.get(n, cfg.epsilon_end)), steps, scale=scale[n]) for n in weights}
 
-# %% ../nbs/08_trainer.ipynb #bd4a4070
+# %% ../nbs/08_trainer.ipynb #923604bd
 class Retention:
     "The constrained half of a step."
     def __init__(
@@ -159,19 +167,24 @@ class Retention:
         self.anchors, self.views, self.adapter, self.config = anchors, views, adapter, config
         self.line = endless(anchors)
         self.weights = parse_weights(config.views) or dict.fromkeys(views, 1.0)
-        if set(self.weights) != set(views): raise ValueError(f"views: the config names {', '.join(self.weights)}, given are {', '.join(views)}")
+        if set(self.weights) != set(views):
+            raise ValueError(f"views: the config names {', '.join(self.weights)}, given are {', '.join(views)}")
         self.duals = make_duals(config, steps, self.weights, spreads or {})
-        named = [(n.removeprefix("module.").replace("_fsdp_wrapped_module.", ""), p) for n, p in policy.named_parameters() if p.requires_grad]
-        how = dict(gate=config.projection_gate, conflict_threshold=config.conflict_threshold, use_projection=config.use_grad_projection,
+        named = [(n.removeprefix("module.").replace("_fsdp_wrapped_module.", ""), p)
+                 for n, p in policy.named_parameters() if p.requires_grad]
+        how = dict(gate=config.projection_gate, conflict_threshold=config.conflict_threshold,
+                   use_projection=config.use_grad_projection,
                    mode=config.projection_mode if config.shared_lambda else "weighted")
-        self.surgery = StreamingSurgery(policy, named, **how) if stream else Surgery(named, scope=config.projection_scope, all_reduce=all_reduce, **how)
+        self.surgery = (StreamingSurgery(policy, named, **how) if stream
+                        else Surgery(named, scope=config.projection_scope, all_reduce=all_reduce, **how))
 
     def due(self, step: int) -> bool: return step % self.config.retention_freq == 0  # `step` steps are done
 
     def pressures(self) -> list[float]:
         "What each view's loss is multiplied with before the backward pass."
         if self.config.shared_lambda: return list(self.weights.values())
-        press = {"weighted": lambda d: d.weight, "equal": lambda d: 1.0, "task_priority": lambda d: min(d.weight, 1.0)}[self.config.projection_mode]
+        press = {"weighted": lambda d: d.weight, "equal": lambda d: 1.0,
+                 "task_priority": lambda d: min(d.weight, 1.0)}[self.config.projection_mode]
         return [w * press(self.duals[n]) for n, w in self.weights.items()]
 
     def state_dict(self) -> dict:
@@ -185,9 +198,10 @@ class Retention:
 
 def endless(anchors: Iterable): return anchors.forever() if hasattr(anchors, "forever") else iter(anchors)
 
-# %% ../nbs/08_trainer.ipynb #a6706942
+# %% ../nbs/08_trainer.ipynb #148f8773
 def anchor_losses(ret: Retention, policy: nn.Module, anchors: dict, autocast: Callable = nullcontext) -> dict[str, Tensor]:
-    "One anchor forward pass → view → loss; a wrapped policy goes through its own `forward`. Running out of memory says what to lower."
+    """One anchor forward pass → view → loss; a wrapped policy goes through its own `forward`.
+    Running out of memory says what to lower."""
     anchor_pass = AnchorPass(ret.adapter, ret.views, {k: v for k, v in anchors.items() if isinstance(v, Tensor)})
     with enough_memory(ret, len(anchors["input_ids"])), autocast():
         return policy(anchor_pass) if hasattr(policy, "routes_anchors") or hasattr(policy, "module") else anchor_pass(policy)
@@ -198,10 +212,12 @@ def enough_memory(ret: Retention, n: int) -> Iterator[None]:
     try: yield
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e): raise
-        raise RuntimeError(f"out of memory in the pass over {n} anchors at once: lower --craft.anchor_batch_size (now {ret.config.anchor_batch_size}), "
+        raise RuntimeError(f"out of memory in the pass over {n} anchors at once: "
+                           f"lower --craft.anchor_batch_size (now {ret.config.anchor_batch_size}), "
                            f"or set --craft.anchor_micro_batch to a divisor of it ({str(e).splitlines()[0]})") from e
 
-def retention_backward(ret: Retention, policy: nn.Module, backward: Callable[[Tensor], None], autocast: Callable = nullcontext) -> Tensor:  # (views,)
+def retention_backward(ret: Retention, policy: nn.Module, backward: Callable[[Tensor], None],
+                       autocast: Callable = nullcontext) -> Tensor:  # (views,)
     "Accumulate the gradient of the weighted retention losses of the next anchor batch into `.grad`. → the losses, detached."
     batch, total = next(ret.line), 0.0
     n = len(batch["input_ids"])
@@ -213,7 +229,8 @@ def retention_backward(ret: Retention, policy: nn.Module, backward: Callable[[Te
         total = total + share * stacked(ret, losses)
     return total
 
-def pressed(ret: Retention, losses: dict) -> Tensor: return sum(p * losses[v] for p, v in zip(ret.pressures(), ret.weights, strict=True))
+def pressed(ret: Retention, losses: dict) -> Tensor:
+    return sum(p * losses[v] for p, v in zip(ret.pressures(), ret.weights, strict=True))
 def stacked(ret: Retention, losses: dict) -> Tensor: return torch.stack([losses[v].detach().float() for v in ret.weights])
 
 # %% ../nbs/08_trainer.ipynb #d1876df5
@@ -237,9 +254,9 @@ def update_multipliers(ret: Retention, step: int, row: dict) -> None:
     "One dual step on the losses of this retention step."
     for n, d in ret.duals.items(): d.update(step, row["now"][n], grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]))
 
-# %% ../nbs/08_trainer.ipynb #5b84a3d5
+# %% ../nbs/08_trainer.ipynb #271727fc
 class CraftTrainer:
-    "Fine-tunes `policy` under a drift budget: `fit()` here and now, `start()` in a thread. Without `retention` it trains plainly."
+    "Fine-tunes `policy` under a drift budget: `fit()` here and now, `start()` in a thread. Without `retention`, plainly."
     def __init__(
         self,
         policy: nn.Module,  # `policy(batch)` → (loss, anything), as LeRobot's policies do
@@ -285,11 +302,13 @@ class CraftTrainer:
     def state_dict(self) -> dict:
         "All that a checkpoint must hold beside weights, optimizer and scheduler; plain JSON."
         return {"step": self.step, "nonfinite": self.nonfinite, "nonfinite_run": self.nonfinite_run,
-                "retention": self.retention.state_dict() if self.retention else None, "gate": self.retention.surgery.gate if self.retention else None}
+                "retention": self.retention.state_dict() if self.retention else None,
+                "gate": self.retention.surgery.gate if self.retention else None}
 
     def load_state_dict(self, state: dict):
         if (state["retention"] is None) != (self.retention is None):
-            raise ValueError("the checkpoint was written " + ("with" if state["retention"] else "without") + " CRaFT, this run is " +
+            raise ValueError("the checkpoint was written " + ("with" if state["retention"] else "without") +
+                             " CRaFT, this run is " +
                              ("with" if self.retention else "without") + ": resume with the same --craft.enabled")
         self.step, self.nonfinite, self.nonfinite_run = state["step"], state["nonfinite"], state["nonfinite_run"]
         if self.retention: self.retention.load_state_dict(state["retention"]); self.retention.surgery.gate = state["gate"]
@@ -348,7 +367,7 @@ def streamed_step(trainer: CraftTrainer) -> tuple[Tensor, dict]:
         loss = task_backward(trainer)
     return loss, row | surgery_row(out)
 
-# %% ../nbs/08_trainer.ipynb #a5c7f01a
+# %% ../nbs/08_trainer.ipynb #389f36c2
 def one_step(trainer: CraftTrainer) -> dict:
     "One optimizer step. → its record."
     start, ret, lr = time.perf_counter(), trainer.retention, trainer.lr
@@ -356,7 +375,8 @@ def one_step(trainer: CraftTrainer) -> dict:
     verb = plain_step if not due else streamed_step if isinstance(ret.surgery, StreamingSurgery) else craft_step
     task_loss, row = verb(trainer)
     task_loss = float(across_ranks(trainer, task_loss))
-    seen = {"task_loss": task_loss, "retention_loss": row.get("retention_loss", 0.0), "gradient": row["grad_norm"] if row.pop("finite", True) else math.nan}
+    seen = {"task_loss": task_loss, "retention_loss": row.get("retention_loss", 0.0),
+            "gradient": row["grad_norm"] if row.pop("finite", True) else math.nan}
     wrong = agree(trainer, [n for n, x in seen.items() if not math.isfinite(x)])
     if not wrong:
         if due: update_multipliers(ret, trainer.step, row)
@@ -365,19 +385,22 @@ def one_step(trainer: CraftTrainer) -> dict:
     if trainer.scheduler is not None: trainer.scheduler.step()
     trainer.step += 1
     trainer.nonfinite, trainer.nonfinite_run = trainer.nonfinite + bool(wrong), (trainer.nonfinite_run + 1) * bool(wrong)
-    return make_record(trainer, row, due, task_loss=task_loss, lr=lr, skipped=", ".join(wrong) or None, seconds=time.perf_counter() - start)
+    return make_record(trainer, row, due, task_loss=task_loss, lr=lr, skipped=", ".join(wrong) or None,
+                       seconds=time.perf_counter() - start)
 
 def agree(trainer: CraftTrainer, wrong: list[str]) -> list[str]:
-    "What was wrong on this rank or on another, so that all skip alike; and whether one was told to stop, so that all stop behind the same step."
+    """What was wrong on this rank or on another, so that all skip alike;
+    and whether one was told to stop, so that all stop behind the same step."""
     if trainer.alone: return wrong
     votes = torch.tensor([float(bool(wrong)), float(trainer.control.stopping)], device=trainer.accelerator.device)
     bad, stop = trainer.accelerator.reduce(votes, reduction="sum").tolist()
     trainer.agreed = stop > 0
     return wrong or (["on another rank"] if bad else [])
 
-# %% ../nbs/08_trainer.ipynb #556f3669
-RECORD = ("step", "task_loss", "retention_loss", "retention_losses", "epsilon", "violation", "lambda", "dot", "cosine", "conflict", "projected",
-          "grad_norm_task", "grad_norm_retain", "grad_norm", "clipped", "lr", "seconds", "cache_type", "retention", "skipped", "nonfinite")
+# %% ../nbs/08_trainer.ipynb #12980a65
+RECORD = ("step", "task_loss", "retention_loss", "retention_losses", "epsilon", "violation", "lambda", "dot", "cosine",
+          "conflict", "projected", "grad_norm_task", "grad_norm_retain", "grad_norm", "clipped", "lr", "seconds", "cache_type",
+          "retention", "skipped", "nonfinite")
 
 def make_record(trainer: CraftTrainer, row: dict, due: bool, **more) -> dict:
     "The record of the step that just ended; JSON types only."
@@ -389,7 +412,9 @@ def make_record(trainer: CraftTrainer, row: dict, due: bool, **more) -> dict:
         row.setdefault("epsilon", next(iter(ret.duals.values())).epsilon(trainer.step - 1))
     record = dict.fromkeys(RECORD) | row | more
     record |= dict(step=trainer.step, cache_type=trainer.cache_type, retention=due, nonfinite=trainer.nonfinite)
-    if not due: record |= dict(conflict=False, projected=False, clipped=bool(trainer.grad_clip_norm) and record["grad_norm"] > trainer.grad_clip_norm)
+    if not due:
+        record |= dict(conflict=False, projected=False,
+                       clipped=bool(trainer.grad_clip_norm) and record["grad_norm"] > trainer.grad_clip_norm)
     return finite_or_none(record)
 
 def finite_or_none(x):
@@ -397,7 +422,7 @@ def finite_or_none(x):
     if isinstance(x, dict): return {k: finite_or_none(v) for k, v in x.items()}
     return None if isinstance(x, float) and not math.isfinite(x) else x
 
-# %% ../nbs/08_trainer.ipynb #2be1cb7c
+# %% ../nbs/08_trainer.ipynb #15a675f3
 PROBE_BATCHES = 4  # of anchors, to measure the drift on
 
 def calibrate_budget(trainer: CraftTrainer) -> dict[str, float]:
@@ -412,7 +437,8 @@ def calibrate_budget(trainer: CraftTrainer) -> dict[str, float]:
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
             if trainer.scheduler is not None: trainer.scheduler.step()
-        with torch.no_grad(): losses = sum(stacked(ret, anchor_losses(ret, trainer.policy, b, trainer.autocast)) for b in shown) / len(shown)
+        with torch.no_grad():
+            losses = sum(stacked(ret, anchor_losses(ret, trainer.policy, b, trainer.autocast)) for b in shown) / len(shown)
     trainer.batches = itertools.chain(used, batches)
     if place is None: ret.line = itertools.chain(shown, ret.line)
     else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
@@ -421,7 +447,7 @@ def calibrate_budget(trainer: CraftTrainer) -> dict[str, float]:
     for n, d in ret.duals.items(): d.calibrate(drift[n])
     return drift
 
-# %% ../nbs/08_trainer.ipynb #63c3b097
+# %% ../nbs/08_trainer.ipynb #3a3a216f
 def apply_changes(trainer: CraftTrainer) -> None:
     "Apply the knobs that were turned since the last step, and log each."
     for name, value in trainer.control.take().items():
@@ -436,7 +462,8 @@ def loop(trainer: CraftTrainer) -> str:
     "Step until done or told to stop. → why it ended."
     while trainer.step < trainer.steps:
         trainer.control.wait()
-        if trainer.control.stopping if trainer.alone else trainer.agreed: return trainer.control.reason or "stopped on another rank"
+        if trainer.control.stopping if trainer.alone else trainer.agreed:
+            return trainer.control.reason or "stopped on another rank"
         apply_changes(trainer)
         trainer.emit("before_step")
         trainer.record = one_step(trainer)
@@ -448,16 +475,19 @@ def fit(trainer: CraftTrainer) -> dict | None:
     "Train to the end. → the last record. Ctrl-C stops cleanly with a checkpoint."
     trainer.policy.train()
     trainer.emit("before_fit")
-    if trainer.retention and trainer.retention.config.epsilon_unit == "auto" and not trainer.step: trainer.event("calibrated", drift=calibrate_budget(trainer))
-    trainer.event("resume" if trainer.step else "start", steps=trainer.steps, craft=asdict(trainer.retention.config) if trainer.retention else None)
+    if trainer.retention and trainer.retention.config.epsilon_unit == "auto" and not trainer.step:
+        trainer.event("calibrated", drift=calibrate_budget(trainer))
+    trainer.event("resume" if trainer.step else "start", steps=trainer.steps,
+                  craft=asdict(trainer.retention.config) if trainer.retention else None)
     try:
         with stop_on_signals(trainer.control):
             trainer.ended = loop(trainer)
             if trainer.ended != "done" and trainer.checkpoint: trainer.checkpoint(trainer)
         trainer.event("end", reason=trainer.ended)
         if trainer.ended == "nonfinite":
-            raise FloatingPointError(f"{trainer.nonfinite_run} steps in a row were not finite (last: {trainer.record['skipped']} at step {trainer.step}); weights and λ are "
-                                     "those before them. Lower the learning rate, or look at the batches")
+            raise FloatingPointError(f"{trainer.nonfinite_run} steps in a row were not finite (last: {trainer.record['skipped']} "
+                                     f"at step {trainer.step}); weights and λ are those before them. "
+                                     "Lower the learning rate, or look at the batches")
         trainer.emit("after_fit")
     except BaseException as e:
         for c in trainer.callbacks:
@@ -466,7 +496,7 @@ def fit(trainer: CraftTrainer) -> dict | None:
         raise
     return trainer.record
 
-# %% ../nbs/08_trainer.ipynb #cb1ae35a
+# %% ../nbs/08_trainer.ipynb #4484209a
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1}
 
 def moments(optimizer) -> int:
@@ -476,28 +506,38 @@ def moments(optimizer) -> int:
     return MOMENTS.get(type(inner).__name__, 2)
 
 def kept_bytes(policy: nn.Module, forward: Callable[[], object]) -> int:
-    "Bytes that `forward()` keeps for its backward pass, weights not counted; inside checkpointed blocks only what the device's allocator shows."
-    own, seen, device = {t.untyped_storage().data_ptr() for t in [*policy.parameters(), *policy.buffers()]}, {}, next(policy.parameters()).device
+    """Bytes that `forward()` keeps for its backward pass, weights not counted;
+    inside checkpointed blocks only what the device's allocator shows."""
+    own, seen = {t.untyped_storage().data_ptr() for t in [*policy.parameters(), *policy.buffers()]}, {}
+    device = next(policy.parameters()).device
     def note(t):
         s = t.untyped_storage()
         if s.data_ptr() not in own: seen[s.data_ptr()] = s.nbytes()
         return t
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    with torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda", devices=[device] if device.type == "cuda" else []), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    with (torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda",
+                                devices=[device] if device.type == "cuda" else []),
+          torch.autograd.graph.saved_tensors_hooks(note, lambda t: t)):
         out = forward()  # noqa: F841  alive until it is measured
         return torch.cuda.memory_allocated(device) - before if device.type == "cuda" else sum(seen.values())
 
-# %% ../nbs/08_trainer.ipynb #7090b4e9
+# %% ../nbs/08_trainer.ipynb #94918191
 def estimate_memory(trainer: CraftTrainer) -> dict[str, int]:  # bytes
-    "What training will need: weights, gradients, optimizer, surgery, activations of the task and the anchor pass, and the peak. Leaves no trace."
+    """What training will need: weights, gradients, optimizer, surgery, activations of the task and the anchor pass,
+    and the peak. Leaves no trace."""
     ret, acc, size = trainer.retention, trainer.accelerator, lambda ts: sum(t.numel() * t.element_size() for t in ts)
     g = size(trainer.params)
-    out = dict(weights=size([*trainer.policy.parameters(), *trainer.policy.buffers()]), gradients=g * (2 if "MULTI" in str(getattr(acc, "distributed_type", "")) else 1),
+    out = dict(weights=size([*trainer.policy.parameters(), *trainer.policy.buffers()]),
+               gradients=g * (2 if "MULTI" in str(getattr(acc, "distributed_type", "")) else 1),
                optimizer=g * moments(trainer.optimizer), surgery=0, task_pass=0, anchor_pass=0)
-    if not (acc and "FSDP" in str(acc.distributed_type)): out |= measure_passes(trainer, acc.unwrap_model(trainer.policy) if acc else trainer.policy)
-    if ret: out["surgery"] = max(size([ret.surgery.params[i] for i in ids]) for ids in ret.surgery.groups.values()) if isinstance(ret.surgery, StreamingSurgery) else g
+    if not (acc and "FSDP" in str(acc.distributed_type)):
+        out |= measure_passes(trainer, acc.unwrap_model(trainer.policy) if acc else trainer.policy)
+    if ret:
+        out["surgery"] = (max(size([ret.surgery.params[i] for i in ids]) for ids in ret.surgery.groups.values())
+                          if isinstance(ret.surgery, StreamingSurgery) else g)
     fixed = out["weights"] + out["gradients"] + out["optimizer"]
-    return out | {"peak": fixed + max(out["task_pass"], out["surgery"] + out["anchor_pass"], g)}  # the optimizer's own temporaries are about a gradient
+    # the optimizer's own temporaries are about a gradient
+    return out | {"peak": fixed + max(out["task_pass"], out["surgery"] + out["anchor_pass"], g)}
 
 def measure_passes(trainer: CraftTrainer, policy: nn.Module) -> dict[str, int]:
     "Activations of both passes on the next batches, which are put back. A streamed step holds both at once."
@@ -510,10 +550,11 @@ def measure_passes(trainer: CraftTrainer, policy: nn.Module) -> dict[str, int]:
     if place is None: ret.line = itertools.chain([anchors], ret.line)
     else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
     n = ret.config.anchor_micro_batch or len(anchors["input_ids"])
-    out["anchor_pass"] = kept_bytes(policy, lambda: anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
+    out["anchor_pass"] = kept_bytes(
+        policy, lambda: anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
     return out | ({"task_pass": sum(out.values())} if isinstance(ret.surgery, StreamingSurgery) else {})
 
-# %% ../nbs/08_trainer.ipynb #72fbf292
+# %% ../nbs/08_trainer.ipynb #78b2e443
 class Memory(Callback):
     "Says before the first step what memory will be needed, and at the end what was used."
     order = 10
@@ -528,7 +569,8 @@ class Memory(Callback):
         if row["event"] == "end": self.compare(trainer)
 
     def compare(self, trainer):
-        used = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else max(resident("VmHWM") - self.start, 0)
+        used = (torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda"
+                else max(resident("VmHWM") - self.start, 0))
         trainer.event("memory_used", used=used, expected=self.expected["peak"])
         print(f"memory used: {used / 2**30:.3g} GiB of {self.expected['peak'] / 2**30:.3g} expected")
 
