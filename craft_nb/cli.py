@@ -15,20 +15,25 @@ from pathlib import Path
 
 from .config import FIELD_NAMES, unknown_field
 
-# %% ../nbs/13_cli.ipynb #3e6ee828
+# %% ../nbs/13_cli.ipynb #0315564a
 def today(argv: list[str], training: bool = False) -> list[str]:
     "Bring the origin's flags to LeRobot's present names. Raises `SystemExit` for unknown `--craft.*` flags."
     names = [a.split("=")[0] for a in argv]
     renamed = {"--eval_freq": "--env_eval_freq"} if training else {"--policy.pretrained_path": "--policy.path"}
-    if clash := [o for o, n in renamed.items() if o in names and n in names]: raise SystemExit(f"{clash[0]} and {renamed[clash[0]]} mean the same: give one of them")
-    wrong = [n.removeprefix("--craft.") for n in names if n.startswith("--craft.") and n.removeprefix("--craft.") not in FIELD_NAMES]
+    if clash := [o for o, n in renamed.items() if o in names and n in names]:
+        raise SystemExit(f"{clash[0]} and {renamed[clash[0]]} mean the same: give one of them")
+    wrong = [n.removeprefix("--craft.") for n in names
+             if n.startswith("--craft.") and n.removeprefix("--craft.") not in FIELD_NAMES]
     if wrong: raise SystemExit("--craft: " + "; ".join(map(unknown_field, wrong)))
     out = [a.replace(n, renamed.get(n, n), 1) for a, n in zip(argv, names, strict=True)]
-    if training: out = ["--resume=true" if a == "--resume" and (b is None or b.startswith("--")) else a for a, b in zip(out, [*out[1:], None], strict=True)]
-    if training and not {"--policy.push_to_hub", "--policy.repo_id", "--help", "-h", "--resume", "--config_path"} & set(names): out.append("--policy.push_to_hub=false")
+    if training:
+        out = ["--resume=true" if a == "--resume" and (b is None or b.startswith("--")) else a
+               for a, b in zip(out, [*out[1:], None], strict=True)]
+    if training and not {"--policy.push_to_hub", "--policy.repo_id", "--help", "-h", "--resume", "--config_path"} & set(names):
+        out.append("--policy.push_to_hub=false")
     return out
 
-# %% ../nbs/13_cli.ipynb #28393f0a
+# %% ../nbs/13_cli.ipynb #850766ad
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
     try: return main()
@@ -38,7 +43,7 @@ def refuse_clearly(main: Callable[[], object]) -> object:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {type(e).__name__}: {e}\n(CRAFT_DEBUG=1 shows where)") from e
 
 def parsed(config_class: type, argv: list[str]):
-    "A LeRobot-style config from a command line; `--help`, unknown flags and wrong values end the program as LeRobot's commands do."
+    "A LeRobot-style config from a command line; `--help`, unknown flags and wrong values end the program as LeRobot does."
     from lerobot.configs import parser
     from lerobot.utils.import_utils import register_third_party_plugins
     import craft_nb.small  # noqa: F401  registers the small pi0_fast
@@ -51,18 +56,20 @@ def parsed(config_class: type, argv: list[str]):
         while e.__cause__ is not None: e = e.__cause__
         raise ValueError(str(e)) from e
 
-# %% ../nbs/13_cli.ipynb #37dbeb4e
+# %% ../nbs/13_cli.ipynb #208b3be2
 def build_cache(argv: list[str] | None = None) -> None:
     "Entry point of `craft-build-cache`: run a frozen teacher over sampled anchors and cache what it says."
     argv = today(sys.argv[1:] if argv is None else argv)
     out = next((a.split("=", 1)[1] for a in argv if a.startswith("--out_dir=")), None)
-    if out and (Path(out) / "anchors.json").exists(): raise SystemExit(f"{out} holds a finished anchor cache already: give another --out_dir, or delete it yourself")
+    if out and (Path(out) / "anchors.json").exists():
+        raise SystemExit(f"{out} holds a finished anchor cache already: give another --out_dir, or delete it yourself")
     def main():
         from craft_nb.lerobot import BuildCacheConfig, build_cache
         cfg = with_path(parsed(BuildCacheConfig, argv))
         m = build_cache(cfg)
         size = sum(s["bytes"] for s in m["shards"])
-        print(f"Wrote {m['num_anchors']} anchors ({', '.join(m['views'])}; {size / m['num_anchors'] / 1e3:.1f} kB each, cache_type={m['kind']}) to {cfg.out_dir}")
+        print(f"Wrote {m['num_anchors']} anchors ({', '.join(m['views'])}; {size / m['num_anchors'] / 1e3:.1f} kB each, "
+              f"cache_type={m['kind']}) to {cfg.out_dir}")
     refuse_clearly(main)
 
 def with_path(cfg):
@@ -76,7 +83,7 @@ def with_path(cfg):
         cfg.policy.pretrained_path = Path(path)
     return cfg
 
-# %% ../nbs/13_cli.ipynb #18a353ba
+# %% ../nbs/13_cli.ipynb #bb62daa7
 def train(argv: list[str] | None = None) -> None:
     "Entry point of `craft-train`: `lerobot-train` with `--craft.*`; CRaFT is on unless `--craft.enabled=false`."
     argv = today(sys.argv[1:] if argv is None else argv, training=True)
@@ -97,17 +104,19 @@ def train(argv: list[str] | None = None) -> None:
     refuse_clearly(main)
 
 def no_cache(folder: str) -> str:
-    return (f"CRaFT is on, but there is no anchor cache at {folder}: build one with craft-build-cache --out_dir={folder}, name another with "
-            "--craft.anchor_cache_dir, or train without retention with --craft.enabled=false")
+    return (f"CRaFT is on, but there is no anchor cache at {folder}: build one with craft-build-cache --out_dir={folder}, "
+            "name another with --craft.anchor_cache_dir, or train without retention with --craft.enabled=false")
 
 def summary(trainer, r: dict) -> str:
     "The line a run ends with."
     out = Path(trainer.parts.cfg.output_dir)
     last = (out / "checkpoints" / "last").resolve()
-    kept = f", L_ret {r['retention_loss']:.3g} for ε {r['epsilon']:.3g}, λ {r['lambda']:.3g}" if r and r.get("retention_loss") is not None else ""
+    kept = (f", L_ret {r['retention_loss']:.3g} for ε {r['epsilon']:.3g}, λ {r['lambda']:.3g}"
+            if r and r.get("retention_loss") is not None else "")
     loss = f": task loss {r['task_loss']:.4g}{kept}" if r and r["task_loss"] is not None else ""
     why = f" ({trainer.ended})" if trainer.ended != "done" else ""
-    return f"Trained to step {trainer.step}/{trainer.steps}{why}{loss}. Records in {out / 'metrics.jsonl'}, " + (f"checkpoint in {last}" if last.exists() else "no checkpoint")
+    return (f"Trained to step {trainer.step}/{trainer.steps}{why}{loss}. Records in {out / 'metrics.jsonl'}, "
+            + (f"checkpoint in {last}" if last.exists() else "no checkpoint"))
 
 # %% ../nbs/13_cli.ipynb #7df08650
 def evaluate(argv: list[str] | None = None) -> None:
