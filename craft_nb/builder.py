@@ -21,7 +21,7 @@ from .anchors import AnchorWriter, hash_tensors, read_manifest
 from .losses import View, make_views
 from .policies import adapter_for, base_policy, eval_mode
 
-# %% ../nbs/07_builder.ipynb #49dfa0bd
+# %% ../nbs/07_builder.ipynb #19bac024
 def sample_anchors(
     episode_index: Sequence[int],  # (frames,) episode of each frame
     task_index: Sequence[int],  # (frames,) task of each frame
@@ -31,14 +31,17 @@ def sample_anchors(
 ) -> list[int]:  # (num_anchors,) frame numbers, sorted
     "Draw frames without repetition. Raises `ValueError` if there are fewer frames than anchors."
     frames = len(episode_index)
-    if not 1 <= num_anchors <= frames: raise ValueError(f"num_anchors: expected 1 to {frames} (frames in the data set), found {num_anchors}")
+    if not 1 <= num_anchors <= frames:
+        raise ValueError(f"num_anchors: expected 1 to {frames} (frames in the data set), found {num_anchors}")
     rng = random.Random(seed)
     if not stratified: return sorted(rng.sample(range(frames), num_anchors))
     tree = defaultdict(lambda: defaultdict(list))
     for i, (e, t) in enumerate(zip(map(int, episode_index), map(int, task_index), strict=True)): tree[t][e].append(i)
     out = []
-    for episodes, n in zip(tree.values(), share(num_anchors, [sum(map(len, e.values())) for e in tree.values()], rng), strict=True):
-        for pool, k in zip(episodes.values(), share(n, [len(f) for f in episodes.values()], rng), strict=True): out += rng.sample(pool, k)
+    per_task = share(num_anchors, [sum(map(len, e.values())) for e in tree.values()], rng)
+    for episodes, n in zip(tree.values(), per_task, strict=True):
+        for pool, k in zip(episodes.values(), share(n, [len(f) for f in episodes.values()], rng), strict=True):
+            out += rng.sample(pool, k)
     return sorted(out)
 
 def share(n: int, sizes: Sequence[int], rng: random.Random) -> list[int]:
@@ -51,7 +54,7 @@ def share(n: int, sizes: Sequence[int], rng: random.Random) -> list[int]:
         for i in room[:n]: got[i] += step; n -= step
     return got
 
-# %% ../nbs/07_builder.ipynb #6f66010e
+# %% ../nbs/07_builder.ipynb #85e5f424
 @torch.no_grad()
 def anchor_batch_targets(
     policy: nn.Module,
@@ -65,7 +68,8 @@ def anchor_batch_targets(
     needs = any(v.needs_actions for v in some)
     if needs and actions == "teacher": anchors |= adapter.decode(policy, anchors)
     elif not needs: anchors = {k: v for k, v in anchors.items() if k not in ("action_ids", "action_mask")}
-    elif "action_ids" not in anchors: raise ValueError("actions=dataset needs batches with actions; this one has none. Use actions=teacher")
+    elif "action_ids" not in anchors:
+        raise ValueError("actions=dataset needs batches with actions; this one has none. Use actions=teacher")
     return anchors | teacher_targets(policy, anchors, views)
 
 @torch.no_grad()
@@ -73,14 +77,16 @@ def teacher_targets(policy: nn.Module, anchors: dict[str, Tensor], views: dict[s
     "What the views store of one pass over anchor inputs, padded to the inputs' full length."
     adapter, some = adapter_for(policy), list(views.values())
     ready, actions = adapter.prepare(policy, anchors), any(v.needs_actions for v in some)
-    f = adapter.features(policy, ready, list(dict.fromkeys(i for v in some for i in v.layers)), actions, any(v.needs_logits for v in some))
+    f = adapter.features(policy, ready, list(dict.fromkeys(i for v in some for i in v.layers)), actions,
+                         any(v.needs_logits for v in some))
     targets = {k: t for v in some for k, t in v.targets(f).items()}
     cut = anchors["input_ids"].shape[1] - ready["input_ids"].shape[1]
     return pad_targets(targets, f.prefix_mask.shape[1] + cut, anchors["action_ids"].shape[1] - 1 if actions else 0)
 
 def pad_targets(targets: dict[str, Tensor], p: int, a: int) -> dict[str, Tensor]:
     "Pad token dims to `p` prefix and `a` action positions with zeros (labels with −100)."
-    dims = {"tokens_hidden": (2, p), "tokens_mask": (1, p), "action_hidden": (2, a), "labels": (1, a)} | dict.fromkeys(("action_logp", "action_topk", "predict_mask"), (1, a))
+    dims = {"tokens_hidden": (2, p), "tokens_mask": (1, p), "action_hidden": (2, a), "labels": (1, a)} | dict.fromkeys(
+        ("action_logp", "action_topk", "predict_mask"), (1, a))
     def pad(k, x):
         dim, n = dims.get(k, (0, len(x)))
         return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, n - x.shape[dim]], value=-100 if k == "labels" else 0).cpu()
@@ -112,8 +118,9 @@ def find_batch_size(run: Callable[[int], object], most: int, on_gpu: bool = True
             torch.cuda.empty_cache()
     return size
 
-# %% ../nbs/07_builder.ipynb #aa289d91
-PACKED = {"tokens_hidden": ("tokens_mask", 1), "action_hidden": ("predict_mask", 1), "action_logp": ("predict_mask", 0), "action_topk": ("predict_mask", 0)}
+# %% ../nbs/07_builder.ipynb #710ba048
+PACKED = {"tokens_hidden": ("tokens_mask", 1), "action_hidden": ("predict_mask", 1),
+          "action_logp": ("predict_mask", 0), "action_topk": ("predict_mask", 0)}
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def build_anchor_cache(
@@ -146,28 +153,35 @@ def build_anchor_cache(
         if value not in known: raise ValueError(f"{what}: expected one of {', '.join(filter(None, known))}; found {value!r}")
     picked = sample_anchors(episode_index, task_index, num_anchors, seed, stratified)
     chosen = make_views(views, layers=layers, pooling=pooling, top_k=top_k)
-    def say(lo, hi): return anchor_batch_targets(policy, preprocess(AnchorFrames(dataset, picked, [(lo, hi)], prompts)[0]), chosen, actions)
+    def say(lo, hi):
+        return anchor_batch_targets(policy, preprocess(AnchorFrames(dataset, picked, [(lo, hi)], prompts)[0]), chosen, actions)
     with eval_mode(policy):
         size = batch_size or find_batch_size(lambda b: say(0, b), num_anchors, next(policy.parameters()).is_cuda)
         say(0, 1)  # what cannot work fails here, before there is a folder
-        plan = cache_plan(policy, chosen, dict(actions=actions, batch_size=size, seed=seed, stratified=stratified, dtype=dtype), prompts, manifest or {})
+        plan = cache_plan(policy, chosen, dict(actions=actions, batch_size=size, seed=seed, stratified=stratified, dtype=dtype),
+                          prompts, manifest or {})
         with AnchorWriter(out_dir, num_anchors, shard_size=shard_size, images=images, packed=PACKED, **plan) as writer:
             spans = list(writer.ranges(size))
-            frames = torch.utils.data.DataLoader(AnchorFrames(dataset, picked, spans, prompts), batch_size=None, num_workers=num_workers)
+            frames = torch.utils.data.DataLoader(AnchorFrames(dataset, picked, spans, prompts), batch_size=None,
+                                                 num_workers=num_workers)
             for (lo, hi), batch in zip(spans, progress_bar(frames, spans, num_anchors, progress), strict=True):
                 out = anchor_batch_targets(policy, preprocess(batch), chosen, actions)
-                for name, index in (("episode_index", episode_index), ("task_index", task_index)): out[name] = torch.tensor([int(index[i]) for i in picked[lo:hi]])
-                writer.add({k: v.to(DTYPES[dtype]) if dtype and k.endswith("_hidden") else v for k, v in out.items()} | {"frame_index": torch.tensor(picked[lo:hi])})
+                for name, index in (("episode_index", episode_index), ("task_index", task_index)):
+                    out[name] = torch.tensor([int(index[i]) for i in picked[lo:hi]])
+                writer.add({k: v.to(DTYPES[dtype]) if dtype and k.endswith("_hidden") else v for k, v in out.items()}
+                           | {"frame_index": torch.tensor(picked[lo:hi])})
     return read_manifest(out_dir)
 
-# %% ../nbs/07_builder.ipynb #8304bf21
+# %% ../nbs/07_builder.ipynb #e66ea78e
 def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: Sequence[str] | None, given: dict) -> dict:
     "Manifest fields of a build; `given` overrides."
     base, view = base_policy(policy), next(iter(views.values()))
-    plan = dict(views={n: dict(tensors=list(v.tensors), distance=v.distance, unit=v.unit) for n, v in views.items()}, policy_type=base.config.type,
-                layers=list(view.layers), pooling=list(view.pooling), width=adapter_for(policy).decoder(policy).config.hidden_size,
-                dtype=str(next(adapter_for(policy).decoder(policy).layers.parameters()).dtype).removeprefix("torch."), prompts=list(prompts or []),
-                hashes={"weights": hash_tensors(base.state_dict())}, versions={"python": platform.python_version(), "torch": torch.__version__}, extra=made)
+    plan = dict(views={n: dict(tensors=list(v.tensors), distance=v.distance, unit=v.unit) for n, v in views.items()},
+                policy_type=base.config.type, layers=list(view.layers), pooling=list(view.pooling),
+                width=adapter_for(policy).decoder(policy).config.hidden_size,
+                dtype=str(next(adapter_for(policy).decoder(policy).layers.parameters()).dtype).removeprefix("torch."),
+                prompts=list(prompts or []), hashes={"weights": hash_tensors(base.state_dict())},
+                versions={"python": platform.python_version(), "torch": torch.__version__}, extra=made)
     if "action_logits" in views: made["top_k"] = views["action_logits"].top_k
     for k, v in given.items(): plan[k] = plan[k] | v if isinstance(plan.get(k), dict) else v
     return plan
