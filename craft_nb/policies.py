@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .features import Features, capture_hidden, pool
 from .losses import TokenCEView
 
-# %% ../nbs/06_policies.ipynb #133f1fdc
+# %% ../nbs/06_policies.ipynb #983c6a62
 class AnchorAdapter(Protocol):
     "What CRaFT needs to know about a policy type. Adapters hold no state; no method changes the policy's mode or weights."
     def decoder(self, policy: nn.Module) -> nn.Module:
@@ -31,8 +31,10 @@ class AnchorAdapter(Protocol):
         "`action_ids` (b, a+1) and `action_mask`: the policy's own greedy action tokens, begin token first."
     def prepare(self, policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
         "Anchors as read from a cache, moved to the policy's device and brought into the form `features` takes."
-    def features(self, policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool, logits: bool) -> Features:
-        "One forward pass; no deeper than `layers` need, over action tokens only with `actions`, through the head only with `logits`."
+    def features(self, policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool,
+                 logits: bool) -> Features:
+        """One forward pass; no deeper than `layers` need, over action tokens only with `actions`,
+        through the head only with `logits`."""
 
 # %% ../nbs/06_policies.ipynb #47dfdcdf
 ADAPTERS: dict[str, AnchorAdapter] = {}  # LeRobot policy name → adapter
@@ -51,11 +53,12 @@ def adapter_for(policy: nn.Module) -> AnchorAdapter:
     raise TypeError(f"no anchor adapter for {type(policy).__name__}: known policy types are {', '.join(ADAPTERS) or 'none'}. "
                     "Write a class with the methods of AnchorAdapter and put it into craft_nb.policies.ADAPTERS")
 
-# %% ../nbs/06_policies.ipynb #70e47eca
+# %% ../nbs/06_policies.ipynb #bbdc0806
 def labels_to_actions(anchors: dict[str, Tensor], bos: int) -> dict[str, Tensor]:
     "Move labelled tokens from the prompt (b, t) to `action_ids` (b, a+1), `action_mask`, and `labels` (b, a) aligned with them."
     labels, ids, seen = anchors["labels"].long(), anchors["input_ids"].long(), anchors["attention_mask"].bool()
-    if labels.shape != ids.shape: raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ in shape (b, t)")
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ in shape (b, t)")
     said = labels != -100
     order = (~said).int().argsort(dim=1, stable=True)  # labelled first, in their order
     labels, valid = labels.gather(1, order)[:, : (a := max(1, said.sum(1).max()))], said.gather(1, order)[:, :a]
@@ -80,21 +83,24 @@ def trim_anchors(anchors: dict[str, Tensor]) -> dict[str, Tensor]:
         if "action_hidden" in out: out["action_hidden"] = out["action_hidden"][:, :, : n - 1]
     return out
 
-# %% ../nbs/06_policies.ipynb #0c11600b
+# %% ../nbs/06_policies.ipynb #41c9391f
 def pi0_fast_decoder(policy: nn.Module) -> nn.Module:
     "The Gemma decoder of a pi0_fast policy."
     return base_policy(policy).model.paligemma_with_expert.paligemma.model.language_model
 
 def pi0_fast_inputs(policy: nn.Module, batch: dict) -> dict[str, Tensor]:
-    "Anchor inputs of a preprocessed batch: `pixel_values` (b, cams, 3, h, w) uint8, masks, `input_ids`, and action tokens if it has actions."
+    """Anchor inputs of a preprocessed batch: `pixel_values` (b, cams, 3, h, w) uint8, masks, `input_ids`,
+    and action tokens if it has actions."""
     from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-    images, masks = base_policy(policy)._preprocess_images(batch)  # in [-1, 1]; cameras that are there first, then the missing ones
-    out = dict(pixel_values=torch.stack([((x + 1) * 127.5).round().clamp(0, 255).byte() for x in images], 1), image_mask=torch.stack(masks, 1),
+    # in [-1, 1]; cameras that are there first, then the missing ones
+    images, masks = base_policy(policy)._preprocess_images(batch)
+    out = dict(pixel_values=torch.stack([((x + 1) * 127.5).round().clamp(0, 255).byte() for x in images], 1),
+               image_mask=torch.stack(masks, 1),
                input_ids=batch[OBS_LANGUAGE_TOKENS].int(), attention_mask=batch[OBS_LANGUAGE_ATTENTION_MASK].bool())
     if ACTION_TOKENS in batch: out |= dict(action_ids=batch[ACTION_TOKENS].int(), action_mask=batch[ACTION_TOKEN_MASK].bool())
     return {k: v.cpu() for k, v in out.items()}
 
-# %% ../nbs/06_policies.ipynb #92dc58c6
+# %% ../nbs/06_policies.ipynb #a88313b4
 def _images(anchors):  # → what embed_prefix_fast takes: cams × (b, 3, h, w) in [-1, 1], cams × (b,)
     x = anchors["pixel_values"]
     if x.ndim == 4: x = x[:, None]
@@ -106,7 +112,8 @@ def pi0_fast_prepare(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str,
     "Anchors trimmed, on the policy's device, ids as int64 and masks as bool; labels of token-level caches as action tokens."
     policy = base_policy(policy)
     anchors = {k: v for k, v in anchors.items() if isinstance(v, Tensor)}
-    if "labels" in anchors and "action_ids" not in anchors: anchors = labels_to_actions(anchors, policy._paligemma_tokenizer.bos_token_id)
+    if "labels" in anchors and "action_ids" not in anchors:
+        anchors = labels_to_actions(anchors, policy._paligemma_tokenizer.bos_token_id)
     kinds = dict(input_ids=torch.long, attention_mask=torch.bool, action_ids=torch.long, action_mask=torch.bool)
     device = next(policy.parameters()).device
     return {k: v.to(device, kinds.get(k), non_blocking=True) for k, v in trim_anchors(anchors).items()}
@@ -121,16 +128,18 @@ def eval_mode(policy: nn.Module):
     finally:
         for m, training in modes: m.training = training
 
-# %% ../nbs/06_policies.ipynb #e6233376
+# %% ../nbs/06_policies.ipynb #1ea2f939
 @torch.no_grad()
 def pi0_fast_decode(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
     "`action_ids` (b, max_action_tokens) int32 and `action_mask`: begin token and the policy's greedy answer up to its end mark."
     policy = base_policy(policy)
     tokenizer, width = policy._paligemma_tokenizer, policy.config.max_action_tokens
-    anchors = pi0_fast_prepare(policy, {k: v for k, v in anchors.items() if k in ("pixel_values", "image_mask", "input_ids", "attention_mask")})
+    inputs = ("pixel_values", "image_mask", "input_ids", "attention_mask")
+    anchors = pi0_fast_prepare(policy, {k: v for k, v in anchors.items() if k in inputs})
     with eval_mode(policy), mixed_precision(policy):
-        said = policy.model.sample_actions_fast_kv_cache(*_images(anchors), anchors["input_ids"], anchors["attention_mask"],
-                                                         max_decoding_steps=min(policy.config.max_decoding_steps, width - 1), temperature=0.0)
+        said = policy.model.sample_actions_fast_kv_cache(
+            *_images(anchors), anchors["input_ids"], anchors["attention_mask"],
+            max_decoding_steps=min(policy.config.max_decoding_steps, width - 1), temperature=0.0)
     end = (said == tokenizer.convert_tokens_to_ids("|")).int()
     mask = end.cumsum(1) - end == 0  # up to and with the first end mark
     ids = torch.cat([said.new_full((len(said), 1), tokenizer.bos_token_id), said * mask], 1)
@@ -138,8 +147,9 @@ def pi0_fast_decode(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, 
     pad = (0, width - ids.shape[1])
     return dict(action_ids=nn.functional.pad(ids, pad).int().cpu(), action_mask=nn.functional.pad(mask, pad).cpu())
 
-# %% ../nbs/06_policies.ipynb #f6fa6e75
-def pi0_fast_features(policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool, logits: bool) -> Features:
+# %% ../nbs/06_policies.ipynb #c1c2c1e3
+def pi0_fast_features(policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool,
+                      logits: bool) -> Features:
     "Hidden states of `layers`, with `actions` over the action tokens too, with `logits` at the rows that predict them."
     from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
     policy, decoder = base_policy(policy), pi0_fast_decoder(policy)
@@ -147,7 +157,8 @@ def pi0_fast_features(policy: nn.Module, anchors: dict[str, Tensor], layers: Seq
     last = next((i for i in layers if i in (-1, len(decoder.layers))), -1)
     wanted = list(dict.fromkeys([*layers, *([last] if logits else [])]))
     with mixed_precision(policy), capture_hidden(decoder, wanted) as hidden:
-        x, seen, attends, n_image, _ = policy.model.embed_prefix_fast(*_images(anchors), anchors["input_ids"], anchors["attention_mask"], *fed)
+        x, seen, attends, n_image, _ = policy.model.embed_prefix_fast(*_images(anchors), anchors["input_ids"],
+                                                                      anchors["attention_mask"], *fed)
         if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16: x = x.bfloat16()
         policy.model.paligemma_with_expert.forward(
             attention_mask=prepare_attention_masks_4d(attends, dtype=x.dtype), position_ids=seen.cumsum(1) - 1,
@@ -177,7 +188,7 @@ class PI0FastAdapter:
 
 ADAPTERS["pi0_fast"] = PI0FastAdapter()
 
-# %% ../nbs/06_policies.ipynb #d02f04bc
+# %% ../nbs/06_policies.ipynb #6cf622f0
 def extract_student_hidden_with_pooling(
     policy: nn.Module,  # in any mode, which it keeps
     anchor_batch: dict[str, Tensor],  # a batch of a cache
@@ -187,18 +198,21 @@ def extract_student_hidden_with_pooling(
     "The student's hidden states, pooled as the teacher's were."
     adapter = adapter_for(policy)
     names = (meta or {}).get("pooling") or ["vision_token_mean", "text_token_last"]
-    return pool(adapter.features(policy, adapter.prepare(policy, anchor_batch), layers_to_extract, False, False), layers_to_extract, names)
+    return pool(adapter.features(policy, adapter.prepare(policy, anchor_batch), layers_to_extract, False, False),
+                layers_to_extract, names)
 
 def compute_retention_loss(policy: nn.Module, anchor_batch: dict[str, Tensor]) -> Tensor:  # scalar, nats per token
     "Token-level retention loss for caches with `labels`. Raises `ValueError` if the batch has none."
-    if "labels" not in anchor_batch: raise ValueError(f"token-level retention needs labels; this batch holds {', '.join(anchor_batch)}")
+    if "labels" not in anchor_batch:
+        raise ValueError(f"token-level retention needs labels; this batch holds {', '.join(anchor_batch)}")
     adapter = adapter_for(policy)
     anchors = adapter.prepare(policy, anchor_batch)
     return TokenCEView().loss(adapter.features(policy, anchors, [-1], True, True), anchors)
 
-# %% ../nbs/06_policies.ipynb #b0a9e53c
+# %% ../nbs/06_policies.ipynb #4ded7cc1
 def check_loaded_weights(policy: nn.Module, folder: str | Path) -> int:
-    "→ number of tensors that equal those of `model.safetensors` in `folder`. Raises `ValueError` naming those that differ or are absent."
+    """→ number of tensors that equal those of `model.safetensors` in `folder`.
+    Raises `ValueError` naming those that differ or are absent."""
     from safetensors import safe_open
     path, own = Path(folder) / "model.safetensors", base_policy(policy).state_dict()
     if not path.is_file(): raise FileNotFoundError(f"{path}: expected the weights of the policy, found no file")
@@ -209,8 +223,10 @@ def check_loaded_weights(policy: nn.Module, folder: str | Path) -> int:
     tied = {t.data_ptr() for n, t in own.items() if n in names.values()}
     absent = [n for n, t in own.items() if n not in names.values() and t.data_ptr() not in tied]
     if lost or wrong or absent:
-        some = "; ".join(f"{len(x)} {what} (first: {x[0]})" for what, x in (("differ", wrong), ("unknown to the policy", lost), ("missing in the file", absent)) if x)
-        raise ValueError(f"{path}: the policy in memory is not the one in the file: {some}. Its weights were not loaded; check that the checkpoint belongs to this policy type and size")
+        kinds = (("differ", wrong), ("unknown to the policy", lost), ("missing in the file", absent))
+        some = "; ".join(f"{len(x)} {what} (first: {x[0]})" for what, x in kinds if x)
+        raise ValueError(f"{path}: the policy in memory is not the one in the file: {some}. Its weights were not loaded; "
+                         "check that the checkpoint belongs to this policy type and size")
     return len(names)
 
 def _same(a, b): return a.shape == b.shape and torch.equal(a.to(b.dtype), b.cpu())
