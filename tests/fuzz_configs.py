@@ -1,4 +1,5 @@
-"""Draw configs over every field of CraftConfig: `python tests/fuzz_configs.py 500`. Each is refused by the name of a field that was drawn, or trains two steps."""
+"""Draw configs over every field of CraftConfig: `python tests/fuzz_configs.py 500`.
+Each is refused by the name of a field that was drawn, or trains two steps."""
 import itertools
 import math
 import sys
@@ -14,7 +15,8 @@ from craft_nb.losses import make_views
 from craft_nb.trainer import CraftTrainer, Retention
 from linear_run import Linear, LinearAdapter
 
-TEXTS = dict(views=["", "pooled", "pooled:0.5", " pooled : 2 ", "tokens", "pooled,tokens:3"], view_epsilons=["", "pooled:0.3", "nose:1"], layer_weights=["", "-1:1", "-1:0.25", "-2:0.5"])
+TEXTS = dict(views=["", "pooled", "pooled:0.5", " pooled : 2 ", "tokens", "pooled,tokens:3"],
+             view_epsilons=["", "pooled:0.3", "nose:1"], layer_weights=["", "-1:1", "-1:0.25", "-2:0.5"])
 SPOILT = dict(views=["pooled:heavy", "pooled,pooled", ":1", "pooled:-1"], view_epsilons=["pooled:x"], layer_weights=["-1:nan"])
 COSTLY = dict(probe_steps=3, gradient_accumulation_steps=3)  # their size is time
 
@@ -39,7 +41,8 @@ def bad(f):
     if kind(f) == "int": return st.one_of(*wrong, st.integers(max_value=lo - 1), st.sampled_from([True, 1.5, "5", math.nan]))
     if kind(f) == "float":
         above = [st.floats(hi, 1e300, exclude_min=True)] if hi < math.inf else []
-        return st.one_of(*wrong, *above, st.floats(-1e300, lo, exclude_max=True), st.sampled_from([math.nan, math.inf, -math.inf, "0.1", False]))
+        return st.one_of(*wrong, *above, st.floats(-1e300, lo, exclude_max=True),
+                         st.sampled_from([math.nan, math.inf, -math.inf, "0.1", False]))
     words = [st.text(min_size=1).filter(lambda x: x not in CHOICES[f.name])] if f.name in CHOICES else []
     return st.one_of(*wrong, st.integers(), *words, *([st.sampled_from(SPOILT[f.name])] if f.name in SPOILT else []))
 
@@ -62,10 +65,13 @@ def tiny_run(config):
     draws = lambda make: (make(torch.randn(6, 4, generator=g)) for _ in itertools.count())
     old, new = policy.w.weight.detach().clone(), torch.randn(4, 4, generator=g)
     weights = {int(k): v for k, v in parse_weights(config.layer_weights, "layer_weights").items()} or None
-    views = make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance=config.distance or "mse", layer_weights=weights)
+    views = make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance=config.distance or "mse",
+                       layer_weights=weights)
     stream = config.projection_scope == "layer" and not config.anchor_micro_batch and config.gradient_accumulation_steps == 1
-    ret = Retention(policy, draws(lambda x: {"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]}), views, LinearAdapter(), config, 2, {"pooled": 1.0}, stream=stream)
-    return CraftTrainer(policy, draws(lambda x: {"x": x, "y": x @ new.T}), torch.optim.SGD(policy.parameters(), 0.05), steps=2, retention=ret if config.enabled else None,
+    ret = Retention(policy, draws(lambda x: {"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]}), views,
+                    LinearAdapter(), config, 2, {"pooled": 1.0}, stream=stream)
+    return CraftTrainer(policy, draws(lambda x: {"x": x, "y": x @ new.T}), torch.optim.SGD(policy.parameters(), 0.05), steps=2,
+                        retention=ret if config.enabled else None,
                         accumulate=config.gradient_accumulation_steps, max_nonfinite_steps=config.max_nonfinite_steps)
 
 

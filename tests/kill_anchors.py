@@ -31,7 +31,8 @@ def random_kills(n, seed=0):
                 _, status = os.waitpid(pid, 0)
                 if os.WIFSIGNALED(status): kills += 1; continue
                 assert os.WEXITSTATUS(status) == 0, f'a resumed build failed with exit code {os.WEXITSTATUS(status)}'; break
-            assert content(d) == whole, f'build {builds} differs: {[k for k in whole if content(d).get(k) != whole[k]]}'; shutil.rmtree(d)
+            assert content(d) == whole, f'build {builds} differs: {[k for k in whole if content(d).get(k) != whole[k]]}'
+            shutil.rmtree(d)
     return kills, builds
 
 def each_door():
@@ -49,7 +50,8 @@ def each_door():
         while True:
             d = tmp/f'{at}'; _, status = os.waitpid(child(lambda: guarded(d, at)), 0)
             if not os.WIFSIGNALED(status): assert status == 0; return at
-            _, status = os.waitpid(child(lambda: build(d, n=40, shard_size=16, batch=8)), 0); assert status == 0, f'resume after door {at}: exit {os.WEXITSTATUS(status)}'
+            _, status = os.waitpid(child(lambda: build(d, n=40, shard_size=16, batch=8)), 0)
+            assert status == 0, f'resume after door {at}: exit {os.WEXITSTATUS(status)}'
             assert content(d) == whole, f'killed at door {at}: the resumed cache differs'; at += 1
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Kill craft-train with SIGKILL: `python tests/kill_training.py 20 [seed]`.
-Each run is killed at random moments, every other time inside a checkpoint write, and resumed by its own command line until it gets through; weights,
-optimizer, λ, counters and metrics must then equal those of an unbroken run, bit for bit."""
+Each run is killed at random moments, every other time inside a checkpoint write, and resumed by its own command line until it
+gets through; weights, optimizer, λ, counters and metrics must then equal those of an unbroken run, bit for bit."""
 import json
 import os
 import random
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-CRAFT = dict(anchor_batch_size=4, retention_freq=2, conflict_threshold=0.9, controller="pi", pi_kp=2.0, epsilon_start=1e-4, epsilon_end=1e-5, lambda_lr=0.5, lambda_update_every=2)
+CRAFT = dict(anchor_batch_size=4, retention_freq=2, conflict_threshold=0.9, controller="pi", pi_kp=2.0, epsilon_start=1e-4,
+             epsilon_end=1e-5, lambda_lr=0.5, lambda_update_every=2)
 
 
 def prepare(folder, work=None, seed=0):  # → work, folder of a cache
@@ -27,18 +28,22 @@ def prepare(folder, work=None, seed=0):  # → work, folder of a cache
     if not cache.exists():
         policy = PreTrainedConfig.from_pretrained(work.policy_path)
         policy.pretrained_path, policy.push_to_hub = work.policy_path, False
-        build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache), num_anchors=24, views="pooled,action_logits", batch_size=8, seed=seed), progress=False)
+        build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache),
+                                     num_anchors=24, views="pooled,action_logits", batch_size=8, seed=seed), progress=False)
     return work, cache
 
 
 def first_line(work, cache, out, *more, steps=8, save_freq=2, **craft):
     "The flags of a fresh run."
     craft = CRAFT | dict(anchor_cache_dir=cache) | craft
-    own = dict(steps=steps, save_freq=save_freq, batch_size=2, num_workers=0, log_freq=0, seed=3) | {"policy.path": work.policy_path, "dataset.repo_id": work.root, "output_dir": out}
-    return [f"--{k}={v}" for k, v in (own | {f"craft.{k}": v for k, v in craft.items()}).items()] + ["--env_eval_freq=0", "--dataloader_multiprocessing_context=fork", *more]
+    own = dict(steps=steps, save_freq=save_freq, batch_size=2, num_workers=0, log_freq=0, seed=3) | {
+        "policy.path": work.policy_path, "dataset.repo_id": work.root, "output_dir": out}
+    return [f"--{k}={v}" for k, v in (own | {f"craft.{k}": v for k, v in craft.items()}).items()] + [
+        "--env_eval_freq=0", "--dataloader_multiprocessing_context=fork", *more]
 
 
-def resume_line(out, *more): return ["--resume", f"--config_path={out}/checkpoints/last/pretrained_model/train_config.json", *more]
+def resume_line(out, *more):
+    return ["--resume", f"--config_path={out}/checkpoints/last/pretrained_model/train_config.json", *more]
 
 
 def leave(run):
@@ -78,8 +83,10 @@ def rows(out): return [r for r in map(json.loads, (Path(out) / "metrics.jsonl").
 def result(out):
     "All that must be equal: name → bytes or values."
     last = Path(out) / "checkpoints" / "last"
-    names = [p.relative_to(last) for p in last.rglob("*") if p.is_file() and p.suffix == ".safetensors" or p.name in ("craft_state.json", "scheduler_state.json")]
-    return {str(n): (last / n).read_bytes() for n in names} | {"rows": [{k: v for k, v in r.items() if k != "seconds"} for r in rows(out)]}
+    names = [p.relative_to(last) for p in last.rglob("*")
+             if p.is_file() and p.suffix == ".safetensors" or p.name in ("craft_state.json", "scheduler_state.json")]
+    return {str(n): (last / n).read_bytes() for n in names} | {
+        "rows": [{k: v for k, v in r.items() if k != "seconds"} for r in rows(out)]}
 
 
 def difference(a, b): return [k for k in a.keys() | b.keys() if a.get(k) != b.get(k)]
@@ -133,9 +140,11 @@ def kill_runs(folder, work, cache, kills, per_run=3, seed=0, progress=False, **c
     folder, rng, runs, writing = Path(folder), random.Random(seed), 0, 0
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
-    assert wait(child(first_line(work, cache, folder / "whole", **craft), folder / "log")) == 0, (folder / "log").read_text()[-3000:]
+    status = wait(child(first_line(work, cache, folder / "whole", **craft), folder / "log"))
+    assert status == 0, (folder / "log").read_text()[-3000:]
     span, whole = time.monotonic() - start, result(folder / "whole")
-    assert [r["step"] for r in whole["rows"]] == list(range(1, 9)) and any(r["projected"] for r in whole["rows"]) and len({r["lambda"] for r in whole["rows"]}) > 2
+    assert ([r["step"] for r in whole["rows"]] == list(range(1, 9)) and any(r["projected"] for r in whole["rows"])
+            and len({r["lambda"] for r in whole["rows"]}) > 2)
     while kills > 0:
         n, out = min(per_run, kills), folder / f"run{runs}"
         writing += broken_run(out, first_line(work, cache, out, **craft), n, span, rng, folder / "log")
@@ -153,4 +162,5 @@ if __name__ == "__main__":
     n, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 20, int(sys.argv[2]) if len(sys.argv) > 2 else 0
     with tempfile.TemporaryDirectory() as tmp:
         runs, writing = kill_runs(tmp, *prepare(tmp), n, seed=seed, progress=True)
-    print(f"{n} kills over {runs} runs, {writing} of them inside a checkpoint write: every resumed run is bit-equal to the unbroken one")
+    print(f"{n} kills over {runs} runs, {writing} of them inside a checkpoint write: "
+          "every resumed run is bit-equal to the unbroken one")

@@ -53,7 +53,9 @@ def make_run(
             x = torch.randn(rows, width, generator=g)
             yield {"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]}
 
-    config = dict(retention_freq=1, epsilon_start=.5, epsilon_end=.5, lambda_lr=.05, initial_lambda=0., projection_gate="never") | config
+    config = dict(retention_freq=1, epsilon_start=.5, epsilon_end=.5, lambda_lr=.05, initial_lambda=0.,
+                  projection_gate="never") | config
     views = make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance="mse")
     retention = Retention(policy, anchors(), views, LinearAdapter(), CraftConfig(**config), steps)
-    return CraftTrainer(policy, batches(), torch.optim.SGD(policy.parameters(), .05), steps=steps, retention=retention, callbacks=callbacks)
+    return CraftTrainer(policy, batches(), torch.optim.SGD(policy.parameters(), .05), steps=steps, retention=retention,
+                        callbacks=callbacks)

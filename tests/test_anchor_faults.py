@@ -17,8 +17,9 @@ def test_fuzz():
 def test_full_disk_leaves_a_resumable_build(tmp_path):
     def run():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
-        try: build(tmp_path/'c', images='raw', shard_size=16, n=40)                  # a shard has 32 kB: the disk is full in the first
-        except OSError as e: os._exit(7 if 'make room and run the same command again' in str(e) and 'anchors-00000.safetensors' in str(e) else 8)
+        try: build(tmp_path/'c', images='raw', shard_size=16, n=40)  # a shard has 32 kB: the disk is full in the first
+        except OSError as e:
+            os._exit(7 if 'make room and run the same command again' in str(e) and 'anchors-00000.safetensors' in str(e) else 8)
     _, status = os.waitpid(kill_anchors.child(run), 0); assert os.WEXITSTATUS(status) == 7
     assert not list((tmp_path/'c').glob('*.tmp'))
     assert content(build(tmp_path/'c', images='raw')) == content(build(tmp_path/'d', images='raw'))
@@ -48,5 +49,7 @@ def test_a_worker_that_dies_ends_clearly(tmp_path):
     with pytest.raises(RuntimeError, match='an anchor loader worker died.*anchor_num_workers=0'): next(dl.forever())
 
 def test_errors_of_a_worker_name_the_file(tmp_path):
-    d = build(tmp_path/'c'); p = d/'anchors-00001.safetensors'; b = bytearray(p.read_bytes()); b[3000:3400] = bytes(400); p.write_bytes(b)
-    with pytest.raises(A.AnchorCacheError, match='anchors-00001.safetensors'): list(A.build_anchor_dataloader(d, 4, num_workers=1))
+    d = build(tmp_path/'c'); p = d/'anchors-00001.safetensors'
+    b = bytearray(p.read_bytes()); b[3000:3400] = bytes(400); p.write_bytes(b)
+    with pytest.raises(A.AnchorCacheError, match='anchors-00001.safetensors'):
+        list(A.build_anchor_dataloader(d, 4, num_workers=1))

@@ -115,7 +115,8 @@ def test_heavy_package(repo):
 
 def test_readme_pictures(repo):
     png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
-    shown = cell('code', '#| hide_input\nplot()', outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])
+    shown = cell('code', '#| hide_input\nplot()',
+                 outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])
     notebook(repo/'nbs/index.ipynb', cell('markdown', '# small\n\n> A project.'), shown, cell('code', '#| hide\nsecret()'))
     run(repo, 'tools/readme.py')
     text = (repo/'README.md').read_text()

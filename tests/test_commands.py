@@ -27,7 +27,8 @@ def command(folder, name, *flags):
 
 
 def test_the_origins_lines(place, work):
-    out = command(place, "craft-train", f"--dataset.repo_id={work.root}", f"--policy.path={work.policy_path}", "--output_dir=outputs/train", "--steps=2", "--batch_size=2",
+    out = command(place, "craft-train", f"--dataset.repo_id={work.root}", f"--policy.path={work.policy_path}",
+                  "--output_dir=outputs/train", "--steps=2", "--batch_size=2",
                   "--eval_freq=0", "--save_checkpoint=false", "--num_workers=0")
     assert "cache_type=hidden" in out and "Trained to step 2/2" in out and not (place / "outputs/train/checkpoints").exists()
     assert len((place / "outputs/train/metrics.jsonl").read_text().splitlines()) >= 2
@@ -48,20 +49,24 @@ def run_config(work, out, **craft):
     from craft_nb.lerobot import CraftTrainConfig
     policy = PreTrainedConfig.from_pretrained(work.policy_path)
     policy.pretrained_path, policy.push_to_hub = Path(work.policy_path), False
-    return CraftTrainConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, output_dir=Path(out), steps=3, batch_size=2, num_workers=0, save_checkpoint=False,
-                            dataloader_multiprocessing_context=None, craft=CraftConfig(anchor_batch_size=4, retention_freq=1, **craft))
+    return CraftTrainConfig(
+        dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, output_dir=Path(out), steps=3, batch_size=2, num_workers=0,
+        save_checkpoint=False, dataloader_multiprocessing_context=None,
+        craft=CraftConfig(anchor_batch_size=4, retention_freq=1, **craft))
 
 
 def old_cache(folder, kind):
     "A cache as the origin wrote it: pickled shards of stacked tensors, float32 pixels, int64 ids."
     from craft_nb.anchors import AnchorCacheDataset
     rows = AnchorCacheDataset("data/anchor_cache_hidden").batch(range(16))
-    old = {"pixel_values": rows["pixel_values"][:, 0].float() / 255.0 * 2.0 - 1.0, "input_ids": rows["input_ids"].long(), "attention_mask": rows["attention_mask"].long()}
+    old = {"pixel_values": rows["pixel_values"][:, 0].float() / 255.0 * 2.0 - 1.0, "input_ids": rows["input_ids"].long(),
+           "attention_mask": rows["attention_mask"].long()}
     if kind == "hidden": old["teacher_hidden"] = rows["teacher_hidden"]
     if kind == "pooled_features": old["target_features"] = rows["teacher_hidden"].mean((1, 2))
     if kind == "token_level": old["labels"] = torch.where(torch.arange(old["input_ids"].shape[1]) < 6, old["input_ids"], -100)
     Path(folder).mkdir()
-    (Path(folder) / "metadata.json").write_text(json.dumps({"num_anchors": 16} | ({"layers_to_save": [-2, -1]} if kind == "hidden" else {})))
+    (Path(folder) / "metadata.json").write_text(json.dumps(
+        {"num_anchors": 16} | ({"layers_to_save": [-2, -1]} if kind == "hidden" else {})))
     for i in (0, 8): torch.save({k: v[i : i + 8].clone() for k, v in old.items()}, Path(folder) / f"shard_{i // 8:04d}.pt")
 
 
@@ -72,7 +77,8 @@ def test_old_caches_train_and_are_named(inside, work, caplog, kind):
     logging.disable(logging.NOTSET)
     old_cache(f"old-{kind}", kind)
     with caplog.at_level("INFO"):
-        trainer = train(run_config(work, f"run-{kind}", anchor_cache_dir=f"old-{kind}", retention_mode="token_ce" if kind == "token_level" else "hidden"), quiet=True)
+        trainer = train(run_config(work, f"run-{kind}", anchor_cache_dir=f"old-{kind}",
+                                   retention_mode="token_ce" if kind == "token_level" else "hidden"), quiet=True)
     assert trainer.record["cache_type"] == kind and f"cache_type={kind}" in caplog.text
     assert trainer.record["retention_loss"] > 0 and trainer.record["step"] == 3
 
@@ -99,7 +105,8 @@ def test_wrong_use_of_build_is_refused(inside, work):
 
 
 def test_wrong_use_of_train_is_refused(inside, work):
-    base = [f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}", "--output_dir=new", "--steps=2", "--num_workers=0"]
+    base = [f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}", "--output_dir=new", "--steps=2",
+            "--num_workers=0"]
     Path("empty").mkdir(exist_ok=True)
     Path("there").mkdir(exist_ok=True)
     for more, says in [
@@ -117,7 +124,8 @@ def test_wrong_use_of_train_is_refused(inside, work):
     assert refused(cli.train, *base, "--no_such_flag=1") == "2"  # argparse's own message and exit code
 
 
-@pytest.mark.parametrize("field,value,says", [("policy_type", "act", "policy_type: cache act"), ("width", 999, "width: cache 999"), ("extra", {"depth": 7}, "depth: cache 7")])
+@pytest.mark.parametrize("field,value,says", [("policy_type", "act", "policy_type: cache act"),
+                                              ("width", 999, "width: cache 999"), ("extra", {"depth": 7}, "depth: cache 7")])
 def test_a_cache_of_another_policy_is_refused(inside, work, field, value, says):
     from craft_nb.anchors import AnchorCacheError
     from craft_nb.lerobot import make_trainer
@@ -140,7 +148,8 @@ def foreign(folder, change):
 def test_eval_writes_a_table(inside, work):
     cli.evaluate([f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden", "--out_dir=evaluated"])
     assert "retention loss pooled" in Path("evaluated/eval.md").read_text()
-    assert "exists" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden", "--out_dir=evaluated")
+    assert "exists" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden",
+                               "--out_dir=evaluated")
     assert "nothing to evaluate" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--out_dir=other")
 
 

@@ -9,7 +9,8 @@ import bench_doors as B
 
 
 @pytest.mark.parametrize("names", [["import torch", "import craft_nb", "craft-demo --help", "craft-cache info"],
-                                   pytest.param(["lerobot-train --help", "craft-train --help"], marks=pytest.mark.slow)], ids=["light", "train"])
+                                   pytest.param(["lerobot-train --help", "craft-train --help"], marks=pytest.mark.slow)],
+                         ids=["light", "train"])
 def test_answers_in_time(names):
     found = B.ratios(B.measure(3, names))
     assert len(found) == sum(n in B.LIMITS for n in names)

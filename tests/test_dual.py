@@ -28,11 +28,15 @@ def cooper_lambda(optimizer, losses, eps, init):
     class Problem(cooper.ConstrainedMinimizationProblem):
         def __init__(self):
             super().__init__()
-            self.budget = cooper.Constraint(cooper.ConstraintType.INEQUALITY, multiplier=cooper.multipliers.DenseMultiplier(init=torch.tensor([init])), formulation_type=cooper.formulations.Lagrangian)
+            self.budget = cooper.Constraint(
+                cooper.ConstraintType.INEQUALITY, multiplier=cooper.multipliers.DenseMultiplier(init=torch.tensor([init])),
+                formulation_type=cooper.formulations.Lagrangian)
         def compute_cmp_state(self):
-            return cooper.CMPState(loss=theta.sum() * 0, observed_constraints={self.budget: cooper.ConstraintState(violation=(value - eps).view(1) + 0 * theta)})
+            return cooper.CMPState(loss=theta.sum() * 0, observed_constraints={
+                self.budget: cooper.ConstraintState(violation=(value - eps).view(1) + 0 * theta)})
     theta, problem = nn.Parameter(torch.zeros(1)), Problem()
-    roll = cooper.optim.SimultaneousOptimizer(cmp=problem, primal_optimizers=torch.optim.SGD([theta], lr=0.0), dual_optimizers=optimizer(problem.dual_parameters()))
+    roll = cooper.optim.SimultaneousOptimizer(cmp=problem, primal_optimizers=torch.optim.SGD([theta], lr=0.0),
+                                              dual_optimizers=optimizer(problem.dual_parameters()))
     out = []
     for loss in losses:
         value = torch.tensor(loss)
@@ -47,9 +51,11 @@ def test_trajectories_are_coopers(controller):
     rng = random.Random(0)
     losses = [max(0.0, 0.3 * math.sin(t / 7) + 0.15 + 0.05 * rng.gauss(0, 1)) for t in range(120)]
     make = {"ascent": lambda p: torch.optim.SGD(p, lr=0.05, maximize=True),
-            "pi": lambda p: cooper.optim.nuPI(p, lr=0.05, Kp=4.0, Ki=0.7, ema_nu=0.6, init_type=cooper.optim.nuPIInitType.ZEROS, maximize=True)}[controller]
+            "pi": lambda p: cooper.optim.nuPI(p, lr=0.05, Kp=4.0, Ki=0.7, ema_nu=0.6,
+                                              init_type=cooper.optim.nuPIInitType.ZEROS, maximize=True)}[controller]
     want = cooper_lambda(make, losses, 0.25, 0.2)
-    dual = Dual(config(controller=controller, epsilon_end=0.25, lambda_lr=0.05, initial_lambda=0.2, lambda_max=1e6, pi_kp=4.0, pi_ki=0.7, pi_nu=0.6), 120)
+    dual = Dual(config(controller=controller, epsilon_end=0.25, lambda_lr=0.05, initial_lambda=0.2, lambda_max=1e6,
+                       pi_kp=4.0, pi_ki=0.7, pi_nu=0.6), 120)
     got = [dual.update(t, loss)["lambda"] for t, loss in enumerate(losses)]
     assert got == pytest.approx(want, rel=1e-4, abs=1e-6) and min(got) == 0 < max(got)
 
@@ -66,18 +72,22 @@ def test_pi_defaults_are_ascent_and_ema_is_its_formula():
         assert out["pi"] == pytest.approx(out["ascent"], rel=1e-12) and out["ema"] == pytest.approx(lam, rel=1e-12)
 
 
-# KKT: min ½‖θ−a‖² subject to ½(θ−b)ᵀH(θ−b) ≤ ε has (θ−a) + λH(θ−b) = 0; for a given λ the solution is closed form, so ε is chosen to make λ* exact
+# KKT: min ½‖θ−a‖² subject to ½(θ−b)ᵀH(θ−b) ≤ ε has (θ−a) + λH(θ−b) = 0;
+# for a given λ the solution is closed form, so ε is chosen to make λ* exact
 
-H, A, B, LAM = torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)), torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64), torch.tensor([0.0, -0.5, 0.3], dtype=torch.float64), 1.5
+H, A, B, LAM = (torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)),
+                torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64), torch.tensor([0.0, -0.5, 0.3], dtype=torch.float64), 1.5)
 STAR = torch.linalg.solve(torch.eye(3, dtype=torch.float64) + LAM * H, A + LAM * H @ B)
 EPS = (0.5 * (STAR - B) @ H @ (STAR - B)).item()
 
 
 def descend(gate, steps, K=1, compensate=False, noise=0.0, lr=0.02, lambda_lr=0.05, seed=0):
-    "SGD on the convex problem, with surgery and dual as the trainer uses them. → means of θ and λ over the retention steps of the second half."
+    """SGD on the convex problem, with surgery and dual as the trainer uses them.
+    → means of θ and λ over the retention steps of the second half."""
     gen = torch.Generator().manual_seed(seed)
     theta = nn.Parameter(B.clone())
-    dual = Dual(config(retention_freq=K, k_compensation=compensate, epsilon_end=EPS, lambda_lr=lambda_lr, initial_lambda=0.0, lambda_max=100.0), steps)
+    dual = Dual(config(retention_freq=K, k_compensation=compensate, epsilon_end=EPS, lambda_lr=lambda_lr, initial_lambda=0.0,
+                       lambda_max=100.0), steps)
     surgery = Surgery([("theta", theta)], gate=gate, conflict_threshold=0.0)
     tail_theta, tail_lam, n = torch.zeros(3, dtype=torch.float64), 0.0, 0
     for t in range(steps):
@@ -94,7 +104,8 @@ def descend(gate, steps, K=1, compensate=False, noise=0.0, lr=0.02, lambda_lr=0.
 
 @pytest.mark.parametrize("K", [1, 5])
 def test_gate_never_reaches_the_kkt_point(K):
-    theta, lam = descend("never", **{1: dict(steps=1200, lr=0.03, lambda_lr=0.2), 5: dict(K=5, compensate=True, steps=8000, lr=0.002, lambda_lr=0.2)}[K])
+    theta, lam = descend("never", **{1: dict(steps=1200, lr=0.03, lambda_lr=0.2),
+                                     5: dict(K=5, compensate=True, steps=8000, lr=0.002, lambda_lr=0.2)}[K])
     assert (theta - STAR).norm() < 1e-3 and lam == pytest.approx(LAM, rel=0.01)
 
 
@@ -111,7 +122,8 @@ def test_kkt_under_gradient_noise(K):
 
 def test_gate_violated_reaches_theta_and_always_does_not():
     theta, lam = descend("violated", 3000, lr=0.01, lambda_lr=1.0)
-    assert (theta - STAR).norm() < 0.02 * STAR.norm() and lam == pytest.approx(LAM / 2, rel=0.1)  # derived in the ablation notebook
+    # derived in the ablation notebook
+    assert (theta - STAR).norm() < 0.02 * STAR.norm() and lam == pytest.approx(LAM / 2, rel=0.1)
     theta, lam = descend("always", 1000, lr=0.01, lambda_lr=0.1)
     assert (theta - STAR).norm() > 0.2 * STAR.norm() and lam == 0
 
@@ -128,7 +140,8 @@ def test_inactive_budget_lets_lambda_go():
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-6, 4), st.floats(-3, 3), st.floats(0.02, 0.5), st.integers(0, 999))
 def test_landing_lands(unit, force, share, seed):
-    "A drift that the task pushes up and λ pushes down, in any unit, for any strength, under noise of 20 %: mean of the last 50 steps in [0.7, 1.1] ε."
+    """A drift that the task pushes up and λ pushes down, in any unit, for any strength, under noise of 20 %:
+    mean of the last 50 steps in [0.7, 1.1] ε."""
     unit, force, rng = 10.0**unit, 10.0**force, random.Random(seed)
     reach = 0.6  # where 300 unconstrained steps would end
     eps = share * reach**2 / 2 * unit
@@ -149,7 +162,8 @@ def test_landing_lands(unit, force, share, seed):
 def test_landing_is_scale_free(unit, K, compensate, seed):
     "L_ret, ε and r in another unit: λ in the inverse unit, nothing else; and `weight` does not depend on compensation."
     unit, rng = 10.0**unit, random.Random(seed)
-    one, two = (Dual(config(controller="landing", retention_freq=K, k_compensation=c, epsilon_end=0.1 * u, lambda_max=1e30), 300) for c, u in ((False, 1.0), (compensate, unit)))
+    one, two = (Dual(config(controller="landing", retention_freq=K, k_compensation=c, epsilon_end=0.1 * u, lambda_max=1e30), 300)
+                for c, u in ((False, 1.0), (compensate, unit)))
     for t in range(60):
         loss, g, r = rng.lognormvariate(-2, 1), rng.uniform(1, 2), rng.uniform(0.1, 1)
         one.update(t, loss, grad_norms=(g, r)); two.update(t, loss * unit, grad_norms=(g, r * unit))
@@ -165,7 +179,8 @@ def test_landing_without_norms_or_loss_keeps_lambda():
 # budgets
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(0, 400), st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.integers(0, 300), st.sampled_from(CHOICES["epsilon_schedule"]))
+@given(st.integers(0, 400), st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.integers(0, 300),
+       st.sampled_from(CHOICES["epsilon_schedule"]))
 def test_schedules_stay_between_their_ends(step, start, end, decay, kind):
     eps = epsilon_schedule(step, start, end, decay, kind)
     assert min(start, end) * (1 - 1e-9) <= eps <= max(start, end) * (1 + 1e-9)
@@ -228,7 +243,8 @@ def test_state_survives_json_exactly(controller, every, cut, seed):
     a.lambda_lr, a.epsilon_scale = 0.7, 1.1
     for t in range(cut): a.update(t, losses[t], grad_norms=(1.0, losses[t]))
     b.load_state_dict(json.loads(json.dumps(a.state_dict())))
-    for t in range(cut, 40): assert a.update(t, losses[t], grad_norms=(1.0, losses[t])) == b.update(t, losses[t], grad_norms=(1.0, losses[t]))
+    for t in range(cut, 40):
+        assert a.update(t, losses[t], grad_norms=(1.0, losses[t])) == b.update(t, losses[t], grad_norms=(1.0, losses[t]))
 
 
 def test_origin_rule():
@@ -254,10 +270,14 @@ def test_probe_leaves_no_trace(optimizer, steps_before):
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: 1 / (1 + s))
     def step(i):
         opt.zero_grad()
-        (net(torch.randn(16, 4, generator=gen)).square().mean() * (1 + np.random.rand() + random.random() + torch.rand(()))).backward()
+        (net(torch.randn(16, 4, generator=gen)).square().mean()
+         * (1 + np.random.rand() + random.random() + torch.rand(()))).backward()
         opt.step(); sched.step()
     for i in range(steps_before): step(i)
-    def state(): return copy.deepcopy((net.state_dict(), opt.state_dict(), sched.state_dict(), [p.grad for p in net.parameters()])), torch.get_rng_state(), gen.get_state(), random.getstate()[1], np.random.get_state()[1].tolist(), [m.training for m in net.modules()]
+    def state():
+        return (copy.deepcopy((net.state_dict(), opt.state_dict(), sched.state_dict(), [p.grad for p in net.parameters()])),
+                torch.get_rng_state(), gen.get_state(), random.getstate()[1], np.random.get_state()[1].tolist(),
+                [m.training for m in net.modules()])
     def run():
         for i in range(4): step(i)
         return state()

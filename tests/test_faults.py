@@ -1,4 +1,5 @@
-"What can go wrong while training: numbers that are not finite, signals, disks, memory, workers. A clear end, and nothing lost that was saved."
+"""What can go wrong while training: numbers that are not finite, signals, disks, memory, workers.
+A clear end, and nothing lost that was saved."""
 import itertools
 import json
 import math
@@ -53,14 +54,19 @@ def test_what_is_not_finite_is_skipped_and_counted(where, value, stream):
     for step in range(6):
         before, lam, hook = w.detach().clone(), trainer.retention.duals["shared"].lam, None
         fault = step == 2 or (step == 3 and where != "retention loss")  # with retention, and without
-        if fault and where == "task loss": trainer.batches = itertools.chain([spoilt(next(trainer.batches), "y", value)], trainer.batches)
-        if fault and where == "retention loss": trainer.retention.line = itertools.chain([spoilt(next(trainer.retention.line), "teacher_hidden", value)], trainer.retention.line)
+        if fault and where == "task loss":
+            trainer.batches = itertools.chain([spoilt(next(trainer.batches), "y", value)], trainer.batches)
+        if fault and where == "retention loss":
+            trainer.retention.line = itertools.chain(
+                [spoilt(next(trainer.retention.line), "teacher_hidden", value)], trainer.retention.line)
         if fault and where == "gradient": hook = w.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), value))
         record = one_step(trainer)
         if hook: hook.remove()
-        assert bool(record["skipped"]) == fault and torch.equal(w, before) == fault and json.loads(json.dumps(record, allow_nan=False)) == record
+        assert bool(record["skipped"]) == fault and torch.equal(w, before) == fault
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
         if fault: assert trainer.retention.duals["shared"].lam == lam
-    assert trainer.nonfinite == 1 + (where != "retention loss") and torch.isfinite(w).all() and trainer.retention.duals["shared"].lam not in (1.0, math.nan)
+    assert trainer.nonfinite == 1 + (where != "retention loss") and torch.isfinite(w).all()
+    assert trainer.retention.duals["shared"].lam not in (1.0, math.nan)
 
 
 def spoilt(batch, key, value): return batch | {key: batch[key].index_fill(0, torch.tensor([0]), value)}
@@ -86,7 +92,8 @@ def test_a_signal_ends_behind_the_step_with_a_checkpoint(place, whole, number):
     os.kill(pid, number)
     assert K.wait(pid) == 128 + number, log.read_text()[-3000:]
     done = K.rows(out)[-1]["step"]
-    assert f"Trained to step {done}/8 ({number.name})" in log.read_text() and os.readlink(out / "checkpoints/last") == f"00000{done}"
+    assert f"Trained to step {done}/8 ({number.name})" in log.read_text()
+    assert os.readlink(out / "checkpoints/last") == f"00000{done}"
     again = resumed(out, place)
     assert not [k for k in K.difference(again, whole) if k != "rows"] and again["rows"] == whole["rows"]
 
@@ -107,8 +114,10 @@ def test_a_full_disk_loses_nothing_that_was_saved(place, whole):
     full = Late(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000)))  # the weights are larger
     R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(K.first_line(work, cache, out), "one", [full]), codes=(70,))
     log = Path(f"{out}.log.0").read_text()
-    assert "the checkpoint 000004 could not be written" in log and "the last whole checkpoint is" in log and "Make room, then resume" in log
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000002", "last"] and os.readlink(out / "checkpoints/last") == "000002"
+    assert "the checkpoint 000004 could not be written" in log and "the last whole checkpoint is" in log
+    assert "Make room, then resume" in log
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000002", "last"]
+    assert os.readlink(out / "checkpoints/last") == "000002"
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "error"
     assert not K.difference(resumed(out, place), whole)
 
@@ -118,7 +127,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused():
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         (tmp / "file").touch()
-        with pytest.raises(PermissionError, match="file is a file. Give another --output_dir"): require_writable(tmp / "file" / "run")
+        with pytest.raises(PermissionError, match="file is a file. Give another --output_dir"):
+            require_writable(tmp / "file" / "run")
         require_writable(tmp / "new" / "run")
         (tmp / "kept").mkdir()
         tmp.chmod(0o755), (tmp / "kept").chmod(0o555)
@@ -132,7 +142,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused():
 
 # memory and workers
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
 @pytest.mark.parametrize("backward", [False, True])
 def test_out_of_memory_in_the_anchor_pass_says_what_to_lower(error, backward):
     trainer = tiny_run(CraftConfig(anchor_batch_size=6))
@@ -143,7 +154,9 @@ def test_out_of_memory_in_the_anchor_pass_says_what_to_lower(error, backward):
         f.hidden[-1].register_hook(lambda g: (_ for _ in ()).throw(error))
         return f
     trainer.retention.adapter.features = features
-    with pytest.raises(RuntimeError, match=r"out of memory in the pass over 6 anchors at once: lower --craft.anchor_batch_size \(now 6\), or set --craft.anchor_micro_batch"): trainer.fit()
+    with pytest.raises(RuntimeError, match=r"out of memory in the pass over 6 anchors at once: lower "
+                                           r"--craft.anchor_batch_size \(now 6\), or set --craft.anchor_micro_batch"):
+        trainer.fit()
 
 
 def test_other_errors_are_not_renamed():

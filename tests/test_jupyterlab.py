@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = Path(os.environ.get("CRAFT_LIVE_NOTEBOOK", ROOT/"nbs/tutorials/live_training.ipynb"))
 SHOTS = ROOT/"outputs/screenshots"
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
+         "--disable-sync"]
 DASH = ".jp-OutputArea .craft"
 BOX = ".jp-OutputArea .widget-vbox"   # stays while its content is replaced four times a second
 
@@ -49,12 +50,14 @@ def lab(tmp_path):
     quiet = settings/"@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"), "PYTHONPATH": str(ROOT),
-                        "JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"),
+                        "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "OMP_NUM_THREADS": "1",
+                        "HF_HUB_OFFLINE": "1"}
     log = open(tmp_path/"lab.log", "w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={work}", "--ip=127.0.0.1", f"--port={port}",
-                               "--ServerApp.port_retries=0", "--no-browser", "--IdentityProvider.token=", "--ServerApp.allow_root=True",
-                               "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True"], env=env, stdout=log, stderr=log)
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={work}", "--ip=127.0.0.1", f"--port={port}",
+         "--ServerApp.port_retries=0", "--no-browser", "--IdentityProvider.token=", "--ServerApp.allow_root=True",
+         "--LabApp.expose_app_in_browser=True", "--ServerApp.disable_check_xsrf=True"], env=env, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         def up():
@@ -102,7 +105,8 @@ def curve(page, name):
 def open_notebook(page, url, name):
     page.goto(f"{url}/lab/tree/{name}")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle", "an idle kernel")
+    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle",
+          "an idle kernel")
 
 
 def scroll_to(page, mime, selector, seconds):
@@ -110,7 +114,8 @@ def scroll_to(page, mime, selector, seconds):
     go = """(mime) => { const nb = window.jupyterapp.shell.currentWidget.content;
         const i = nb.widgets.findIndex(c => JSON.stringify(c.model.sharedModel.outputs ?? []).includes(mime));
         if (i >= 0) nb.scrollToItem(i, "center"); return i >= 0 }"""
-    until(lambda: page.evaluate(go, mime) and page.locator(selector).count(), f"an output of type {mime} to come into view", seconds, every=1)
+    until(lambda: page.evaluate(go, mime) and page.locator(selector).count(), f"an output of type {mime} to come into view",
+          seconds, every=1)
 
 
 def scroll_to_dashboard(page, seconds):
@@ -135,7 +140,8 @@ def test_tutorial_live(lab, page):
     log = until(lambda: next(iter(work.rglob("metrics.jsonl")), None), "metrics.jsonl")
 
     # curves grow while a later cell runs
-    first = until(lambda: min(curve(page, n) for n in ("lambda", "violation", "cosine")) > 1 and [curve(page, n) for n in ("lambda", "violation", "cosine")], "three curves")
+    first = until(lambda: min(curve(page, n) for n in ("lambda", "violation", "cosine")) > 1
+                  and [curve(page, n) for n in ("lambda", "violation", "cosine")], "three curves")
     until(lambda: all(curve(page, n) > k for n, k in zip(("lambda", "violation", "cosine"), first)), "the curves to grow")
     assert page.locator(".jp-InputPrompt", has_text="[*]").count() > 0, "no later cell was running while the curves grew"
     page.wait_for_timeout(3000)
@@ -189,7 +195,8 @@ def test_tutorial_live(lab, page):
     before = step(page)
     page.reload()
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status") == "idle", "the kernel's answer")
+    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status") == "idle",
+          "the kernel's answer")
     scroll_to_dashboard(page, 60)
     until(lambda: step(page) > before, "the dashboard to go on after the reload", 30)
     shoot(page, "after_reload")

@@ -130,7 +130,8 @@ def test_path_written_piece_by_piece_is_the_path_written_at_once(ys):
 def test_memory_is_flat_over_100k_records():
     h, sizes = History(), []
     for n in range(1, 100_001):
-        h.add({"step": n, "task_loss": 1/n, "lambda": 1., "violation": .1, "epsilon": .1, "cosine": -.2, "conflict": True, "seconds": .1})
+        h.add({"step": n, "task_loss": 1/n, "lambda": 1., "violation": .1, "epsilon": .1, "cosine": -.2, "conflict": True,
+               "seconds": .1})
         if n in (10_000, 100_000): sizes.append(sum(len(c.bins) for c in h.curves.values()) + len(h.hover))
     assert sizes[1] <= 1.3*sizes[0] and sizes[1] < 5000
     assert len(draw([h])) < 150_000
@@ -269,7 +270,8 @@ def test_following_sees_a_run_elsewhere_grow_resume_and_end(tmp_path):
 
 # --- notebooks without a browser -----------------------------------------------------------------------------------
 
-SETUP = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]; from linear_run import make_run; from craft_nb import CraftMonitor; import time"
+SETUP = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]; from linear_run import make_run; "
+         "from craft_nb import CraftMonitor; import time")
 
 def execute(tmp_path, *cells, errors=False):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (SETUP, *cells)])
@@ -312,8 +314,10 @@ class Shell:
 
 def test_running_a_cell_again_replaces_its_first_run(tmp_path):
     cells = execute(tmp_path, AGAIN,
-        "monitor._shell = lambda: Shell(1)\nfirst = CraftMonitor('m.jsonl', interval=.02); run1 = make_run([first], steps=10**6, pace=.01).start(); time.sleep(.5)",
-        "monitor._shell = lambda: Shell(2)\nsecond = CraftMonitor('m.jsonl', interval=.02); run2 = make_run([second], steps=10**6, pace=.01).start(); time.sleep(1)",
+        "monitor._shell = lambda: Shell(1)\nfirst = CraftMonitor('m.jsonl', interval=.02); "
+        "run1 = make_run([first], steps=10**6, pace=.01).start(); time.sleep(.5)",
+        "monitor._shell = lambda: Shell(2)\nsecond = CraftMonitor('m.jsonl', interval=.02); "
+        "run2 = make_run([second], steps=10**6, pace=.01).start(); time.sleep(1)",
         "print(run1.thread.is_alive(), first.runs[0].state, first.place.box is None, second.runs[0].state)",
         "run2.stop(60); print(second.runs[0].state)")
     assert cells[3].outputs[0].text.split() == ["False", "stopped", "True", "training"]

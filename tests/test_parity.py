@@ -15,7 +15,8 @@ def config_of(work, tmp_path_factory):
     def make(cls, name, **more):
         policy = PreTrainedConfig.from_pretrained(work.policy_path)
         policy.pretrained_path, policy.push_to_hub = Path(work.policy_path), False
-        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy, output_dir=root / name, steps=STEPS, batch_size=4, num_workers=0,
+        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy, output_dir=root / name,
+                   steps=STEPS, batch_size=4, num_workers=0,
                    dataloader_multiprocessing_context=None, log_freq=1, save_freq=STEPS, env_eval_freq=0, seed=7, **more)
     return make
 

@@ -20,7 +20,8 @@ def with_cameras(work, present: int, missing: int = 0, dtype: str = "float32"):
     batch = work.processors()[0](work.batch(4))
     own = next(iter(k for k, f in cfg.input_features.items() if f.type == FeatureType.VISUAL))
     for i in range(1, present + missing):
-        cfg.input_features[f"observation.images.extra{i}"] = PolicyFeature(type=FeatureType.VISUAL, shape=cfg.input_features[own].shape)
+        cfg.input_features[f"observation.images.extra{i}"] = PolicyFeature(
+            type=FeatureType.VISUAL, shape=cfg.input_features[own].shape)
         if i < present: batch[f"observation.images.extra{i}"] = batch[own].roll(i, 0).flip(-1)
     torch.manual_seed(0)
     return PI0FastSmallPolicy(cfg).train(), batch
@@ -115,8 +116,9 @@ def test_lerobots_own_class(work, monkeypatch):
     small = work.policy()
     vocab = small.model.paligemma_with_expert.paligemma.config.text_config.vocab_size
     monkeypatch.setattr(own, "PI0FastPaliGemma", lambda *args, **kw: PI0FastSmallPaliGemma(small.config, vocab))
-    same = ("chunk_size", "n_action_steps", "max_action_tokens", "max_decoding_steps", "fast_skip_tokens", "image_resolution", "tokenizer_max_length", "text_tokenizer_name",
-            "action_tokenizer_name", "input_features", "output_features", "normalization_mapping", "device")
+    same = ("chunk_size", "n_action_steps", "max_action_tokens", "max_decoding_steps", "fast_skip_tokens", "image_resolution",
+            "tokenizer_max_length", "text_tokenizer_name", "action_tokenizer_name", "input_features", "output_features",
+            "normalization_mapping", "device")
     policy = own.PI0FastPolicy(PI0FastConfig(**{k: getattr(small.config, k) for k in same}))
     assert type(policy) is own.PI0FastPolicy and type(policy.model) is own.PI0FastPytorch
     adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)

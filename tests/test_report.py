@@ -37,7 +37,8 @@ def test_report_in_a_browser(tmp_path):
     page_file = render_report(example(), {'craft:action_logits': rows}, clips, tmp_path)
     asked, said, seen = [], [], {}
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
+        browser = p.chromium.launch(executable_path=chromium,
+                                    args=['--no-sandbox', '--disable-gpu', '--disable-background-networking'])
         for scheme in 'light', 'dark':
             context = browser.new_context(color_scheme=scheme, viewport=dict(width=390, height=800), offline=True)
             page = context.new_page()
@@ -46,7 +47,8 @@ def test_report_in_a_browser(tmp_path):
             page.on('dialog', lambda d: (said.append(d.message), d.dismiss()))
             page.goto(page_file.as_uri())
             seen[scheme] = page.evaluate('''() => ({
-                ink: getComputedStyle(document.querySelector('svg text')).fill, paper: getComputedStyle(document.body).backgroundColor,
+                ink: getComputedStyle(document.querySelector('svg text')).fill,
+                paper: getComputedStyle(document.body).backgroundColor,
                 pictures: [...document.images].map(i => i.naturalWidth), charts: document.querySelectorAll('svg').length,
                 heads: [...document.querySelectorAll('h2')].map(h => h.textContent),
                 wide: document.documentElement.scrollWidth})''')
@@ -54,8 +56,9 @@ def test_report_in_a_browser(tmp_path):
     assert [u for u in asked if not u.startswith(('file:', 'data:'))] == [] and said == []
     for s in seen.values():
         assert s['pictures'] == [16, 16] and s['charts'] == 3 and s['wide'] <= 390
-        assert s['heads'] == ['What was kept, what was learned', 'The same skill, side by side', 'Views', 'How the budget was held',
-                              'Where the network moved', 'Could it be luck?', 'How it was run']
+        assert s['heads'] == [
+            'What was kept, what was learned', 'The same skill, side by side', 'Views', 'How the budget was held',
+            'Where the network moved', 'Could it be luck?', 'How it was run']
     assert seen['light']['paper'] != seen['dark']['paper'] and seen['light']['ink'] != seen['dark']['ink']
 
 

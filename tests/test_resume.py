@@ -47,7 +47,8 @@ def test_a_resumed_run_writes_over_an_abandoned_continuation(done, place):
     shutil.copytree(done, other := place[2] / "again", symlinks=True)
     config = other / "checkpoints/000002/pretrained_model/train_config.json"
     run(["--resume", f"--config_path={config}", f"--output_dir={other}", "--craft.epsilon_end=5"], place[2])
-    assert os.readlink(other / "checkpoints/last") == "000004" and sorted(p.name for p in (other / "checkpoints").iterdir()) == ["000002", "000004", "last"]
+    assert os.readlink(other / "checkpoints/last") == "000004"
+    assert sorted(p.name for p in (other / "checkpoints").iterdir()) == ["000002", "000004", "last"]
     a, b = K.result(done), K.result(other)
     assert [r["step"] for r in b["rows"]] == [1, 2, 3, 4] and a["rows"][:2] == b["rows"][:2] and a["rows"][2] != b["rows"][2]
     assert a["training_state/craft_state.json"] != b["training_state/craft_state.json"]
@@ -55,8 +56,10 @@ def test_a_resumed_run_writes_over_an_abandoned_continuation(done, place):
 
 def test_a_checkpoint_holds_all_that_craft_knows(done):
     state = json.loads((done / "checkpoints/last/training_state/craft_state.json").read_text())
-    assert set(state["retention"]["duals"]["shared"]) >= {"lam", "memory", "pending", "drift", "epsilon_scale"} and state["step"] == 4
-    assert state["retention"]["anchors"]["anchors_seen"] == 8 and state["retention"]["anchors"]["cache_id"] and set(state["hashes"]) >= {"weights", "normalisation"}
+    assert set(state["retention"]["duals"]["shared"]) >= {"lam", "memory", "pending", "drift", "epsilon_scale"}
+    assert state["step"] == 4
+    assert state["retention"]["anchors"]["anchors_seen"] == 8 and state["retention"]["anchors"]["cache_id"]
+    assert set(state["hashes"]) >= {"weights", "normalisation"}
 
 
 def test_resume_with_another_cache_or_without_one_is_refused(done, place):
@@ -75,9 +78,11 @@ def test_adapters_resume(place):
     work, cache, folder = place
     lora = ["--peft.method_type=LORA", "--peft.r=4", r"--peft.target_modules=.*language_model.*\.(q_proj|v_proj)"]
     run(K.first_line(work, cache, whole := folder / "lora", *lora, steps=4), folder)
-    run(["--resume", f"--config_path={whole}/checkpoints/000002/pretrained_model/train_config.json", f"--output_dir={folder / 'lora2'}"], folder)
+    run(["--resume", f"--config_path={whole}/checkpoints/000002/pretrained_model/train_config.json",
+         f"--output_dir={folder / 'lora2'}"], folder)
     a, b = K.result(whole), K.result(folder / "lora2")
     assert "pretrained_model/adapter_model.safetensors" in a and a.pop("rows")[2:] == b.pop("rows") and not K.difference(a, b)
     from safetensors.torch import load
     moved = load(a["pretrained_model/adapter_model.safetensors"])
-    assert any(v.abs().max() > 0 for k, v in moved.items() if "lora_B" in k) and all(torch.isfinite(v).all() for v in moved.values())
+    assert any(v.abs().max() > 0 for k, v in moved.items() if "lora_B" in k)
+    assert all(torch.isfinite(v).all() for v in moved.values())

@@ -99,7 +99,8 @@ def test_zero_and_absent_retention_gradient():
         result = Surgery(named()).merge_(h, r, 3.0, True)
         assert result.finite and not result.conflict and result.cosine == 0 and all(torch.equal(a, b) for a, b in zip(g, h))
     result = Surgery(named()).merge_(h := [None] * len(SHAPES), [torch.ones(s) for s in SHAPES], 2.0, True)
-    assert all(torch.equal(a, torch.full(s, 2.0)) for a, s in zip(h, SHAPES)) and result.merged_norm == pytest.approx(2 * math.sqrt(12 + 5 + 1 + 12 + 17))
+    assert all(torch.equal(a, torch.full(s, 2.0)) for a, s in zip(h, SHAPES))
+    assert result.merged_norm == pytest.approx(2 * math.sqrt(12 + 5 + 1 + 12 + 17))
 
 
 @pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-38, 1e18])
@@ -118,7 +119,8 @@ def test_tiny_and_huge_r_project_exactly(size):
 # references
 
 @settings(max_examples=150, deadline=None)
-@given(gradients(-3, 3), st.floats(0, 10), st.sampled_from(list(S.MERGES)), st.booleans(), st.floats(-1, 1), st.one_of(st.none(), st.floats(1e-3, 1e3)))
+@given(gradients(-3, 3), st.floats(0, 10), st.sampled_from(list(S.MERGES)), st.booleans(), st.floats(-1, 1),
+       st.one_of(st.none(), st.floats(1e-3, 1e3)))
 def test_float64_oracle(grads, lam, mode, project, threshold, max_norm):
     g, r = grads
     wide = [[None if t is None else t.double() for t in ts] for ts in (g, r)]
@@ -128,9 +130,11 @@ def test_float64_oracle(grads, lam, mode, project, threshold, max_norm):
     want = merge_grads(project_if_conflict(*wide, threshold)[0] if project else wide[0], wide[1], lam, mode)
     norm = math.sqrt(compute_dot(want, want))
     if max_norm is not None and norm + 1e-6 > max_norm: want = [None if t is None else t * max_norm / (norm + 1e-6) for t in want]
-    result = Surgery(named(), gate="always" if project else "never", mode=mode, conflict_threshold=threshold).merge_(g, r, lam, True, max_norm)
+    result = Surgery(named(), gate="always" if project else "never", mode=mode, conflict_threshold=threshold).merge_(
+        g, r, lam, True, max_norm)
     close = dict(rtol=1e-5, atol=1e-5 * math.sqrt(gg) + 1e-6 * math.sqrt(rr) * lam)
-    assert result.cosine == pytest.approx(cosine, rel=1e-5, abs=1e-6) and result.merged_norm == pytest.approx(norm, rel=1e-5, abs=1e-3 * (math.sqrt(gg) + lam * math.sqrt(rr)))
+    assert result.cosine == pytest.approx(cosine, rel=1e-5, abs=1e-6)
+    assert result.merged_norm == pytest.approx(norm, rel=1e-5, abs=1e-3 * (math.sqrt(gg) + lam * math.sqrt(rr)))
     for a, b in zip(g, want):
         if a is None: assert b is None or not b.any()  # c = 0 makes no gradient where there was none
         else: torch.testing.assert_close(a.double(), b, **close)
@@ -165,7 +169,8 @@ def test_torchjd_dual_projection():
 def test_layouts(layout):
     torch.manual_seed(3)
     make = {"channels_last": lambda: torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
-            "transposed": lambda: torch.randn(6, 7).t(), "strided": lambda: torch.randn(6, 8)[:, ::2], "expanded": lambda: torch.randn(6, 1).expand(6, 4)}[layout]
+            "transposed": lambda: torch.randn(6, 7).t(), "strided": lambda: torch.randn(6, 8)[:, ::2],
+            "expanded": lambda: torch.randn(6, 1).expand(6, 4)}[layout]
     g, r = [make()], [make()]
     want = merge_grads(project_if_conflict(g, r, 0.9)[0], r, 0.3)
     pointer = g[0].data_ptr()
@@ -235,7 +240,8 @@ def test_clipping_is_torchs():
 
 def test_gate_and_wrong_use():
     g, r = [torch.ones(3)], [-torch.ones(3)]
-    for gate, violated, want in (("always", False, True), ("violated", False, False), ("violated", True, True), ("never", True, False)):
+    for gate, violated, want in (("always", False, True), ("violated", False, False), ("violated", True, True),
+                                 ("never", True, False)):
         result = Surgery([("w", g[0])], gate=gate).merge_(copies(g), r, 0.0, violated)
         assert result.conflict and result.projected == want
     assert not Surgery([("w", g[0])], use_projection=False).merge_(copies(g), r, 0.0, True).projected
@@ -254,11 +260,13 @@ def test_sharded_sums_are_reduced():
             calls[k] += 1
             box[k] = sums.clone(); barrier.wait(); total = box[0] + box[1]; barrier.wait()
             return total
-        out[k] = Surgery([("a", halves[k][0][0]), ("b", halves[k][0][1])], "tensor", conflict_threshold=0.5, all_reduce=all_reduce).merge_(*halves[k], 0.2, True, max_norm=1.0)
+        out[k] = Surgery([("a", halves[k][0][0]), ("b", halves[k][0][1])], "tensor", conflict_threshold=0.5,
+                         all_reduce=all_reduce).merge_(*halves[k], 0.2, True, max_norm=1.0)
     threads = [threading.Thread(target=rank, args=(k,)) for k in range(2)]
     for t in threads: t.start()
     for t in threads: t.join(30)
-    want = Surgery([("a", whole[0][0]), ("b", whole[0][1])], "tensor", conflict_threshold=0.5).merge_(*whole, 0.2, True, max_norm=1.0)
+    want = Surgery([("a", whole[0][0]), ("b", whole[0][1])], "tensor", conflict_threshold=0.5).merge_(
+        *whole, 0.2, True, max_norm=1.0)
     assert calls == [2, 2] and out[0].merged_norm == out[1].merged_norm == pytest.approx(want.merged_norm, rel=1e-6)
     for k in range(2):
         for a, b in zip(halves[k][0], whole[0]): torch.testing.assert_close(a, b[k * 20 : k * 20 + 20], rtol=1e-5, atol=1e-7)
@@ -292,9 +300,11 @@ class Policy(nn.Module):
         return states, self.head(self.norm(h))[:, pixels.shape[1] :]
 
 
-def batch(n, seed): return torch.randint(13, (n, 6), generator=(g := torch.Generator().manual_seed(seed))), torch.randn(n, 2, 8, generator=g)
+def batch(n, seed):
+    return torch.randint(13, (n, 6), generator=(g := torch.Generator().manual_seed(seed))), torch.randn(n, 2, 8, generator=g)
 def task_loss(model, b=batch(4, 0)): return cross_entropy(model(b)[1].flatten(0, 1), b[0].roll(1, 1).flatten())
-VIEWS = {"one layer": lambda states, logits: (states[2] - 0.3).square().mean(), "two layers": lambda states, logits: sum((s - 0.3).square().mean() for s in states[-2:]),
+VIEWS = {"one layer": lambda states, logits: (states[2] - 0.3).square().mean(),
+         "two layers": lambda states, logits: sum((s - 0.3).square().mean() for s in states[-2:]),
          "logits": lambda states, logits: logits.log_softmax(-1).square().mean()}
 def retention_loss(model, view="two layers", stop=3): return VIEWS[view](*model(batch(3, 1), stop))
 
@@ -304,9 +314,11 @@ def retention_loss(model, view="two layers", stop=3): return VIEWS[view](*model(
 def test_streaming_equals_layer_scope(view, variant):
     torch.manual_seed(8)
     model = Policy().to(torch.float64 if variant == "double" else torch.float32)
-    b = [tuple(t.double() if variant == "double" and t.is_floating_point() else t for t in batch(n, s)) for n, s in ((4, 0), (3, 1))]
+    b = [tuple(t.double() if variant == "double" and t.is_floating_point() else t for t in batch(n, s))
+         for n, s in ((4, 0), (3, 1))]
     for layer in model.layers: layer.recompute = variant == "checkpointed"
-    if variant == "frozen": model.embed.requires_grad_(False); model.layers[1].requires_grad_(False); model.tower.requires_grad_(False)
+    if variant == "frozen":
+        model.embed.requires_grad_(False); model.layers[1].requires_grad_(False); model.tower.requires_grad_(False)
     def anchors(): return VIEWS[view](*model(b[1], 3))
     kw = dict(conflict_threshold=0.9)
     params = list(model.parameters())
@@ -320,7 +332,8 @@ def test_streaming_equals_layer_scope(view, variant):
     with streaming.merge_(loss, 0.7, True, max_norm=0.4) as got: task_loss(model, b[0]).backward()
     assert want.projected and want.clipped and got.names == want.names
     torch.testing.assert_close(got.table, want.table, rtol=1e-3, atol=1e-6)
-    for p, t in zip(params, g): assert (p.grad is None) == (t is None) and (t is None or torch.allclose(p.grad, t, rtol=1e-4, atol=1e-6))
+    for p, t in zip(params, g):
+        assert (p.grad is None) == (t is None) and (t is None or torch.allclose(p.grad, t, rtol=1e-4, atol=1e-6))
     model.zero_grad()
     with streaming.record(): loss = anchors()
     loss.backward()  # recording alone does not spoil the model: hooks are gone and the next forward pass is whole
@@ -391,7 +404,8 @@ def test_lora(streamed):
         with streaming.merge_(loss, 1.0, True, 1.0) as result: task_loss(model).backward()
         opt.step()
     else: result = surgery_step(model, opt, scope="layer")[0]
-    assert result.finite and result.norm_retain > 0 and all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    assert result.finite and result.norm_retain > 0
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
 class Wide(nn.Module):
