@@ -24,15 +24,19 @@ def bytes_per_anchor(tmp, n=48, px=224, tt=200, words=40, d=2048, ta=64, said=40
     g = torch.Generator().manual_seed(0); p = px // 14; prefix = p * p + tt
     ids = torch.randint(0, 257_152, (n, tt), generator=g); seen = (torch.arange(tt) < words).expand(n, tt)
     mask = torch.cat([torch.ones(n, p * p, dtype=torch.bool), seen], 1); act = (torch.arange(ta) < said).expand(n, ta)
-    inputs = lambda i: dict(pixel_values=frames[i][None, None], image_mask=torch.ones(1, 1), input_ids=ids[i:i + 1], attention_mask=seen[i:i + 1])
-    actions = lambda i: dict(action_ids=torch.randint(0, 257_152, (1, ta + 1), generator=g), action_mask=torch.ones(1, ta + 1), predict_mask=act[i:i + 1])
+    inputs = lambda i: dict(pixel_values=frames[i][None, None], image_mask=torch.ones(1, 1), input_ids=ids[i:i + 1],
+                            attention_mask=seen[i:i + 1])
+    actions = lambda i: dict(action_ids=torch.randint(0, 257_152, (1, ta + 1), generator=g), action_mask=torch.ones(1, ta + 1),
+                             predict_mask=act[i:i + 1])
     targets = dict(
         pooled=lambda i: dict(teacher_hidden=torch.randn(1, 2, 2, d, generator=g)),
         tokens=lambda i: dict(tokens_hidden=torch.randn(1, 2, prefix, d, generator=g), tokens_mask=mask[i:i + 1]),
         action_tokens=lambda i: dict(action_hidden=torch.randn(1, 2, ta, d, generator=g)) | actions(i),
-        action_logits=lambda i: dict(action_logp=-torch.rand(1, ta, k, generator=g), action_topk=torch.randint(0, 257_152, (1, ta, k), generator=g)) | actions(i),
+        action_logits=lambda i: dict(action_logp=-torch.rand(1, ta, k, generator=g),
+                                     action_topk=torch.randint(0, 257_152, (1, ta, k), generator=g)) | actions(i),
         token_ce=lambda i: dict(labels=ids[i:i + 1, :ta]) | actions(i))
-    packed = dict(tokens_hidden=('tokens_mask', 1), action_hidden=('predict_mask', 1), action_logp=('predict_mask', 0), action_topk=('predict_mask', 0))
+    packed = dict(tokens_hidden=('tokens_mask', 1), action_hidden=('predict_mask', 1),
+                  action_logp=('predict_mask', 0), action_topk=('predict_mask', 0))
     info = {}
     for view, make in targets.items():
         names = [t for t in make(0) if t not in ('action_ids', 'action_mask')]
@@ -44,10 +48,12 @@ def bytes_per_anchor(tmp, n=48, px=224, tt=200, words=40, d=2048, ta=64, said=40
     pooled = info['pooled']; all_prefix = 2 * prefix * d * 4
     return dict(bytes_per_anchor={v: i['bytes_per_anchor'] for v, i in info.items()},
                 target_bytes_per_anchor={v: i['views'][v]['bytes_per_anchor'] for v, i in info.items()},
-                image_bytes_per_anchor=pooled['tensors']['pixel_values'], image_ratio=3 * px * px / pooled['tensors']['pixel_values'],
+                image_bytes_per_anchor=pooled['tensors']['pixel_values'],
+                image_ratio=3 * px * px / pooled['tensors']['pixel_values'],
                 origin_bytes_per_anchor=origin, bytes_ratio_to_origin=pooled['bytes_per_anchor'] / origin,
                 targets_ratio=all_prefix / pooled['views']['pooled']['bytes_per_anchor'],
-                targets_ratio_to_stored_tokens=info['tokens']['views']['tokens']['bytes_per_anchor'] / pooled['views']['pooled']['bytes_per_anchor'])
+                targets_ratio_to_stored_tokens=(info['tokens']['views']['tokens']['bytes_per_anchor']
+                                                / pooled['views']['pooled']['bytes_per_anchor']))
 
 
 class Again(torch.utils.data.Dataset):
@@ -66,8 +72,8 @@ def builds(tmp, n=512, batch=16, turns=3, views=('pooled', 'action_logits'), **s
     work = tiny_workload(tmp/'work', tasks=TASKS[:2]); policy, pre, _ = new_policy(work, **sizes); policy.eval()
     data, chosen, adapter = Again(work.dataset(), n), make_views(views), adapter_for(policy)
     spans = [(i, min(i + batch, n)) for i in range(0, n, batch)]; frames = AnchorFrames(data, list(range(n)), spans)
-    def build(): build_anchor_cache(policy, pre, data, tempfile.mkdtemp(dir=tmp), episode_index=[0] * n, task_index=[0] * n, num_anchors=n,
-                                    views=views, batch_size=batch, progress=False)
+    def build(): build_anchor_cache(policy, pre, data, tempfile.mkdtemp(dir=tmp), episode_index=[0] * n, task_index=[0] * n,
+                                    num_anchors=n, views=views, batch_size=batch, progress=False)
     def loop():
         with eval_mode(policy):
             for b in torch.utils.data.DataLoader(frames, batch_size=None): anchor_batch_targets(policy, pre(b), chosen)
@@ -80,7 +86,8 @@ def builds(tmp, n=512, batch=16, turns=3, views=('pooled', 'action_logits'), **s
     for _ in range(turns):
         for f in (build, loop, forward): t = time.perf_counter(); f(); took[f.__name__].append(time.perf_counter() - t)
     b, l, f = (median(took[k]) for k in ('build', 'loop', 'forward'))
-    return dict(build_over_forward=l / b, build_over_forward_preloaded=f / b, build_anchors_per_second=n / b, forward_ms_per_anchor=f / n * 1e3)
+    return dict(build_over_forward=l / b, build_over_forward_preloaded=f / b, build_anchors_per_second=n / b,
+                forward_ms_per_anchor=f / n * 1e3)
 
 
 RSS = '''
@@ -91,12 +98,15 @@ from bench_anchors import Again
 from craft_nb.builder import build_anchor_cache
 from craft_nb.small import tiny_workload
 work, n = tiny_workload(sys.argv[2] + '/work'), int(sys.argv[3])
-build_anchor_cache(work.policy(), work.processors()[0], Again(work.dataset(), n), f'{sys.argv[2]}/rss{n}', episode_index=[0] * n, task_index=[0] * n, num_anchors=n, batch_size=16, progress=False)
+build_anchor_cache(work.policy(), work.processors()[0], Again(work.dataset(), n), f'{sys.argv[2]}/rss{n}',
+                   episode_index=[0] * n, task_index=[0] * n, num_anchors=n, batch_size=16, progress=False)
 print(next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')))
 '''
 
 
-def run(code, *args): return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True, check=True).stdout.split()[-1]
+def run(code, *args):
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map(str, args)], capture_output=True, text=True,
+                          check=True).stdout.split()[-1]
 
 
 def rss(tmp, small=500, large=5000):
@@ -107,7 +117,8 @@ def rss(tmp, small=500, large=5000):
 
 def generate(path, n, block=4096):
     g = torch.Generator().manual_seed(0)
-    x = dict(pixel_values=torch.randint(0, 256, (block, 3, 8, 8), generator=g, dtype=torch.uint8), input_ids=torch.randint(0, 999, (block, 32), generator=g),
+    x = dict(pixel_values=torch.randint(0, 256, (block, 3, 8, 8), generator=g, dtype=torch.uint8),
+             input_ids=torch.randint(0, 999, (block, 32), generator=g),
              teacher_hidden=torch.randn(block, 2, 2, 32, generator=g), frame_index=torch.arange(block))
     with AnchorWriter(path, n, dict(pooled=dict(tensors=['teacher_hidden'])), block, 'raw') as w:
         for lo, hi in w.ranges(block): w.add({k: v[:hi - lo] for k, v in x.items()})
@@ -119,20 +130,23 @@ import torch
 from craft_nb.anchors import AnchorCacheDataset
 def now(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmRSS')) / 1024
 before, t = now(), time.perf_counter(); ds = AnchorCacheDataset(sys.argv[2]); took, opened = time.perf_counter() - t, now()
-t = time.perf_counter(); ds.batch(range(0, len(ds), len(ds) // 16)); print(json.dumps([took, opened - before, now() - before, now(), time.perf_counter() - t]).replace(' ', ''))
+t = time.perf_counter(); ds.batch(range(0, len(ds), len(ds) // 16))
+print(json.dumps([took, opened - before, now() - before, now(), time.perf_counter() - t]).replace(' ', ''))
 '''
 
 
 def opening(cache):
     "Seconds and resident memory that opening takes; `import torch` alone is in the last figure."
     took = [json.loads(run(OPEN, ROOT, cache)) for _ in range(3)]; s, o, b, total, first = (median(c) for c in zip(*took))
-    return dict(open_seconds=s, open_rss_mb=o, open_rss_mb_with_a_batch=b, process_rss_mb=total, first_batch_seconds=first, open_anchors=len(AnchorCacheDataset(cache)))
+    return dict(open_seconds=s, open_rss_mb=o, open_rss_mb_with_a_batch=b, process_rss_mb=total, first_batch_seconds=first,
+                open_anchors=len(AnchorCacheDataset(cache)))
 
 
 def batches(tmp, cache, steps=40):
     "Time that a training step waits for a random batch of 16, 2 workers, over the step (small pi0_fast, batch 32)."
     from craft_nb.small import tiny_workload
-    work = tiny_workload(tmp/'work'); policy = work.policy().train(); data = work.batch(32); opt = torch.optim.AdamW(policy.parameters(), 1e-4)
+    work = tiny_workload(tmp/'work'); policy = work.policy().train(); data = work.batch(32)
+    opt = torch.optim.AdamW(policy.parameters(), 1e-4)
     line = build_anchor_dataloader(cache, 16, num_workers=2).forever(); next(line); wait, step = [], []
     for _ in range(steps):
         t = time.perf_counter(); next(line); u = time.perf_counter()
@@ -141,13 +155,16 @@ def batches(tmp, cache, steps=40):
 
 
 def main():
-    p = argparse.ArgumentParser(); p.add_argument('--only', default='bytes,build,rss,open,batch'); p.add_argument('--anchors', type=int, default=1_000_000)
+    p = argparse.ArgumentParser()
+    p.add_argument('--only', default='bytes,build,rss,open,batch'); p.add_argument('--anchors', type=int, default=1_000_000)
     a, _ = p.parse_known_args(); out = ROOT/'outputs'/'bench'/'anchors.json'; out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); cache = tmp/'million'
-        if {'open', 'batch'} & set(a.only.split(',')): t = time.time(); generate(cache, a.anchors); found['generate_anchors_per_second'] = a.anchors / (time.time() - t)
-        for name, f in dict(bytes=lambda: bytes_per_anchor(tmp), build=lambda: builds(tmp), rss=lambda: rss(tmp), open=lambda: opening(cache), batch=lambda: batches(tmp, cache)).items():
+        if {'open', 'batch'} & set(a.only.split(',')):
+            t = time.time(); generate(cache, a.anchors); found['generate_anchors_per_second'] = a.anchors / (time.time() - t)
+        for name, f in dict(bytes=lambda: bytes_per_anchor(tmp), build=lambda: builds(tmp), rss=lambda: rss(tmp),
+                            open=lambda: opening(cache), batch=lambda: batches(tmp, cache)).items():
             if name not in a.only.split(','): continue
             found |= (new := f()); out.write_text(json.dumps(found, indent=1) + '\n')
             for k, v in new.items(): print(f'{k:<32} {json.dumps(v)}', flush=True)

@@ -1,4 +1,5 @@
-"""How long the commands take to answer: `python bench/bench_doors.py [--repeat 5] [--quick]`. Pairs run in turn; medians of processor seconds, which other work on the machine does not change.
+"""How long the commands take to answer: `python bench/bench_doors.py [--repeat 5] [--quick]`. Pairs run in turn; medians of
+processor seconds, which other work on the machine does not change.
 Writes outputs/bench/doors.json."""
 import argparse
 import json
@@ -11,12 +12,16 @@ import tempfile
 from pathlib import Path
 
 SCRIPTS = Path(sys.executable).parent
-LIMITS = {"import craft_nb": ("import torch", 1.1), "craft-demo --help": ("import torch", 2.0), "craft-cache info": ("import torch", 2.0), "craft-train --help": ("lerobot-train --help", 1.0)}
+LIMITS = {"import craft_nb": ("import torch", 1.1), "craft-demo --help": ("import torch", 2.0),
+          "craft-cache info": ("import torch", 2.0), "craft-train --help": ("lerobot-train --help", 1.0)}
 
 
 def commands(cache):
-    return {"import torch": [sys.executable, "-c", "import torch"], "import craft_nb": [sys.executable, "-c", "import craft_nb"], "craft-demo --help": [SCRIPTS / "craft-demo", "--help"],
-            "craft-cache info": [SCRIPTS / "craft-cache", "info", cache], "lerobot-train --help": [SCRIPTS / "lerobot-train", "--help"], "craft-train --help": [SCRIPTS / "craft-train", "--help"]}
+    return {"import torch": [sys.executable, "-c", "import torch"], "import craft_nb": [sys.executable, "-c", "import craft_nb"],
+            "craft-demo --help": [SCRIPTS / "craft-demo", "--help"],
+            "craft-cache info": [SCRIPTS / "craft-cache", "info", cache],
+            "lerobot-train --help": [SCRIPTS / "lerobot-train", "--help"],
+            "craft-train --help": [SCRIPTS / "craft-train", "--help"]}
 
 
 def cpu_seconds(command):

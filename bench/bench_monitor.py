@@ -21,7 +21,8 @@ from craft_nb.trainer import one_step
 torch.set_num_threads(1)
 
 def record(n):
-    return {{"step": n, "task_loss": 1 + math.sin(n/50)/2, "retention_loss": .1 + math.cos(n)/50, "epsilon": .1, "violation": math.cos(n)/50, "lambda": 1 + n % 7/10,
+    return {{"step": n, "task_loss": 1 + math.sin(n/50)/2, "retention_loss": .1 + math.cos(n)/50, "epsilon": .1,
+            "violation": math.cos(n)/50, "lambda": 1 + n % 7/10,
             "cosine": math.sin(n)/3, "conflict": n % 9 == 0, "projected": n % 18 == 0, "seconds": .1, "retention": True}}
 
 def redraws(m, n=100):
@@ -76,7 +77,8 @@ def main():
             except queue.Empty: raise SystemExit("the kernel has said nothing for ten minutes") from None
             kind, content = msg["msg_type"], msg["content"]
             if kind == "error": raise SystemExit("\n".join(content["traceback"]))
-            if kind == "stream" and content["text"].startswith("RESULT "): result = json.loads(content["text"].removeprefix("RESULT "))
+            if kind == "stream" and content["text"].startswith("RESULT "):
+                result = json.loads(content["text"].removeprefix("RESULT "))
             if kind == "status" and content["execution_state"] == "idle" and result: break
     finally:
         client.stop_channels()

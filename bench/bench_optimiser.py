@@ -1,10 +1,12 @@
-"""What the constrained optimiser costs: surgery against memory traffic, extra gradient copies, and whole steps beside plain LeRobot training.
+"""What the constrained optimiser costs:
+surgery against memory traffic, extra gradient copies, and whole steps beside plain LeRobot training.
 
     python bench/bench_optimiser.py                    the small policy on this machine's CPU
     python bench/bench_optimiser.py --size pi0_fast    LeRobot's pi0_fast, 2.9 B parameters with random weights, on a GPU
     python bench/bench_optimiser.py --size pi0_fast_300m    its 300 M language variant, where memory asks for it
 
-Everything that is compared runs in one process, in turns, after a warm-up; figures are medians. Writes outputs/bench/optimiser.json.
+Everything that is compared runs in one process, in turns, after a warm-up; figures are medians.
+Writes outputs/bench/optimiser.json.
 """
 import argparse
 import json
@@ -41,7 +43,8 @@ def block_shapes(millions: float, d: int = 1024) -> list[tuple]:
 
 
 def surgery_speed(millions: float, device: str, rounds: int) -> dict:
-    "Surgery with projection, merge and clipping, each of which rewrites g, against moving five gradient-sized arrays (a copy, and an addition into a third)."
+    """Surgery with projection, merge and clipping, each of which rewrites g,
+    against moving five gradient-sized arrays (a copy, and an addition into a third)."""
     from torchjd.aggregation import DualProj
     shapes = block_shapes(millions)
     params = [nn.Parameter(torch.zeros(s, device=device)) for s in shapes]
@@ -68,7 +71,8 @@ def surgery_speed(millions: float, device: str, rounds: int) -> dict:
         nn.utils.clip_grad_norm_(params, 1.0)
 
     s = in_turns(device, rounds, traffic=traffic, surgery=ours, direct=direct, torchjd=torchjd)
-    return dict(parameters=a.numel(), threads=torch.get_num_threads(), seconds=s, surgery_over_traffic=s["surgery"] / s["traffic"],
+    return dict(parameters=a.numel(), threads=torch.get_num_threads(), seconds=s,
+                surgery_over_traffic=s["surgery"] / s["traffic"],
                 direct_over_surgery=s["direct"] / s["surgery"], torchjd_over_surgery=s["torchjd"] / s["surgery"])
 
 
@@ -106,9 +110,10 @@ def build_policy(size: str, folder: Path, device: str):
     if size == "small": return *new_policy(work)[:2], work
     from lerobot.policies import make_policy, make_pre_post_processors
     from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
-    cfg = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"), action_tokenizer_name=str(work.tokenizers / "action"), push_to_hub=False, device=device,
-                        paligemma_variant="gemma_300m" if size.endswith("300m") else "gemma_2b", dtype="bfloat16", chunk_size=10, n_action_steps=10,
-                        max_action_tokens=64, gradient_checkpointing=True)
+    cfg = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"), action_tokenizer_name=str(work.tokenizers / "action"),
+                        push_to_hub=False, device=device,
+                        paligemma_variant="gemma_300m" if size.endswith("300m") else "gemma_2b", dtype="bfloat16",
+                        chunk_size=10, n_action_steps=10, max_action_tokens=64, gradient_checkpointing=True)
     policy = make_policy(cfg, ds_meta=work.meta)
     return policy, make_pre_post_processors(policy.config, dataset_stats=work.meta.stats)[0], work
 
@@ -162,21 +167,27 @@ def main():
     ap.add_argument("--out", type=Path, default=Path("outputs/bench/optimiser.json"))
     args = ap.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.size != "small" and device == "cpu": raise SystemExit(f"--size {args.size} needs a GPU, and none was found; --size small runs on the CPU")
+    if args.size != "small" and device == "cpu":
+        raise SystemExit(f"--size {args.size} needs a GPU, and none was found; --size small runs on the CPU")
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
-    result |= dict(device=torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads", size=args.size)
+    result |= dict(device=torch.cuda.get_device_name() if device == "cuda" else
+                   f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads", size=args.size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.only in (None, "surgery"): result |= surgery_speed(args.millions or (1000 if device == "cuda" else 75), device, args.rounds)
+    if args.only in (None, "surgery"):
+        result |= surgery_speed(args.millions or (1000 if device == "cuda" else 75), device, args.rounds)
     if args.only in (None, "memory"): result["extra_copies"] = gradient_copies(device)
     if args.only in (None, "step"):
-        result["step_ratio"] = step_ratios(args.size, device, args.rounds, args.batch_size or (32 if args.size == "small" else 8), args.out.parent / "workload")
+        result["step_ratio"] = step_ratios(args.size, device, args.rounds, args.batch_size or (32 if args.size == "small" else 8),
+                                           args.out.parent / "workload")
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
     goals = [("surgery_over_traffic", "≤ 1.5"), ("direct_over_surgery", "≥ 5"), ("torchjd_over_surgery", "")]
     lines = [(k, result[k], goal) for k, goal in goals if k in result]
-    lines += [(f"extra_copies.{k}", v, {"global": "≤ 1.05", "layer": "≤ 0.10"}[k]) for k, v in result.get("extra_copies", {}).items()]
+    lines += [(f"extra_copies.{k}", v, {"global": "≤ 1.05", "layer": "≤ 0.10"}[k])
+              for k, v in result.get("extra_copies", {}).items()]
     limits = {"K1": ("≤ 1.45", "≤ 1.60"), "K5": ("≤ 1.10", "≤ 1.15")}
-    lines += [(f"step_ratio.{K}.{v}", x, limits[K][v.startswith("action")]) for K, row in result.get("step_ratio", {}).items() for v, x in row.items()]
+    lines += [(f"step_ratio.{K}.{v}", x, limits[K][v.startswith("action")])
+              for K, row in result.get("step_ratio", {}).items() for v, x in row.items()]
     print(result["device"])
     for name, value, goal in lines: print(f"  {name:28} {value:6.2f}   {goal}")
     print("written to", args.out)

@@ -7,7 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    "Inside the `with`: `live` and `peak` bytes of the storages that operations made, beside those that `known` tensors hold already."
+    """Inside the `with`: `live` and `peak` bytes of the storages that operations made,
+    beside those that `known` tensors hold already."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -32,7 +33,8 @@ class PeakMemory(TorchDispatchMode):
 
 
 def extra_copies(run_plain, run_craft, model) -> float:
-    "Peak memory of `run_craft` over that of `run_plain`, in gradient copies of `model`. Both are called warm, with gradients dropped before."
+    """Peak memory of `run_craft` over that of `run_plain`, in gradient copies of `model`.
+    Both are called warm, with gradients dropped before."""
     peaks = []
     for run in (run_plain, run_craft):
         for measured in (False, True):
