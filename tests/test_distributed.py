@@ -42,12 +42,15 @@ def one_rank(place): return trained(place, "one", 1)
 def test_two_ranks_are_one(place, one_rank, kind):
     weights, rows = trained(place, kind, 2)
     expected, single = one_rank
-    assert [r["step"] for r in rows] == list(range(1, STEPS + 1)) and [r["retention"] for r in rows] == [True, False] * (STEPS // 2)
-    assert [r["conflict"] for r in rows] == [r["conflict"] for r in single] and 3 <= sum(r["projected"] for r in rows) <= STEPS // 2 - 3
+    assert [r["step"] for r in rows] == list(range(1, STEPS + 1))
+    assert [r["retention"] for r in rows] == [True, False] * (STEPS // 2)
+    assert [r["conflict"] for r in rows] == [r["conflict"] for r in single]
+    assert 3 <= sum(r["projected"] for r in rows) <= STEPS // 2 - 3
     assert max(abs(a["lambda"] - b["lambda"]) for a, b in zip(rows, single, strict=True)) <= 1e-6
     assert weights.keys() == expected.keys() and max((weights[k] - v).abs().max().item() for k, v in expected.items()) <= 1e-5
     for key in ("task_loss", "retention_loss", "grad_norm", "dot"):
-        assert all(math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5) for a, b in zip(rows, single, strict=True) if a[key] is not None), key
+        assert all(math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5)
+                   for a, b in zip(rows, single, strict=True) if a[key] is not None), key
     from safetensors.torch import load_file
     start = load_file(place[0].policy_path / "model.safetensors")
     assert max((v - start[k]).abs().max().item() for k, v in expected.items()) > 1e-2  # and they did train
@@ -80,17 +83,21 @@ def linear_rank(kind, folder, steps=8, **config):
     draws = lambda make: (make(torch.randn(6, 5, generator=g)) for _ in itertools.count())
     policy = acc.prepare(route_forward(policy))
     optimizer = acc.prepare(torch.optim.SGD(policy.parameters(), 0.05))
-    cfg = CraftConfig(**dict(retention_freq=2, epsilon_start=0.01, epsilon_end=0.01, lambda_lr=0.1, conflict_threshold=0.5) | config)
-    ret = Retention(policy, draws(lambda x: {"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]}), make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance="mse"), LinearAdapter(),
+    cfg = CraftConfig(**dict(retention_freq=2, epsilon_start=0.01, epsilon_end=0.01, lambda_lr=0.1,
+                             conflict_threshold=0.5) | config)
+    ret = Retention(policy, draws(lambda x: {"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]}),
+                    make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance="mse"), LinearAdapter(),
                     cfg, steps, all_reduce=sum_over_shards(policy) if kind == "fsdp" else None)
-    return CraftTrainer(policy, draws(lambda x: {"x": x, "y": x @ new.T}), optimizer, steps=steps, retention=ret, accelerator=acc, cache_type="hidden")
+    return CraftTrainer(policy, draws(lambda x: {"x": x, "y": x @ new.T}), optimizer, steps=steps, retention=ret,
+                        accelerator=acc, cache_type="hidden")
 
 
 def spoil(trainer, what, value):
     "Make one number of the next step `value`, on this rank only."
     def first(batch, key): return batch | {key: batch[key].index_fill(0, torch.tensor([0]), value)}
     if what == "task loss": trainer.batches = itertools.chain([first(next(trainer.batches), "y")], trainer.batches)
-    if what == "retention loss": trainer.retention.line = itertools.chain([first(next(trainer.retention.line), "teacher_hidden")], trainer.retention.line)
+    if what == "retention loss":
+        trainer.retention.line = itertools.chain([first(next(trainer.retention.line), "teacher_hidden")], trainer.retention.line)
     if what == "gradient":  # after the ranks have averaged theirs
         own, trainer.take_grads = trainer.take_grads, lambda: spoiled(own(), value, lambda: vars(trainer).pop("take_grads", None))
 
@@ -102,7 +109,8 @@ def spoiled(grads, value, once):
     return grads
 
 
-FAULTS = [("task loss", 1), ("task loss", 4), ("retention loss", 2), ("gradient", 4)]  # at which step; retention steps are the even ones
+# at which step; retention steps are the even ones
+FAULTS = [("task loss", 1), ("task loss", 4), ("retention loss", 2), ("gradient", 4)]
 
 
 def faulty_rank(kind, folder, rank, value, victim):
@@ -121,7 +129,8 @@ def faulty_rank(kind, folder, rank, value, victim):
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
     with FSDP.summon_full_params(trainer.policy) if kind == "fsdp" else torch.no_grad():
         weights = [p.detach().flatten().tolist() for p in trainer.policy.parameters()]
-    Path(f"{folder}/{rank}.json").write_text(json.dumps(dict(weights=weights, lam=trainer.retention.duals["shared"].lam, count=trainer.nonfinite, seen=seen)))
+    Path(f"{folder}/{rank}.json").write_text(json.dumps(dict(
+        weights=weights, lam=trainer.retention.duals["shared"].lam, count=trainer.nonfinite, seen=seen)))
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
