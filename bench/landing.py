@@ -20,19 +20,23 @@ COLORS = {"landing": "#009E73", "ascent": "#D55E00"}
 
 
 def arm(controller: str, view: str, eps: float) -> dict:
-    how = demo.OURS | dict(epsilon_start=eps) if controller == "landing" else ASCENT | dict(epsilon_start=10 * eps)
-    return how | dict(views=view, epsilon_end=eps)
+    if controller == "landing": return demo.held(view, eps)
+    return ASCENT | dict(views=view, epsilon_start=10 * eps, epsilon_end=eps)
 
 
-def train_arm(run, name: str) -> list[dict]:
-    "The step records of one run."
+def train_job(run_args, name: str, how: dict, out: str) -> list[dict]:
+    "The retention steps' records of one run."
+    demo.register()
+    import torch
     from craft_nb.lerobot import train
-    config = demo.train_config(run, name)
-    config.output_dir, config.save_checkpoint = run.folder / "landing" / name.replace(":", "-"), False
-    shutil.rmtree(config.output_dir, ignore_errors=True)
+    torch.set_num_threads(1)
+    demo.ARMS[name] = how
+    config = demo.train_config(demo.Run(*run_args), name)
+    config.output_dir, config.save_checkpoint = Path(out), False
+    shutil.rmtree(out, ignore_errors=True)
     train(config, quiet=True)
-    lines = (config.output_dir / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if "event" not in r and r.get("retention")]
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "event" not in r and r.get("retention")]
 
 
 def landed(rows: list[dict], eps: float) -> dict:
@@ -69,16 +73,17 @@ def main():
     run = demo.Run(args.folder)
     marker = run.marker("teacher")
     if not marker.exists(): sys.exit(f"{args.folder}: expected a demo folder with a teacher, found no {marker}; run make demo first")
-    demo.register()
-    curves, table = {}, []
-    for view in args.views.split(","):
-        for eps in map(float, args.budgets.split(",")) if args.budgets else BUDGETS[view]:
-            for controller in args.controllers.split(","):
-                name = f"{controller}:{view}:{eps:g}"
-                demo.ARMS[name] = arm(controller, view, eps)
-                curves[controller, view, eps] = rows = train_arm(run, name)
-                table.append(dict(controller=controller, view=view, epsilon=eps) | landed(rows, eps))
-                print("{controller:8} {view:14} ε={epsilon:<6g} L_ret/ε={ratio:5.2f}  λ={lam:8.3g}  task {task_loss:.3f}  ".format(**table[-1]) + ("lands" if table[-1]["lands"] else "misses"), flush=True)
+    plan = [(controller, view, eps) for view in args.views.split(",")
+            for eps in (map(float, args.budgets.split(",")) if args.budgets else BUDGETS[view]) for controller in args.controllers.split(",")]
+    out = {p: run.folder / "landing" / "-".join(map(str, p)) for p in plan}
+    for folder in out.values(): shutil.rmtree(folder, ignore_errors=True)
+    jobs = [(train_job, ((str(run.folder), run.settings), f"{p[0]}:{p[1]}", arm(*p), str(out[p])), out[p] / "metrics.jsonl") for p in plan]
+    try: curves = dict(zip(plan, demo.run_jobs(run, "landing", jobs, run.settings.steps * len(plan)), strict=True))
+    finally: run.close()
+    table = [dict(controller=c, view=v, epsilon=e) | landed(curves[c, v, e], e) for c, v, e in plan]
+    for t in table:
+        print("{controller:8} {view:14} ε={epsilon:<6g} L_ret/ε={ratio:5.2f}  λ={lam:8.3g}  task {task_loss:.3f}  ".format(**t)
+              + ("lands" if t["lands"] else "misses"))
     (run.folder / "landing.json").write_text(json.dumps(table, indent=1) + "\n")
     draw(curves, run.folder / "landing.png")
     print("written to", run.folder / "landing.json", "and landing.png")
