@@ -27,7 +27,7 @@ def _line(row):
     except ValueError: text = dump(_finite(json.loads(json.dumps(row, default=float))))
     return text.encode() + b"\n"
 
-# %% ../nbs/09_monitor.ipynb #92d16ef0
+# %% ../nbs/09_monitor.ipynb #98d7843e
 class RecordLog:
     "A JSON-lines file of step records that survives crashes and full disks. Also a trainer callback."
     order = 0
@@ -40,13 +40,16 @@ class RecordLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and step: os.truncate(self.path, _end_of(self.path, step))
         elif self.path.exists() and self.path.stat().st_size: self.path.rename(_aside(self.path))
+        return self._attach()
+
+    def _attach(self):
         self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.size = os.fstat(self.fd).st_size
         return self
 
     def append(self, row:dict): # a step record or an event row
-        "Write one row; if the disk refuses, keep it in `pending` and try again with the next row."
-        if self.fd is None: self.open()
+        "Write one row; if the disk refuses, keep it in `pending` and try again with the next row. After `close`, goes on in the same file."
+        if self.fd is None: self._attach() if self.size else self.open()
         self.pending.append(_line(row))
         self.flush()
 
