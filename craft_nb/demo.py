@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'ARMS', 'SEED', 'DATA', 'TEACH', 'TUNE', 'STAGES', 'Settings', 'held', 'view_of', 'Run', 'register',
-           'lines_in', 'run_jobs', 'record', 'workload', 'tokenizers', 'train_config', 'train_job', 'train_arms',
-           'teacher', 'finetune', 'cache_job', 'caches', 'evaluate_job', 'evaluate_paths', 'cells', 'evaluate',
-           'drift_job', 'clip_job', 'clips', 'records', 'report', 'constant_actions', 'constant_job', 'check_tasks',
-           'parse', 'demo_main', 'tiny_workload']
+           'lines_in', 'run_jobs', 'record', 'env_kw', 'workload', 'tokenizers', 'train_config', 'train_job',
+           'train_arms', 'teacher', 'finetune', 'cache_job', 'caches', 'evaluate_job', 'evaluate_paths', 'cells',
+           'evaluate', 'drift_job', 'clip_job', 'clips', 'records', 'report', 'constant_actions', 'constant_job',
+           'check_tasks', 'parse', 'demo_main', 'tiny_workload']
 
 # %% ../nbs/12_demo.ipynb #454b1b0e
 import argparse, itertools, json, os, shutil, sys, time, traceback
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #e19ccd15
+# %% ../nbs/12_demo.ipynb #2e8fb65a
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
@@ -25,6 +25,7 @@ class Settings:
     episodes: int = 40  # expert episodes a task
     noise: float = 0.1  # on the expert's executed actions
     episode_length: int = 130  # steps; the experts need 50 to 120
+    spread: float = 1.0  # start positions within this multiple of Meta-World's own range
     teacher_steps: int = 1000
     teacher_lr: float = 1e-3
     steps: int = 300  # of fine-tuning
@@ -145,7 +146,7 @@ def run_jobs(
                 if f.exception(): run.close(); raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {logs[futures.index(f)]}") from f.exception()
     return [f.result() for f in futures]
 
-# %% ../nbs/12_demo.ipynb #17993192
+# %% ../nbs/12_demo.ipynb #a4799221
 def record(run:Run):
     "Meta-World experts → `dataset/`."
     run.pool
@@ -153,9 +154,11 @@ def record(run:Run):
     from craft_nb.small import record_episodes, write_dataset
     s, work = run.settings, workload(run)
     shutil.rmtree(work.root, ignore_errors=True)
-    episodes = record_episodes(s.tasks, s.episodes, run.pool, noise=s.noise, episode_length=s.episode_length)
+    episodes = record_episodes(s.tasks, s.episodes, run.pool, noise=s.noise, **env_kw(s))
     write_dataset(tqdm(episodes, total=s.episodes*len(s.tasks), desc=f"{'record':>9}", unit="episode"), work.root, work.repo_id)
     return dict(frames=work.meta.total_frames, episodes={t: work.episodes(t) for t in s.tasks})
+
+def env_kw(s:Settings): return dict(episode_length=s.episode_length, spread=s.spread)
 
 def workload(run:Run): # the data set, tokenizers and policy of a demo folder
     from craft_nb.small import Workload
@@ -245,7 +248,7 @@ def caches(run:Run):
     jobs = [(cache_job, ((str(run.folder), s), name, *how, path), done) for name, how in plan.items()]
     return dict(zip(plan, run_jobs(run, "caches", jobs, len(jobs))))
 
-# %% ../nbs/12_demo.ipynb #dd1d430d
+# %% ../nbs/12_demo.ipynb #e65ab0ca
 SEED = 100_000  # of the first evaluation episode; demonstrations start at 0
 
 def evaluate_job(run_args, task, seeds, paths, file):
@@ -254,7 +257,7 @@ def evaluate_job(run_args, task, seeds, paths, file):
     from craft_nb.small import roll_out, vector_env
     run = Run(*run_args)
     work, env = workload(run), None
-    env = vector_env(task, len(seeds), run.settings.episode_length)
+    env = vector_env(task, len(seeds), **env_kw(run.settings))
     for arm, path in paths.items():
         success, actions = roll_out(work.policy(path), work.processors(path), env, seeds)
         row = dict(task=task, arm=arm, seeds=seeds, success=success, actions=actions)
@@ -295,11 +298,11 @@ def drift_job(run_args, path):
     batches = (held.batch(range(i, min(i + 32, len(held)))) for i in range(0, len(held), 32))
     return measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, layers, m), batches, layers, m["pooling"])
 
-# %% ../nbs/12_demo.ipynb #60cd189b
-def clip_job(run_args, task, seed, actions):
-    "Replay actions at 160 pixels; the frames as an animated GIF."
+# %% ../nbs/12_demo.ipynb #1eff7d5c
+def clip_job(task, seed, actions, spread):
+    "Replay actions at 144 pixels; the frames as an animated GIF."
     from craft_nb.small import replay_gif
-    return replay_gif(task, seed, actions)
+    return replay_gif(task, seed, actions, spread=spread)
 
 def clips(run:Run, arms): # {task: {arm: GIF bytes}}
     "For each old task, the episode of each arm from one starting state."
@@ -311,7 +314,7 @@ def clips(run:Run, arms): # {task: {arm: GIF bytes}}
         seeds = sorted(s for t, s in plays if t == task)
         telling = [s for s in seeds if [plays[task, s][a][0] for a in arms] == [a != "sft" for a in arms]]
         picks += [(task, (telling or seeds)[0], a) for a in arms]
-    jobs = [(clip_job, ((str(run.folder), run.settings), t, s, plays[t, s][a][1]), None) for t, s, a in picks]
+    jobs = [(clip_job, (t, s, plays[t, s][a][1], run.settings.spread), None) for t, s, a in picks]
     out = {}
     for (t, s, a), gif in zip(picks, run_jobs(run, "clips", jobs)): out.setdefault(t, {})[a] = gif
     return out
@@ -337,7 +340,7 @@ def report(run:Run):
     path = render_report(data, rows, clips(run, [a for a in show if a]), run.folder)
     return dict(report=str(path))
 
-# %% ../nbs/12_demo.ipynb #fd1b7c07
+# %% ../nbs/12_demo.ipynb #1838e1f8
 def constant_actions(): # (20, 4)
     "Still (gripper open, closed), along each axis, towards each corner, along the horizontal diagonals."
     moves = [d for d in itertools.product((-1, 0, 1), repeat=3) if sum(map(abs, d)) in (1, 3) or (d[2] == 0 and any(d))]
@@ -347,7 +350,7 @@ def constant_job(run_args, task, seeds, file):
     from craft_nb.small import try_constant
     run = Run(*run_args)
     for action in constant_actions():
-        n = try_constant(task, action, seeds, run.settings.episode_length)
+        n = try_constant(task, action, seeds, **env_kw(run.settings))
         with open(file, "a") as f: f.write(json.dumps(dict(task=task, arm=str(action), success=[True]*n + [False]*(len(seeds) - n))) + "\n")
 
 def check_tasks(run:Run, limit:float=0.2):
@@ -369,8 +372,8 @@ def check_tasks(run:Run, limit:float=0.2):
     (run.folder/"check_tasks.json").write_text(json.dumps(dict(limit=limit, episodes=s.eval_episodes, passed=not bad, success=success), indent=1))
     if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; choose other tasks")
 
-# %% ../nbs/12_demo.ipynb #40de9dcb
-DATA = ("old", "new", "episodes", "noise", "episode_length", "seed")
+# %% ../nbs/12_demo.ipynb #3670c493
+DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "seed")
 TEACH = (*DATA, "teacher_steps", "teacher_lr", "batch_size")
 TUNE = (*TEACH, "anchors", "held_out", "arms", "steps", "lr")
 STAGES = dict(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(teacher, TEACH), caches=(caches, (*TEACH, "anchors", "held_out", "arms")),

@@ -158,18 +158,23 @@ def lerobot_metaworld():  # the module lerobot.envs.metaworld
     except ImportError as e: raise ImportError(f"{e}. The simulator is an extra: pip install 'craft_nb[sim]'") from e
     return m
 
-# %% ../nbs/11b_small.ipynb #6ff3f1f8
+# %% ../nbs/11b_small.ipynb #e987a649
 @functools.cache
 def small_env_class():
     "LeRobot's `MetaworldEnv` with fewer pixels, its own episode length and images on demand."
     class SmallMetaworld(lerobot_metaworld().MetaworldEnv):
-        def __init__(self, task, size=64, episode_length=150, render_every=1, shadows=False, **kw):
+        def __init__(self, task, size=64, episode_length=150, render_every=1, spread=1.0, shadows=False, **kw):
             super().__init__(task, observation_width=size, observation_height=size, **kw)
-            self._max_episode_steps, self.render_every, self.shadows, self.count, self.raw = episode_length, render_every, shadows, 0, None
+            self._max_episode_steps, self.render_every, self.spread, self.shadows = episode_length, render_every, spread, shadows
+            self.count, self.raw = 0, None
 
         def _ensure_env(self):
             if self._env is not None: return
             super()._ensure_env()
+            if self.spread != 1:
+                space = self._env.unwrapped._random_reset_space
+                middle, half = (space.low + space.high)/2, (space.high - space.low)/2*self.spread
+                self._env.unwrapped._random_reset_space = gym.spaces.Box(middle - half, middle + half, dtype=np.float64)
             r, m = self._env.mujoco_renderer, self._env.model
             r.width = r.height = m.vis.global_.offwidth = m.vis.global_.offheight = self.observation_width
             if not self.shadows: m.light_castshadow[:], m.mat_reflectance[:], m.vis.quality.offsamples = 0, 0, 0
@@ -192,7 +197,7 @@ def make_small_env(task:str, **kw):
     "One small Meta-World environment, without the vector wrapper."
     return small_env_class()(task, obs_type="pixels_agent_pos", **kw)
 
-# %% ../nbs/11b_small.ipynb #6451180f
+# %% ../nbs/11b_small.ipynb #e5e8e6c7
 @EnvConfig.register_subclass("metaworld_small")
 @dataclass
 class MetaworldSmallEnv(MetaworldEnv):
@@ -201,6 +206,7 @@ class MetaworldSmallEnv(MetaworldEnv):
     size: int = 64              # pixels a side
     episode_length: int = 150   # steps; the experts need 31 to 93
     render_every: int = 1       # steps between images; n_action_steps is exact for open-loop chunks
+    spread: float = 1.0         # start positions within this multiple of Meta-World's own range around its middle
 
     def __post_init__(self):
         super().__post_init__()
@@ -209,7 +215,7 @@ class MetaworldSmallEnv(MetaworldEnv):
 
     @property
     def gym_kwargs(self):
-        return super().gym_kwargs | dict(size=self.size, episode_length=self.episode_length, render_every=self.render_every)
+        return super().gym_kwargs | dict(size=self.size, episode_length=self.episode_length, render_every=self.render_every, spread=self.spread)
 
     def create_envs(self, n_envs:int, use_async_envs:bool=False):
         make = lambda t: [functools.partial(small_env_class(), t, **self.gym_kwargs)]*n_envs
@@ -217,10 +223,10 @@ class MetaworldSmallEnv(MetaworldEnv):
             lambda fns: gym.vector.SyncVectorEnv([freeze_after_episode_end(f) for f in fns]))
         return {t: {0: wrap(make(t))} for t in map(str.strip, self.task.split(","))}
 
-# %% ../nbs/11b_small.ipynb #a8b635f7
-def vector_env(task:str, n:int, episode_length:int=150, render_every:int=10):
+# %% ../nbs/11b_small.ipynb #5264a387
+def vector_env(task:str, n:int, episode_length:int=150, render_every:int=10, **kw):
     "`n` environments of one task as LeRobot makes them."
-    return make_env(MetaworldSmallEnv(task=task, episode_length=episode_length, render_every=render_every), n_envs=n)[task][0]
+    return make_env(MetaworldSmallEnv(task=task, episode_length=episode_length, render_every=render_every, **kw), n_envs=n)[task][0]
 
 
 def roll_out(policy, processors, env, seeds): # success: n bools, actions: n lists of (steps, 4) numbers
@@ -235,9 +241,9 @@ def roll_out(policy, processors, env, seeds): # success: n bools, actions: n lis
     return success, [a[:n].round(decimals=5).tolist() for a, n in zip(out["action"], ends)]
 
 
-def try_constant(task:str, action, seeds, episode_length:int=150): # number of successes
+def try_constant(task:str, action, seeds, episode_length:int=150, **kw): # number of successes
     "Repeat one action through whole episodes."
-    env, wins = make_small_env(task, episode_length=episode_length, render_every=10**9), 0
+    env, wins = make_small_env(task, episode_length=episode_length, render_every=10**9, **kw), 0
     for seed in seeds:
         env.reset(seed=seed)
         wins += any(env.step(np.asarray(action, np.float32))[2] for _ in range(episode_length))
@@ -245,10 +251,10 @@ def try_constant(task:str, action, seeds, episode_length:int=150): # number of s
     return wins
 
 
-def replay_gif(task:str, seed:int, actions, size:int=144, every:int=5): # bytes of an animated GIF
+def replay_gif(task:str, seed:int, actions, size:int=144, every:int=5, **kw): # bytes of an animated GIF
     "Redraw an episode, larger than the policy saw it."
     from PIL import Image
-    env = make_small_env(task, size=size, render_every=every, shadows=True, episode_length=len(actions))
+    env = make_small_env(task, size=size, render_every=every, shadows=True, episode_length=len(actions), **kw)
     frames = [env.reset(seed=seed)[0]["pixels"]]
     for i, a in enumerate(actions, 1):
         obs, *_ = env.step(np.asarray(a, np.float32))
@@ -277,7 +283,7 @@ def record_episode(
     image, state, action = map(np.stack, zip(*rows))
     return dict(task=env.task, seed=seed, image=image, state=state, action=action, success=bool(info["is_success"]))
 
-# %% ../nbs/11b_small.ipynb #cb9447ed
+# %% ../nbs/11b_small.ipynb #4d761d89
 def _record_many(job):
     task, seeds, kw, noise = job
     env = make_small_env(task, **kw)
@@ -290,7 +296,7 @@ def record_episodes(
     pool=None, # executor; None records in this process
     first_seed:int=0, # episodes of a task have consecutive seeds
     noise:float=0.0, # of `record_episode`
-    **env_kw, # size, episode_length
+    **env_kw, # size, episode_length, spread
 ):  # yields episodes, task by task
     "Successful expert episodes. RuntimeError if an expert fails more often than one time in three."
     seeds = np.array_split(np.arange(first_seed, first_seed + episodes), max(1, episodes//5))
