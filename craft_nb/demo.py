@@ -50,10 +50,10 @@ class Settings:
 SIZES = dict(full=Settings(), tiny=Settings(episodes=3, episode_length=110, teacher_steps=6, steps=4, batch_size=4, anchors=24,
                                             held_out=16, eval_episodes=2))
 
-# %% ../nbs/12_demo.ipynb #7e6987bc
+# %% ../nbs/12_demo.ipynb #58732f3e
 def held(view:str, budget:float): # settings of the arm that holds `view` at `budget`
-    return dict(views=view, epsilon_start=4*budget, epsilon_end=budget, epsilon_schedule="exponential", retention_freq=1, controller="landing",
-                projection_gate="violated", lambda_max=100.0)
+    return dict(views=view, epsilon_start=4*budget, epsilon_end=budget, epsilon_schedule="exponential", retention_freq=1,
+                controller="landing", projection_gate="violated", lambda_max=100.0)
 
 ARMS = {
     "sft": None,
@@ -66,7 +66,7 @@ ARMS = {
 def view_of(arm:str): # name of the view whose cache an arm trains on, None for sft
     return ARMS[arm] and ARMS[arm]["views"]
 
-# %% ../nbs/12_demo.ipynb #72dae8d9
+# %% ../nbs/12_demo.ipynb #6e0163ae
 class Run:
     "A demo folder, its settings and its worker processes."
 
@@ -90,7 +90,8 @@ class Run:
 
     def result(self, name):
         "What a finished stage returned. FileNotFoundError naming the stage if it has not run."
-        if not self.marker(name).exists(): raise FileNotFoundError(f"{self.folder}: stage {name!r} has not finished; run craft-demo {name} first")
+        if not self.marker(name).exists():
+            raise FileNotFoundError(f"{self.folder}: stage {name!r} has not finished; run craft-demo {name} first")
         return json.loads(self.marker(name).read_text())["result"]
 
     def stage(self, name):
@@ -100,7 +101,8 @@ class Run:
         if path.exists():
             old = json.loads(path.read_text())["settings"]
             if differ := [f"{k}: {old.get(k)} then, {v} now" for k, v in used.items() if old.get(k) != v]:
-                raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}): use another --folder, or --again to redo this and later stages")
+                raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}): use another --folder, "
+                                 "or --again to redo this and later stages")
             return self.say(f"{name}: done before, in {path.parent}")
         result = func(self)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +113,7 @@ class Run:
     def minutes(self): # {stage: minutes} of the finished stages
         return {n: json.loads(self.marker(n).read_text())["seconds"]/60 for n in STAGES if self.marker(n).exists()}
 
-# %% ../nbs/12_demo.ipynb #b995c97d
+# %% ../nbs/12_demo.ipynb #0e0fbd9b
 def _job(log, func, args):
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as f:
@@ -143,7 +145,10 @@ def run_jobs(
             done, left = wait(left, timeout=.5, return_when=FIRST_COMPLETED)
             bar.update((min(total, sum(map(lines_in, files))) if total else len(jobs) - len(left)) - bar.n)
             for f in done:
-                if f.exception(): run.close(); raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {logs[futures.index(f)]}") from f.exception()
+                if f.exception():
+                    run.close()
+                    log = logs[futures.index(f)]
+                    raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {log}") from f.exception()
     return [f.result() for f in futures]
 
 # %% ../nbs/12_demo.ipynb #a4799221
@@ -172,7 +177,7 @@ def tokenizers(run:Run):
     save_tokenizers(work.dataset(), work.tokenizers)
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
 
-# %% ../nbs/12_demo.ipynb #a8b3e824
+# %% ../nbs/12_demo.ipynb #9c3e9a2b
 def train_config(run:Run, arm:str, blind:bool=False):
     "The `CraftTrainConfig` of an arm, or of `teacher`."
     from lerobot.configs.default import DatasetConfig
@@ -183,7 +188,8 @@ def train_config(run:Run, arm:str, blind:bool=False):
     lr, steps = (s.teacher_lr, s.teacher_steps) if teacher else (s.lr, s.steps)
     policy = work.config(blind=blind) if teacher else PreTrainedConfig.from_pretrained(run.result("teacher")["path"])
     if not teacher: policy.pretrained_path = Path(run.result("teacher")["path"])
-    policy.optimizer_lr, policy.scheduler_decay_steps, policy.scheduler_warmup_steps, policy.scheduler_decay_lr = lr, steps, 20, lr/100
+    policy.optimizer_lr, policy.scheduler_decay_lr = lr, lr/100
+    policy.scheduler_warmup_steps, policy.scheduler_decay_steps = 20, steps
     tasks = {"teacher": s.old_tasks, "blind": s.tasks}.get(arm, s.new.split(","))
     how = dict(enabled=False)
     if not teacher and ARMS[arm]: how = ARMS[arm] | dict(anchor_cache_dir=str(run.folder/"caches"/view_of(arm)))
@@ -219,7 +225,7 @@ def finetune(run:Run):
     "Fine-tune the teacher on the new task: plainly, as the origin did, and with each view."
     return train_arms(run, "finetune", run.settings.arm_names, run.settings.steps)
 
-# %% ../nbs/12_demo.ipynb #a7644725
+# %% ../nbs/12_demo.ipynb #41e03a8d
 def cache_job(run_args, name, view, anchors, episodes, path):
     register()
     from lerobot.configs import PreTrainedConfig
@@ -230,11 +236,13 @@ def cache_job(run_args, name, view, anchors, episodes, path):
     policy.pretrained_path = Path(path)
     shutil.rmtree(out, ignore_errors=True)
     start = time.time()
-    manifest = build_cache(BuildCacheConfig(DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes), policy, out_dir=str(out),
-        num_anchors=anchors, views=view, batch_size=32, seed=run.settings.seed), progress=False)
+    dataset = DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes)
+    manifest = build_cache(BuildCacheConfig(dataset, policy, out_dir=str(out), num_anchors=anchors, views=view, batch_size=32,
+                                            seed=run.settings.seed), progress=False)
     seconds = time.time() - start
     with open(run.folder/"caches"/"done.txt", "a") as f: f.write(f"{name}\n")
-    return dict(path=str(out), seconds=seconds, anchors=manifest["num_anchors"], bytes=sum(s["bytes"] for s in manifest["shards"]))
+    return dict(path=str(out), seconds=seconds, anchors=manifest["num_anchors"],
+                bytes=sum(s["bytes"] for s in manifest["shards"]))
 
 def caches(run:Run):
     "One anchor cache for each view that an arm uses, and `held_out` for drift."
@@ -248,7 +256,7 @@ def caches(run:Run):
     jobs = [(cache_job, ((str(run.folder), s), name, *how, path), done) for name, how in plan.items()]
     return dict(zip(plan, run_jobs(run, "caches", jobs, len(jobs))))
 
-# %% ../nbs/12_demo.ipynb #e65ab0ca
+# %% ../nbs/12_demo.ipynb #d6b9e36f
 SEED = 100_000  # of the first evaluation episode; demonstrations start at 0
 
 def evaluate_job(run_args, task, seeds, paths, file):
@@ -284,7 +292,8 @@ def evaluate(run:Run):
     "Success of the teacher and of every arm on every task, and drift on held-out anchors."
     paths = dict(teacher=run.result("teacher")["path"]) | run.result("finetune")
     rows = evaluate_paths(run, "evaluate", paths, run.settings.tasks)
-    drift = dict(zip(paths, run_jobs(run, "drift", [(drift_job, ((str(run.folder), run.settings), p), None) for p in paths.values()])))
+    jobs = [(drift_job, ((str(run.folder), run.settings), p), None) for p in paths.values()]
+    drift = dict(zip(paths, run_jobs(run, "drift", jobs)))
     return dict(success=cells(rows), drift={a: d for a, d in drift.items() if a != "teacher"})
 
 def drift_job(run_args, path):
@@ -298,7 +307,7 @@ def drift_job(run_args, path):
     batches = (held.batch(range(i, min(i + 32, len(held)))) for i in range(0, len(held), 32))
     return measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, layers, m), batches, layers, m["pooling"])
 
-# %% ../nbs/12_demo.ipynb #1eff7d5c
+# %% ../nbs/12_demo.ipynb #525eccc2
 def clip_job(task, seed, actions, spread):
     "Replay actions at 144 pixels; the frames as an animated GIF."
     from craft_nb.small import replay_gif
@@ -309,7 +318,7 @@ def clips(run:Run, arms): # {task: {arm: GIF bytes}}
     rows = [json.loads(line) for f in sorted((run.folder/"evaluate").glob("*.jsonl")) for line in f.read_text().splitlines()]
     plays, picks = {}, []
     for r in rows:
-        for seed, ok, a in zip(r["seeds"], r["success"], r["actions"]): plays.setdefault((r["task"], seed), {})[r["arm"]] = (ok, a)
+        for seed, *play in zip(r["seeds"], r["success"], r["actions"]): plays.setdefault((r["task"], seed), {})[r["arm"]] = play
     for task in run.settings.old_tasks:
         seeds = sorted(s for t, s in plays if t == task)
         telling = [s for s in seeds if [plays[task, s][a][0] for a in arms] == [a != "sft" for a in arms]]
@@ -330,17 +339,21 @@ def report(run:Run):
     from craft_nb.evaluate import best_arm, render_report, summarise
     s, found, rows = run.settings, run.result("evaluate"), records(run)
     checked = run.folder/"check_tasks.json"
-    views = {view_of(a): dict(arm=a, build_seconds=run.result("caches")[view_of(a)]["seconds"],
-                              bytes_per_anchor=cache_info(run.folder/"caches"/view_of(a))["views"][view_of(a)]["bytes_per_anchor"]) for a in s.arm_names if view_of(a)}
-    data = dict(tasks=dict(old=s.old_tasks, new=s.new.split(",")), success=found["success"], minutes=sum(run.minutes().values()), stages=run.minutes(),
-                step_seconds={a: statistics.median(r["seconds"] for r in x) for a, x in rows.items()}, drift=found["drift"], views=views,
-                settings=asdict(s) | dict(processes=run.workers, cpu=platform.processor() or platform.machine(), torch=torch.__version__, lerobot=lerobot.__version__))
+    size = lambda v: cache_info(run.folder/"caches"/v)["views"][v]["bytes_per_anchor"]
+    views = {view_of(a): dict(arm=a, build_seconds=run.result("caches")[view_of(a)]["seconds"], bytes_per_anchor=size(view_of(a)))
+             for a in s.arm_names if view_of(a)}
+    data = dict(tasks=dict(old=s.old_tasks, new=s.new.split(",")), success=found["success"],
+                minutes=sum(run.minutes().values()), stages=run.minutes(),
+                step_seconds={a: statistics.median(r["seconds"] for r in x) for a, x in rows.items()},
+                drift=found["drift"], views=views,
+                settings=asdict(s) | dict(processes=run.workers, cpu=platform.processor() or platform.machine(),
+                                          torch=torch.__version__, lerobot=lerobot.__version__))
     if checked.exists(): data["blind"] = json.loads(checked.read_text())["success"]
     show = ["teacher", "sft", best_arm(summarise(data))]
     path = render_report(data, rows, clips(run, [a for a in show if a]), run.folder)
     return dict(report=str(path))
 
-# %% ../nbs/12_demo.ipynb #1838e1f8
+# %% ../nbs/12_demo.ipynb #439f4c82
 def constant_actions(): # (20, 4)
     "Still (gripper open, closed), along each axis, towards each corner, along the horizontal diagonals."
     moves = [d for d in itertools.product((-1, 0, 1), repeat=3) if sum(map(abs, d)) in (1, 3) or (d[2] == 0 and any(d))]
@@ -351,10 +364,11 @@ def constant_job(run_args, task, seeds, file):
     run = Run(*run_args)
     for action in constant_actions():
         n = try_constant(task, action, seeds, **env_kw(run.settings))
-        with open(file, "a") as f: f.write(json.dumps(dict(task=task, arm=str(action), success=[True]*n + [False]*(len(seeds) - n))) + "\n")
+        row = dict(task=task, arm=str(action), success=[True]*n + [False]*(len(seeds) - n))
+        with open(file, "a") as f: f.write(json.dumps(row) + "\n")
 
 def check_tasks(run:Run, limit:float=0.2):
-    "Blind policy and constant actions on every task; `check_tasks.json`. SystemExit if one of them succeeds more often than `limit`."
+    "A blind policy and constant actions on every task; `check_tasks.json`. SystemExit if one succeeds more often than `limit`."
     for name in ("record", "tokenizers"): run.stage(name)
     s, folder = run.settings, run.folder/"constants"
     path = train_arms(run, "blind", ["blind"], s.teacher_steps, blind=True)["blind"]
@@ -367,31 +381,39 @@ def check_tasks(run:Run, limit:float=0.2):
     for t in s.tasks:
         best = max(cells(map(json.loads, (folder/f"{t}.jsonl").read_text().splitlines()))[t].items(), key=lambda x: x[1]["rate"])
         success[t] = {"grey images": blind[t]["blind"], "best constant action": best[1]}
-        run.say(f"{t}: grey images {blind[t]['blind']['rate']:.0%}, best of {len(constant_actions())} constant actions {best[1]['rate']:.0%} {best[0]}")
+        run.say(f"{t}: grey images {blind[t]['blind']['rate']:.0%}, "
+                f"best of {len(constant_actions())} constant actions {best[1]['rate']:.0%} {best[0]}")
     bad = [t for t, c in success.items() if max(x["rate"] for x in c.values()) > limit]
-    (run.folder/"check_tasks.json").write_text(json.dumps(dict(limit=limit, episodes=s.eval_episodes, passed=not bad, success=success), indent=1))
-    if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; choose other tasks")
+    found = dict(limit=limit, episodes=s.eval_episodes, passed=not bad, success=success)
+    (run.folder/"check_tasks.json").write_text(json.dumps(found, indent=1))
+    if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; "
+                             "choose other tasks")
 
-# %% ../nbs/12_demo.ipynb #3670c493
+# %% ../nbs/12_demo.ipynb #d24ab1f8
 DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "seed")
 TEACH = (*DATA, "teacher_steps", "teacher_lr", "batch_size")
 TUNE = (*TEACH, "anchors", "held_out", "arms", "steps", "lr")
-STAGES = dict(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(teacher, TEACH), caches=(caches, (*TEACH, "anchors", "held_out", "arms")),
-              finetune=(finetune, TUNE), evaluate=(evaluate, (*TUNE, "eval_episodes")), report=(report, (*TUNE, "eval_episodes")))
+STAGES = dict(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(teacher, TEACH),
+              caches=(caches, (*TEACH, "anchors", "held_out", "arms")), finetune=(finetune, TUNE),
+              evaluate=(evaluate, (*TUNE, "eval_episodes")), report=(report, (*TUNE, "eval_episodes")))
 
 def parse(argv=None):
-    p = argparse.ArgumentParser("craft-demo", description="Record, train a teacher, cache its anchors, fine-tune with and without CRaFT, evaluate, report.")
+    p = argparse.ArgumentParser("craft-demo", description="Record, train a teacher, cache its anchors, "
+                                "fine-tune with and without CRaFT, evaluate, report.")
     p.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}, check-tasks; all stages by default")
     p.add_argument("--folder", default="outputs/demo", help="where everything goes (%(default)s)")
     p.add_argument("--size", choices=SIZES, default="full", help="tiny runs the same code in a minute or two and learns nothing")
     p.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
     p.add_argument("--again", action="store_true", help="redo the named stages (all by default) and those after them")
-    for f in fields(Settings): p.add_argument("--" + f.name.replace("_", "-"), type=f.type if callable(f.type) else None, metavar=str(f.default))
+    for f in fields(Settings):
+        p.add_argument("--" + f.name.replace("_", "-"), type=f.type if callable(f.type) else None, metavar=str(f.default))
     args = p.parse_args(argv)
-    if unknown := set(args.stages) - {*STAGES, "check-tasks"}: p.error(f"unknown stage {', '.join(sorted(unknown))}: choose from {', '.join(STAGES)}, check-tasks")
+    if unknown := set(args.stages) - {*STAGES, "check-tasks"}:
+        p.error(f"unknown stage {', '.join(sorted(unknown))}: choose from {', '.join(STAGES)}, check-tasks")
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
     settings = replace(SIZES[args.size], **given)
-    if unknown := set(settings.arm_names) - set(ARMS): p.error(f"unknown arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
+    if unknown := set(settings.arm_names) - set(ARMS):
+        p.error(f"unknown arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
     return args, settings
 
 def demo_main(argv=None):
@@ -406,7 +428,8 @@ def demo_main(argv=None):
     try:
         for name in todo: check_tasks(run) if name == "check-tasks" else run.stage(name)
     finally: run.close()
-    if run.marker("report").exists(): print(f"{run.folder/'report.html'} and report.json, in {(time.time()-start)/60:.1f} minutes")
+    if run.marker("report").exists():
+        print(f"{run.folder/'report.html'} and report.json, in {(time.time()-start)/60:.1f} minutes")
 
 # %% ../nbs/12_demo.ipynb #f012962d
 def tiny_workload(folder, **kw):
