@@ -27,7 +27,7 @@ def _line(row):
     except ValueError: text = dump(_finite(json.loads(json.dumps(row, default=float))))
     return text.encode() + b"\n"
 
-# %% ../nbs/09_monitor.ipynb #98d7843e
+# %% ../nbs/09_monitor.ipynb #968a8ca4
 class RecordLog:
     "A JSON-lines file of step records that survives crashes and full disks. Also a trainer callback."
     order = 0
@@ -48,7 +48,8 @@ class RecordLog:
         return self
 
     def append(self, row:dict): # a step record or an event row
-        "Write one row; if the disk refuses, keep it in `pending` and try again with the next row. After `close`, goes on in the same file."
+        """Write one row; if the disk refuses, keep it in `pending` and try again with the next row.
+        After `close`, goes on in the same file."""
         if self.fd is None: self._attach() if self.size else self.open()
         self.pending.append(_line(row))
         self.flush()
@@ -172,7 +173,7 @@ class Curve:
         pts = [(self.x0 + i*self.w, y) for i, a, b in self.bins for y in ((min(a, b),) if self.dots else dict.fromkeys((a, b)))]
         return [x for x, _ in pts], [y for _, y in pts]
 
-# %% ../nbs/09_monitor.ipynb #cccfe595
+# %% ../nbs/09_monitor.ipynb #4b1fa8fe
 class History:
     "The decimated records of one run: `add` every row of its log."
     def __init__(self, name="", cap=512, x0=None): # x0: where the step axis starts; None = at the first record
@@ -185,7 +186,8 @@ class History:
         if "event" in row: return self._event(row)
         step = row["step"]
         if self.x0 is None: self.x0 = step if step > 1 else 0
-        if self.rows and step <= self.step: raise ValueError(f"step {step} came after step {self.step}: rows of a log must ascend")
+        if self.rows and step <= self.step:
+            raise ValueError(f"step {step} came after step {self.step}: rows of a log must ascend")
         self.rows, self.step = self.rows + 1, step
         if self.state == "waiting": self.state = "training"
         self._count(row)
@@ -231,7 +233,8 @@ class History:
         at = f"step {self.step}" + (f" of {self.steps}" if self.steps else "")
         return f"{self.name + ': ' if self.name else ''}{self.state} at {at} · λ {num(self.last.get('lambda'))} · violation " \
                f"{num(self.last.get('violation'))} · {self.conflicts} conflicts, {self.projected} projected" \
-               + (f" · {self.skipped} skipped" if self.skipped else "") + (f"\n{self.error.splitlines()[-1][:110]}" if self.error else "")
+               + (f" · {self.skipped} skipped" if self.skipped else "") \
+               + (f"\n{self.error.splitlines()[-1][:110]}" if self.error else "")
 
 def change_text(row)->str: # "ε × 0.5"
     "A control change in a few characters."
@@ -243,42 +246,51 @@ def num(x, digits=3)->str:
     if x is None: return "–"
     return (f"{x:.{digits}g}" if isinstance(x, float) else str(x)).replace("-", "−")
 
-# %% ../nbs/09_monitor.ipynb #850bbbff
+# %% ../nbs/09_monitor.ipynb #5d34f59a
 STYLE = """<style>
 .craft{--blue:#0072b2;--red:#c44e00;--purple:#a3457f;--green:#00785a;--amber:#9a6700;--fg:var(--jp-ui-font-color1,#212121);
 --mute:var(--jp-ui-font-color2,#616161);--line:var(--jp-border-color2,#e0e0e0);--bg:var(--jp-layout-color0,#fff);
 --band:rgba(110,120,130,.13);color:var(--fg);font:12px/1.4 var(--jp-ui-font-family,system-ui,sans-serif);
 font-variant-numeric:tabular-nums;max-width:1000px;contain:inline-size}
-[data-jp-theme-light="false"] .craft{--blue:#56b4e9;--red:#ff8c42;--purple:#e699c6;--green:#35c79f;--amber:#e6b422;--band:rgba(160,175,190,.17)}
+[data-jp-theme-light="false"] .craft{--blue:#56b4e9;--red:#ff8c42;--purple:#e699c6;--green:#35c79f;--amber:#e6b422;
+--band:rgba(160,175,190,.17)}
 .craft .lambda,.craft .k0{--c:var(--blue)}.craft .violation,.craft .retention_loss,.craft .k1{--c:var(--red)}
-.craft .cosine,.craft .k3{--c:var(--purple)}.craft .task_loss,.craft .k2{--c:var(--green)}.craft .k4{--c:var(--amber)}.craft .k5{--c:var(--fg)}
+.craft .cosine,.craft .k3{--c:var(--purple)}.craft .task_loss,.craft .k2{--c:var(--green)}
+.craft .k4{--c:var(--amber)}.craft .k5{--c:var(--fg)}
 .craft .head{display:flex;gap:10px;margin:7px 6px 1px 52px;align-items:baseline;white-space:nowrap;overflow:hidden}
-.craft .head b{font-weight:600}.craft .head span{color:var(--mute)}.craft .head .note{overflow:hidden;text-overflow:ellipsis}.craft .head .key{color:var(--c)}.craft .head .now{margin-left:auto;color:var(--c);font-weight:600}
+.craft .head b{font-weight:600}.craft .head span{color:var(--mute)}.craft .head .note{overflow:hidden;text-overflow:ellipsis}
+.craft .head .key{color:var(--c)}.craft .head .now{margin-left:auto;color:var(--c);font-weight:600}
 .craft .plot{position:relative;margin:0 6px 0 52px}.craft .plot>svg{display:block;overflow:visible;width:100%}
 .craft text{fill:var(--mute);font-size:10.5px}.craft line{stroke:var(--line);shape-rendering:crispEdges}
 .craft .zero{stroke:var(--mute)}.craft .limit{stroke:var(--fg);stroke-dasharray:3 3}
 .craft path{fill:none;stroke:var(--c);stroke-width:1.7px;stroke-linejoin:round;vector-effect:non-scaling-stroke}
 .craft path.dash{stroke-dasharray:5 3}.craft path.fill{fill:var(--c);fill-opacity:.22;stroke:none}
 .craft path.band{fill:var(--band);stroke:none}.craft path.floor{stroke:var(--mute);stroke-width:1px;stroke-dasharray:2 3}
-.craft path.ring,.craft path.full,.craft path.hole{stroke-linecap:round;stroke:var(--red);stroke-width:7px}.craft path.hole{stroke:var(--bg);stroke-width:4px}
-.craft path.dense{stroke-width:1.1px}.craft path.dense.ring,.craft path.dense.full{stroke-width:4px}.craft path.dense.hole{stroke-width:2px}
+.craft path.ring,.craft path.full,.craft path.hole{stroke-linecap:round;stroke:var(--red);stroke-width:7px}
+.craft path.hole{stroke:var(--bg);stroke-width:4px}
+.craft path.dense{stroke-width:1.1px}
+.craft path.dense.ring,.craft path.dense.full{stroke-width:4px}.craft path.dense.hole{stroke-width:2px}
 .craft .over{position:absolute;inset:0 6px 18px 52px;display:grid;pointer-events:none}
 .craft .over>i{pointer-events:auto}.craft .over>i>b{display:none}
 .craft .over>i:hover{border-left:1px solid var(--fg)}
-.craft .over>i:hover>b{display:block;position:absolute;z-index:2;top:20px;margin-left:8px;padding:4px 9px;pointer-events:none;white-space:pre;
-font-weight:400;font-style:normal;background:var(--bg);border:1px solid var(--line);border-radius:4px;box-shadow:0 2px 8px rgba(0,0,0,.25)}
+.craft .over>i:hover>b{display:block;position:absolute;z-index:2;top:20px;margin-left:8px;padding:4px 9px;
+pointer-events:none;white-space:pre;font-weight:400;font-style:normal;background:var(--bg);
+border:1px solid var(--line);border-radius:4px;box-shadow:0 2px 8px rgba(0,0,0,.25)}
 .craft .over.r>i:hover>b{margin-left:0;transform:translateX(calc(-100% - 8px))}
 .craft .mark{position:absolute;top:18px;bottom:18px;border-left:1px dashed var(--amber);pointer-events:none}
-.craft .mark>span{position:absolute;left:3px;top:-3px;white-space:nowrap;color:var(--amber);background:var(--bg);font-size:10.5px;line-height:12px;padding:0 2px}
+.craft .mark>span{position:absolute;left:3px;top:-3px;white-space:nowrap;color:var(--amber);background:var(--bg);
+font-size:10.5px;line-height:12px;padding:0 2px}
 .craft .mark.r>span{left:auto;right:3px}
 .craft .row{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:center;margin:4px 6px}
 .craft .row em{font-style:normal;color:var(--mute)}.craft .row .bad{color:var(--red);font-weight:600}
-.craft .state{font-weight:600;color:var(--c)}.craft .bar{flex:1 1 90px;max-width:260px;height:6px;border-radius:3px;background:var(--band)}
+.craft .state{font-weight:600;color:var(--c)}
+.craft .bar{flex:1 1 90px;max-width:260px;height:6px;border-radius:3px;background:var(--band)}
 .craft .bar>i{display:block;height:6px;border-radius:3px;background:var(--blue)}
-.craft pre{margin:4px 6px;padding:6px 9px;border-left:3px solid var(--red);background:var(--band);white-space:pre-wrap;font:11px/1.4 var(--jp-code-font-family,monospace);color:var(--fg)}
+.craft pre{margin:4px 6px;padding:6px 9px;border-left:3px solid var(--red);background:var(--band);white-space:pre-wrap;
+font:11px/1.4 var(--jp-code-font-family,monospace);color:var(--fg)}
 </style>"""
 
-# %% ../nbs/09_monitor.ipynb #18fbe21b
+# %% ../nbs/09_monitor.ipynb #1cd0002d
 def nice(x, stops=(1, 1.5, 2, 3, 4, 5, 6, 8, 10))->float:
     "The smallest round number that is at least `x` > 0."
     p = 10.**math.floor(math.log10(x))
@@ -293,7 +305,8 @@ def log_ticks(lo, hi)->list:
     "Logarithms of round numbers between 10**lo and 10**hi: decades, or 1, 2 and 5 where they are few."
     few = (1, 2, 5) if hi - lo < 1.7 else (1,)
     every = max(1, math.ceil((hi - lo)/4))
-    return [y for k in range(math.floor(lo), math.ceil(hi) + 1) if k % every == 0 for m in few if lo <= (y := k + math.log10(m)) <= hi]
+    return [y for k in range(math.floor(lo), math.ceil(hi) + 1) if k % every == 0
+            for m in few if lo <= (y := k + math.log10(m)) <= hi]
 
 def span(curves, base=(), least=1e-3)->tuple: # (lo, hi)
     "The range of some curves and of the values `base`, with a little air."
@@ -302,7 +315,7 @@ def span(curves, base=(), least=1e-3)->tuple: # (lo, hi)
     pad = max(.07*(hi - lo), least*max(abs(lo), abs(hi)), 1e-9)
     return lo - pad, hi + pad
 
-# %% ../nbs/09_monitor.ipynb #12bbe9fb
+# %% ../nbs/09_monitor.ipynb #e8cf79da
 PANELS = ( # title, note, curves, log scale, pixels high
     ("λ", "multiplier", ("lambda",), False, 70),
     ("violation", "L_ret − ε", ("violation",), False, 92),
@@ -318,7 +331,8 @@ def _path(curve, cls, area=False):
 
 def _box(inner, width, lo, hi, place='height="100%"'):
     "A stretched picture of `width` steps and the values `lo` to `hi`; what lies outside is clipped."
-    return f'<svg viewBox="0 {-hi:.9g} {width} {hi - lo:.9g}" preserveAspectRatio="none" width="100%" {place}>{inner}</svg>' if inner else ""
+    return (f'<svg viewBox="0 {-hi:.9g} {width} {hi - lo:.9g}" preserveAspectRatio="none" '
+            f'width="100%" {place}>{inner}</svg>' if inner else "")
 
 def _axis(lo, hi, height, log, limit):
     "Grid lines and labels of the value axis; the zero line stands out, `limit` is dashed."
@@ -328,7 +342,7 @@ def _axis(lo, hi, height, log, limit):
                    f'{num(10.**y if log else float(y))}</text>' for y in (log_ticks if log else ticks)(lo, hi))
     return grid + (line(limit, "limit") if limit is not None else "")
 
-# %% ../nbs/09_monitor.ipynb #dd017832
+# %% ../nbs/09_monitor.ipynb #35859ddf
 def _only(h, title, width, lo, hi, height):
     "What a single run shows below and above its lines: the budget, the violation filled, conflicts, skipped steps."
     c = h.curves
@@ -336,7 +350,8 @@ def _only(h, title, width, lo, hi, height):
         return (_box(_path(c["floor"], "band", True) + _path(c["floor"], "floor"), width, lo, hi),
                 _box(_path(c["violation"], "violation fill", True), width, 0, hi, f'height="{height*hi/(hi - lo):.2f}"'))
     if title == "gradient cosine":
-        return "", _box("".join(_path(c[n], k) for n, k in (("conflict", "ring"), ("conflict", "hole"), ("projected", "full"))), width, lo, hi)
+        return "", _box("".join(_path(c[n], k) for n, k in (
+            ("conflict", "ring"), ("conflict", "hole"), ("projected", "full"))), width, lo, hi)
     if title == "loss": return "", _box(_path(c["skipped"], "full"), width, -1, 1, f'y="{height - 8}" height="8"')
     return "", ""
 
@@ -347,10 +362,11 @@ def _head(runs, title, note, names):
     elif len(names) > 1: keys = "".join(f'<span class="key {n}">━ {key[n]} {num(one.last.get(n))}</span>' for n in names)
     else: keys = f'<span class="now {names[0]}">{num(one.last.get(names[0]))}</span>'
     if one and title == "violation": note += " · shaded: the budget ε"
-    if one and title == "gradient cosine" and one.conflicts: note += ' · <span class="violation key">○ conflict ● projected</span>'
+    if one and title == "gradient cosine" and one.conflicts:
+        note += ' · <span class="violation key">○ conflict ● projected</span>'
     return f'<div class="head"><b>{title}</b><span class="note">{note}</span>{keys}</div>'
 
-# %% ../nbs/09_monitor.ipynb #8a6df5f8
+# %% ../nbs/09_monitor.ipynb #a2c066b3
 def panel(runs, title, note, names, log, height, width)->str:
     "One panel of the dashboard as HTML; `width` is the length of the step axis."
     one = len(runs) == 1 and runs[0]
@@ -361,14 +377,17 @@ def panel(runs, title, note, names, log, height, width)->str:
     if log: lo = max(lo, hi - 5)
     below, above = _only(one, title, width, lo, hi, height) if one and lines else ("", "")
     alt = "; ".join(f"{n.replace('_', ' ')} {h.name} {num(h.last.get(n))} at step {h.step}" for h in runs for n in names)
-    return (f'{_head(runs, title, note, names)}<div class="plot"><svg height="{height}" role="img" aria-label="{html.escape(alt)}">'
-            + below + _axis(lo, hi, height, log, limit) + _box("".join(_path(*l) for l in lines), width, lo, hi) + above + '</svg></div>')
+    return (f'{_head(runs, title, note, names)}<div class="plot">'
+            f'<svg height="{height}" role="img" aria-label="{html.escape(alt)}">'
+            + below + _axis(lo, hi, height, log, limit)
+            + _box("".join(_path(*l) for l in lines), width, lo, hi) + above + '</svg></div>')
 
-# %% ../nbs/09_monitor.ipynb #2529aca0
+# %% ../nbs/09_monitor.ipynb #b5f5e48a
 def _tip(h, r):
     "The hover text of one record."
     how = " projected" if r.get("projected") else " conflict" if r.get("conflict") else ""
-    return (f'{h.name + "  " if h.name else ""}step {r["step"]}\nλ {num(r.get("lambda"), 4)}\nviolation {num(r.get("violation"))}  (ε {num(r.get("epsilon"))})\n'
+    return (f'{h.name + "  " if h.name else ""}step {r["step"]}\nλ {num(r.get("lambda"), 4)}\n'
+            f'violation {num(r.get("violation"))}  (ε {num(r.get("epsilon"))})\n'
             f'cosine {num(r.get("cosine"))}{how}\nloss {num(r.get("task_loss"))}  retention {num(r.get("retention_loss"))}')
 
 def _hover(runs, width):
@@ -376,10 +395,12 @@ def _hover(runs, width):
     w = max(h.hover_w for h in runs)
     tips = {}
     for h in runs:
-        for i, r in {i*h.hover_w//w: r for i, r in h.hover.items()}.items(): tips.setdefault(i, []).append(html.escape(_tip(h, r)))
+        for i, r in {i*h.hover_w//w: r for i, r in h.hover.items()}.items():
+            tips.setdefault(i, []).append(html.escape(_tip(h, r)))
     n = math.ceil(width/w)
     cols = [(i, f'<i style="grid-column:{i + 1}"><b>' + "\n\n".join(t) + "</b></i>") for i, t in tips.items()]
-    side = lambda cls, keep: f'<div class="over{cls}" style="grid-template-columns:repeat({n},1fr)">{"".join(c for i, c in cols if keep(i))}</div>'
+    side = lambda cls, keep: (f'<div class="over{cls}" style="grid-template-columns:repeat({n},1fr)">'
+                              f'{"".join(c for i, c in cols if keep(i))}</div>')
     return side("", lambda i: i < n/2) + side(" r", lambda i: i >= n/2)
 
 def _marks(h, width):
@@ -388,7 +409,8 @@ def _marks(h, width):
     for step, text in h.marks[:-61:-1]:
         x = 100*(step - h.x0)/width
         label, free = (f"<span>{html.escape(text)}</span>", x) if x <= free - 9 else ("", free)
-        out += f'<div class="mark{" r" * (x > 85)}" style="left:calc(52px + (100% - 58px)*{x/100:.4f})" title="{html.escape(text)}">{label}</div>'
+        out += (f'<div class="mark{" r" * (x > 85)}" style="left:calc(52px + (100% - 58px)*{x/100:.4f})" '
+                f'title="{html.escape(text)}">{label}</div>')
     return out
 
 def extent(runs)->float:
@@ -402,17 +424,20 @@ def draw(runs)->str:
     if not runs: return '<div class="craft"><div class="row"><em>waiting for the first step …</em></div></div>'
     width = extent(runs)
     x0 = runs[0].x0
-    axis = "".join(f'<text x="{100*(t - x0)/width:.2f}%" y="13" text-anchor="{"end" if t - x0 > .97*width else "middle"}">{t:.9g}</text>'
+    axis = "".join(f'<text x="{100*(t - x0)/width:.2f}%" y="13" '
+                   f'text-anchor="{"end" if t - x0 > .97*width else "middle"}">{t:.9g}</text>'
                    for t in ticks(x0, x0 + width, 6))
-    key = "".join(f'<span class="key k{k % 6}">━ {html.escape(h.name)}</span>' for k, h in enumerate(runs)) if len(runs) > 1 else ""
+    key = "".join(f'<span class="key k{k % 6}">━ {html.escape(h.name)}</span>'
+                  for k, h in enumerate(runs)) if len(runs) > 1 else ""
     return (f'<div class="craft">{key and f"""<div class="head">{key}</div>"""}<div style="position:relative">'
             + "".join(panel(runs, *p, width) for p in PANELS)
-            + f'<div class="plot"><svg height="18" role="img" aria-label="step axis">{axis}<text x="0" y="13" dx="-6" text-anchor="end">step</text></svg></div>'
+            + f'<div class="plot"><svg height="18" role="img" aria-label="step axis">{axis}'
+              '<text x="0" y="13" dx="-6" text-anchor="end">step</text></svg></div>'
             + "".join(_marks(h, width) for h in runs) + _hover(runs, width) + "</div></div>")
 
-# %% ../nbs/09_monitor.ipynb #78bf3ef4
-STATES = dict(waiting=("○", "mute"), unfinished=("◌", "amber"), training=("●", "green"), paused=("❚❚", "amber"), stopping=("■", "amber"),
-              stopped=("■", "amber"), finished=("✓", "blue"), failed=("✕", "red"))
+# %% ../nbs/09_monitor.ipynb #82d96c38
+STATES = dict(waiting=("○", "mute"), unfinished=("◌", "amber"), training=("●", "green"), paused=("❚❚", "amber"),
+              stopping=("■", "amber"), stopped=("■", "amber"), finished=("✓", "blue"), failed=("✕", "red"))
 
 def _clock(s): return f"{s//3600:.0f}:{s//60%60:02.0f}:{s%60:02.0f}" if s >= 3600 else f"{s//60:.0f}:{s%60:02.0f}"
 
@@ -421,18 +446,21 @@ def status(h, state=None, note="")->str:
     state = state or h.state
     sign, colour = STATES[state]
     v, left = h.last.get("violation"), h.steps and h.pace and state in ("training", "paused") and (h.steps - h.step)*h.pace
-    kv = [("λ", num(h.last.get("lambda"))), ("violation", f'<span class="{"bad" if v and v > 0 else ""}">{num(v)}{" over budget" if v and v > 0 else ""}</span>'),
+    kv = [("λ", num(h.last.get("lambda"))),
+          ("violation", f'<span class="{"bad" if v and v > 0 else ""}">{num(v)}'
+                        f'{" over budget" if v and v > 0 else ""}</span>'),
           ("conflicts", f"{h.conflicts}" + (f" ({h.projected} projected)" if h.projected else "")),
           ("skipped", f'<span class="{"bad" if h.skipped else ""}">{h.skipped}</span>')]
     bar = f'<span class="bar"><i style="width:{min(100*h.step/h.steps, 100):.1f}%"></i></span>' if h.steps else ""
     pace = (f"{1/h.pace:.1f} steps/s" if h.pace < 1 else f"{h.pace:.1f} s a step") if h.pace else ""
-    return (f'<div class="craft" role="status" aria-live="off"><div class="row"><span class="state" style="--c:var(--{colour})">{sign} {state}</span>'
-            f'<span>{html.escape(h.name)}</span><span>step <b>{h.step}</b>{f" of {h.steps}" if h.steps else ""}</span>{bar}<em>{pace}</em>'
+    return ('<div class="craft" role="status" aria-live="off"><div class="row">'
+            f'<span class="state" style="--c:var(--{colour})">{sign} {state}</span><span>{html.escape(h.name)}</span>'
+            f'<span>step <b>{h.step}</b>{f" of {h.steps}" if h.steps else ""}</span>{bar}<em>{pace}</em>'
             + (f"<em>{_clock(left)} left</em>" if left else "") + '</div><div class="row">'
             + "".join(f"<span><em>{k}</em> {x}</span>" for k, x in kv) + "</div>"
             + "".join(f"<pre>{html.escape(t)}</pre>" for t in (h.error, note) if t) + "</div>")
 
-# %% ../nbs/09_monitor.ipynb #470c249f
+# %% ../nbs/09_monitor.ipynb #7b6b823f
 COLOURS = {"lambda": "#0072b2", "violation": "#d55e00", "retention_loss": "#d55e00", "cosine": "#a3457f", "task_loss": "#009e73"}
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3457f", "#e69f00", "#333333")
 
@@ -444,8 +472,10 @@ def _axes(ax, runs, title, note, names, log):
     for k, h in enumerate(r for r in runs if r.rows):
         for j, n in enumerate(names):
             x, y = h.curves[n].points()
-            style = dict(color=COLOURS[n] if len(runs) == 1 else RUN_COLOURS[k % 6], lw=1.1, ls="--" if j and len(runs) > 1 else "-")
-            ax.plot(x, [10**v for v in y] if log else y, label=n.replace("_", " ") if len(runs) == 1 else h.name if not j else None, **style)
+            style = dict(color=COLOURS[n] if len(runs) == 1 else RUN_COLOURS[k % 6], lw=1.1,
+                         ls="--" if j and len(runs) > 1 else "-")
+            ax.plot(x, [10**v for v in y] if log else y,
+                    label=n.replace("_", " ") if len(runs) == 1 else h.name if not j else None, **style)
         for step, text in h.marks: ax.axvline(step, color="#9a6700", lw=.8, ls=":")
     if log and any(h.curves[n].bins for h in runs if h.rows for n in names): ax.set_yscale("log")
     if title == "λ" and len(runs) > 1 or log and len(runs) == 1: _legend(ax)
@@ -512,7 +542,7 @@ def plot_records(source, # a path of a `metrics.jsonl`, its rows, or a list of e
     "A run's curves, or several runs overlaid, as a matplotlib Figure: `plot_records(path).savefig('run.pdf')`."
     return figure(load_runs(source, names), width, height)
 
-# %% ../nbs/09_monitor.ipynb #93de1392
+# %% ../nbs/09_monitor.ipynb #9df29b6e
 class Controls:
     "Widgets bound to a trainer's `Control`."
     def __init__(self, control, knobs): # knobs: {name: present value}, those that can be turned
@@ -521,17 +551,21 @@ class Controls:
         self.pause = self._button("Pause", "pause", "Hold the run between two steps", self._toggle)
         self.step = self._button("Step", "step-forward", "Take one step, then hold", lambda: control.step_once())
         self.stop = self._button("Stop", "stop", "Save a checkpoint and end the run", lambda: control.stop())
-        def knob(kind, text, wide, **kw): return kind(description=text, style=dict(description_width="initial"), layout=dict(width=f"{wide}px"), **kw)
+        def knob(kind, text, wide, **kw):
+            return kind(description=text, style=dict(description_width="initial"), layout=dict(width=f"{wide}px"), **kw)
         make = dict(
             epsilon_scale=lambda x: knob(w.FloatLogSlider, "ε ×", 200, value=x, min=-2, max=1, step=.05, readout_format=".2f",
                                          continuous_update=False, tooltip="Scales the budget ε(t)"),
-            lambda_lr=lambda x: knob(w.BoundedFloatText, "λ_lr", 104, value=x, max=1e9, step=.01, tooltip="Step size of the multiplier"),
-            lambda_max=lambda x: knob(w.BoundedFloatText, "λ_max", 112, value=x, max=1e9, step=1, tooltip="Upper bound of the multiplier"),
+            lambda_lr=lambda x: knob(w.BoundedFloatText, "λ_lr", 104, value=x, max=1e9, step=.01,
+                                     tooltip="Step size of the multiplier"),
+            lambda_max=lambda x: knob(w.BoundedFloatText, "λ_max", 112, value=x, max=1e9, step=1,
+                                      tooltip="Upper bound of the multiplier"),
             projection_gate=lambda x: knob(w.Dropdown, "gate", 126, value=x, options=("always", "violated", "never"),
                                            tooltip="When conflicting task gradients are projected"))
         self.knobs = {n: make[n](x) for n, x in knobs.items()}
         for n, x in self.knobs.items(): x.observe(lambda change, n=n: self.quiet or control.set(n, change.new), "value")
-        self.box = w.HBox([self.pause, self.step, self.stop, *self.knobs.values()], layout=dict(flex_flow="row wrap", align_items="center"))
+        self.box = w.HBox([self.pause, self.step, self.stop, *self.knobs.values()],
+                          layout=dict(flex_flow="row wrap", align_items="center"))
 
     def _button(self, text, icon, tip, act):
         from ipywidgets import Button
@@ -555,7 +589,8 @@ class Controls:
         for x in (self.pause, self.stop, *self.knobs.values()): x.disabled = over
 
     def unbind(self):
-        "Let clicks go to the subshell that the browser names: ipykernel 7.4 binds a widget to the shell of its last message, where a running cell blocks it."
+        """Let clicks go to the subshell that the browser names: ipykernel 7.4 binds a widget to the shell of its
+        last message, where a running cell blocks it."""
         for x in (self.pause, self.step, self.stop, *self.knobs.values()):
             if x.comm: vars(x.comm).pop("_reply_subshell_id", None)
 
@@ -783,7 +818,7 @@ class CraftMonitor(Dashboard):
         except OSError as e: warnings.warn(str(e))
         self.close(self.log and self.log.path.with_suffix(".png"))
 
-# %% ../nbs/09_monitor.ipynb #b484cf78
+# %% ../nbs/09_monitor.ipynb #ac6a7526
 def live_knobs(trainer)->dict: # {name: present value}
     "What can be turned while `trainer` runs: the budget's scale, the multiplier's step and bound, the gate. {} without CRaFT."
     r = trainer.retention
@@ -798,13 +833,15 @@ def _state(self, history):
 
 def _note(self):
     e = self.log and self.log.error
-    return self.fault or (f"{self.log.path}: {e.strerror}. {len(self.log.pending)} records wait in memory: free some space" if e else "")
+    return self.fault or (f"{self.log.path}: {e.strerror}. {len(self.log.pending)} records wait in memory: "
+                          "free some space" if e else "")
 
 def _retire_run(self):
     "Stop the run, wait for its step to end, and make way."
     if self.control and self.thread:
         self.control.stop()
-        if not self.over.wait(60): warnings.warn("the run that this cell had started was told to stop and is still busy with a step")
+        if not self.over.wait(60):
+            warnings.warn("the run that this cell had started was told to stop and is still busy with a step")
     Dashboard.retire(self)
 
 CraftMonitor.state, CraftMonitor.note, CraftMonitor.retire = _state, _note, _retire_run
