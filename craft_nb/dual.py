@@ -20,7 +20,7 @@ from torch import nn
 
 from .config import CraftConfig
 
-# %% ../nbs/04_dual.ipynb #527f272d
+# %% ../nbs/04_dual.ipynb #932fd593
 SCHEDULES = {  # progress in [0, 1], start, end → ε
     "linear": lambda u, a, b: a * (1 - u) + b * u,
     "constant": lambda u, a, b: b,
@@ -36,7 +36,8 @@ def epsilon_schedule(
     schedule_type: str = "linear",  # linear | constant | cosine | exponential
 ) -> float:
     "The budget at `step`. Raises `ValueError` for an unknown schedule, or an exponential one that touches 0."
-    if schedule_type not in SCHEDULES: raise ValueError(f"schedule_type: expected one of {', '.join(SCHEDULES)}; found {schedule_type!r}")
+    if schedule_type not in SCHEDULES:
+        raise ValueError(f"schedule_type: expected one of {', '.join(SCHEDULES)}; found {schedule_type!r}")
     if schedule_type == "exponential" and min(epsilon_start, epsilon_end) <= 0:
         raise ValueError(f"exponential needs budgets above 0, found {epsilon_start} and {epsilon_end}")
     progress = min(max(step / decay_steps, 0.0), 1.0) if decay_steps > 0 else 1.0
@@ -88,7 +89,7 @@ def _landing(dual, loss, eps, grad_norms):
 
 CONTROLLERS = {"ascent": _ascent, "ema": _ema, "pi": _pi, "landing": _landing}
 
-# %% ../nbs/04_dual.ipynb #872f1ea9
+# %% ../nbs/04_dual.ipynb #f2ca4da7
 class Budget:
     "ε(t) in units of L_ret. `epsilon_scale` may be changed while training runs."
 
@@ -110,7 +111,8 @@ class Budget:
     def calibrate(self, drift: float) -> None:
         "Set the unit of `auto`: the drift of an unconstrained probe, in units of L_ret (see `probe_drift`)."
         if not (math.isfinite(drift) and drift > 0):
-            raise ValueError(f"drift: expected a finite number above 0, found {drift}; a probe that does not drift sets no budget")
+            raise ValueError(f"drift: expected a finite number above 0, found {drift}; "
+                             "a probe that does not drift sets no budget")
         self.drift = float(drift)
 
     def epsilon(self, step: int) -> float:
@@ -122,9 +124,10 @@ class Budget:
             end, unit = c.epsilon_fraction, self.drift
         return self.epsilon_scale * unit * epsilon_schedule(step, start, end, self.decay_steps, c.epsilon_schedule)
 
-# %% ../nbs/04_dual.ipynb #4c3d7e6b
+# %% ../nbs/04_dual.ipynb #c598241f
 class Dual(Budget):
-    "The multiplier λ of one constraint L_ret ≤ ε(t). Takes the arguments of `Budget`; `lambda_lr` and `lambda_max` may be changed while training runs."
+    """The multiplier λ of one constraint L_ret ≤ ε(t). Takes the arguments of `Budget`;
+    `lambda_lr` and `lambda_max` may be changed while training runs."""
 
     def __init__(self, config: CraftConfig, total_steps: int, scale: float = 1.0, epsilon_end: float | None = None):
         super().__init__(config, total_steps, scale, epsilon_end)
@@ -160,7 +163,8 @@ class Dual(Budget):
     def _watch_limit(self, loss, eps):
         self.pinned = self.pinned + 1 if self.lam >= self.lambda_max and loss > eps else 0
         if self.pinned == self.config.lambda_clip_patience:
-            warnings.warn(f"λ has been at lambda_max={self.lambda_max:g} for {self.pinned} updates while L_ret={loss:.3g} exceeds ε={eps:.3g}: "
+            warnings.warn(f"λ has been at lambda_max={self.lambda_max:g} for {self.pinned} updates "
+                          f"while L_ret={loss:.3g} exceeds ε={eps:.3g}: "
                           "the budget is not being enforced. Raise lambda_max or ε, or lower retention_freq.", stacklevel=3)
 
     STATE = ("lam", "lambda_lr", "lambda_max", "epsilon_scale", "drift", "scale", "pending", "pinned", "memory")
@@ -172,7 +176,8 @@ class Dual(Budget):
     def load_state_dict(self, state: dict) -> None:
         "The inverse of `state_dict`. Raises `ValueError` if names are missing or unknown; then nothing is changed."
         if set(state) != set(self.STATE):
-            raise ValueError(f"dual state: expected {sorted(self.STATE)}, found {sorted(state)}; was it written by another version?")
+            raise ValueError(f"dual state: expected {sorted(self.STATE)}, found {sorted(state)}; "
+                             "was it written by another version?")
         for k, v in copy.deepcopy(dict(state)).items(): setattr(self, k, v)
 
 # %% ../nbs/04_dual.ipynb #14322db8
