@@ -51,10 +51,13 @@ def compute_retention_loss_hidden(
         return elementwise(student_hidden.float(), teacher_hidden.float(), reduction=reduction)
     return by_vector if reduction == "none" else getattr(by_vector, reduction)()
 
-# %% ../nbs/02_losses.ipynb #0c785650
+# %% ../nbs/02_losses.ipynb #658c3723
 REST = 1e-6  # floor of the remaining mass: 1 − Σp is known to about 1e-7 in float32
 
-def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:  # (n, vocab) → (n, k) log-probabilities, (n, k) int32 token ids
+def top_log_probs(
+    logits: Tensor,  # (n, vocab)
+    k: int,
+) -> tuple[Tensor, Tensor]:  # (n, k) log-probabilities, (n, k) int32 token ids
     "The `k` most likely tokens of each row, most likely first. Raises `ValueError` if there are fewer than `k` tokens."
     if not 1 <= k <= logits.shape[-1]: raise ValueError(f"top-k: expected 1 ≤ k ≤ vocabulary={logits.shape[-1]}, found {k}")
     logp, ids = torch.log_softmax(logits.float(), -1).topk(k)
@@ -66,15 +69,16 @@ def top_kl(logits: Tensor, logp: Tensor, ids: Tensor) -> Tensor:  # student's (n
     rest_p, rest_q = (1 - x.exp().sum(-1).clamp(max=1 - REST) for x in (logp, logq))
     return (logp.exp() * (logp - logq)).sum(-1) + rest_p * (rest_p / rest_q).log()
 
-# %% ../nbs/02_losses.ipynb #4e675cdd
+# %% ../nbs/02_losses.ipynb #322cf6f4
 def token_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:  # (…, vocab), (…) → scalar
     "Mean cross-entropy over the labels that are not `ignore_index`. Raises `ValueError` if there is none."
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"labels: expected shape {tuple(logits.shape[:-1])} like the logits, found {tuple(labels.shape)}")
-    if (labels == ignore_index).all(): raise ValueError(f"labels: every one is {ignore_index} (ignored), so there is nothing to learn from")
+    if (labels == ignore_index).all():
+        raise ValueError(f"labels: every one is {ignore_index} (ignored), so there is nothing to learn from")
     return F.cross_entropy(logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=ignore_index)
 
-# %% ../nbs/02_losses.ipynb #92e58408
+# %% ../nbs/02_losses.ipynb #cbc05d30
 class View:
     "Base of all views. Subclasses set the class attributes and define `targets` and `per_row`."
     name: str
@@ -93,8 +97,10 @@ class View:
         unknown = set(self.layer_weights) - set(self.layers)
         if unknown: raise ValueError(f"view {self.name}: layer_weights name layers {sorted(unknown)}, stored are {self.layers}")
 
-    def targets(self, f: Features) -> dict[str, Tensor]: raise NotImplementedError(f"{type(self).__name__} must define targets")
-    def per_row(self, f: Features, anchors: dict[str, Tensor]) -> Tensor: raise NotImplementedError(f"{type(self).__name__} must define per_row")
+    def targets(self, f: Features) -> dict[str, Tensor]:
+        raise NotImplementedError(f"{type(self).__name__} must define targets")
+    def per_row(self, f: Features, anchors: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define per_row")
 
     def loss(self, f: Features, anchors: dict[str, Tensor]) -> Tensor:  # student's features, stored targets → scalar
         "Mean of `per_row` over everything a mask lets through."
@@ -102,7 +108,8 @@ class View:
 
     def _by_layer(self, student: list[Tensor], teacher: Tensor) -> Tensor:  # l × (n, …, d), (n, l, …, d) → (n, …)
         w = torch.tensor([self.layer_weights.get(i, 0. if self.layer_weights else 1.) for i in self.layers])
-        d = [vector_distance(s, t, self.distance) * (w_ / w.sum()) for s, t, w_ in zip(student, teacher.unbind(1), w.tolist(), strict=True) if w_]
+        d = [vector_distance(s, t, self.distance) * (w_ / w.sum())
+             for s, t, w_ in zip(student, teacher.unbind(1), w.tolist(), strict=True) if w_]
         return sum(d[1:], d[0])
 
 VIEWS: dict[str, type[View]] = {}
@@ -110,7 +117,8 @@ VIEWS: dict[str, type[View]] = {}
 def register_view(cls: type[View]) -> type[View]:
     "Class decorator that makes a view known by its name. A name is given once; defining the same class anew replaces it."
     old = VIEWS.get(cls.name)
-    if old is not None and old.__qualname__ != cls.__qualname__: raise ValueError(f"view {cls.name!r} is already taken by {old.__qualname__}")
+    if old is not None and old.__qualname__ != cls.__qualname__:
+        raise ValueError(f"view {cls.name!r} is already taken by {old.__qualname__}")
     VIEWS[cls.name] = cls
     return cls
 
