@@ -28,7 +28,7 @@ def compute_dot(
     pairs = [(a, b) for a, b in zip(grad1, grad2, strict=True) if a is not None and b is not None]
     return sum(((a.double() * b.double()).sum() for a, b in pairs), torch.zeros((), dtype=torch.float64))
 
-# %% ../nbs/03_surgery.ipynb #1cc036c1
+# %% ../nbs/03_surgery.ipynb #8286e9b3
 def _axpy(g, r, a, c):  # a·g + c·r with None as zero, out of place
     if g is None: return None if r is None else c * r
     return a * g if r is None else a * g + c * r
@@ -38,7 +38,8 @@ def project_if_conflict(
     grad_retain: Sequence[Tensor | None],  # r
     conflict_threshold: float = -0.1,  # project where cos(g, r) is below; in [-1, 1]
 ) -> tuple[list[Tensor | None], list[Tensor | None], bool]:  # (g', r, was there a conflict)
-    "A-GEM's projection (arXiv 1812.00420, eq. 11) if the cosine is below the threshold. Without conflict, `g'` holds the tensors of `g` themselves."
+    """A-GEM's projection (arXiv 1812.00420, eq. 11) if the cosine is below the threshold.
+    Without conflict, `g'` holds the tensors of `g` themselves."""
     dot, gg, rr = compute_dot(grad_task, grad_retain), compute_dot(grad_task, grad_task), compute_dot(grad_retain, grad_retain)
     conflict = bool(gg > 0 and rr > 0 and dot / (gg.sqrt() * rr.sqrt()) < conflict_threshold)
     if not conflict: return list(grad_task), list(grad_retain), False
@@ -81,11 +82,12 @@ def merged_square(sums: Tensor, c: Tensor) -> Tensor:  # (s, 3), (s,) → ()
     dot, gg, rr = sums.unbind(-1)
     return (gg + 2 * c * dot + c * c * rr).clamp(min=0).sum()
 
-# %% ../nbs/03_surgery.ipynb #8fc96557
+# %% ../nbs/03_surgery.ipynb #da182116
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements: two float32 chunks are 4 MiB, for a CPU's cache; few launches on a GPU
 
 def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | None, Tensor | None]]:
-    "Matching 1-D pieces of `g` and `r` in the memory order of `g`: views where memory is dense, copies elsewhere; None where one is missing."
+    """Matching 1-D pieces of `g` and `r` in the memory order of `g`: views where memory is dense, copies elsewhere;
+    None where one is missing."""
     lead = r if g is None else g
     if lead is None: return []
     order = range(lead.dim()) if lead.is_contiguous() else sorted(range(lead.dim()), key=lambda d: -lead.stride(d))
@@ -93,7 +95,7 @@ def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | N
     cut = [None if t is None else t.permute(tuple(order)).reshape(-1).split(size) for t in (g, r)]
     return zip(*(c or [None] * len(cut[0] or cut[1]) for c in cut))
 
-# %% ../nbs/03_surgery.ipynb #76651856
+# %% ../nbs/03_surgery.ipynb #e2f2c9cf
 def read_sums(
     g: Sequence[Tensor | None],  # task gradients of one scope
     r: Sequence[Tensor | None],  # retention gradients, aligned
@@ -107,7 +109,9 @@ def read_sums(
             if zero.device != first.device: zero = torch.zeros((), device=first.device)
             wide = torch.float64 if exact or first.dtype == torch.float64 else torch.float32
             a, b = (None if t is None else t.to(wide) for t in (a, b))
-            out += [zero if a is None or b is None else a.dot(b), zero if a is None else a.dot(a), zero if b is None else b.dot(b)]
+            out += [zero if a is None or b is None else a.dot(b),
+                    zero if a is None else a.dot(a),
+                    zero if b is None else b.dot(b)]
     return torch.stack(out).view(-1, 3).sum(0, dtype=torch.float64) if out else zero.new_zeros(3, dtype=torch.float64)
 
 # %% ../nbs/03_surgery.ipynb #a1c18f6a
@@ -168,7 +172,7 @@ class SurgeryResult:
         return [dict(name=n) | dict(zip(cols, (d, gg**0.5, rr**0.5, cos, c)))
                 for n, (d, gg, rr, cos, c) in zip(self.names, self.table.tolist())]
 
-# %% ../nbs/03_surgery.ipynb #ffd7f55e
+# %% ../nbs/03_surgery.ipynb #e9d5fb56
 def surgery_result(
     names: Sequence[str],  # of the s scopes
     sums: Tensor,  # (s, 3) float64
@@ -178,7 +182,8 @@ def surgery_result(
     project: bool,  # was the gate open
     max_norm: float | None = None,
 ) -> tuple[SurgeryResult, float]:  # the report and the factor that clips
-    "Read the scalars on the host, once. The factor is that of `torch.nn.utils.clip_grad_norm_`: min(1, max_norm / (norm + 1e-6))."
+    """Read the scalars on the host, once.
+    The factor is that of `torch.nn.utils.clip_grad_norm_`: min(1, max_norm / (norm + 1e-6))."""
     table = torch.cat([sums, cosine[:, None], c[:, None], conflict[:, None].double()], 1).cpu()
     dot, gg, rr = table[:, :3].sum(0).tolist()
     norm = merged_square(table[:, :3], table[:, 4]).sqrt().item()
@@ -253,7 +258,7 @@ def _write_scope_(g, r, index, params, a, c, exact):
             out = write_merge_(x := _local(g[i]), None if r[i] is None else _local(r[i]), a, c, exact)
             if out is not x: g[i] = out
 
-# %% ../nbs/03_surgery.ipynb #9a0ed26e
+# %% ../nbs/03_surgery.ipynb #e78a0998
 class Surgery(Scopes):
     "Projection, merging and clipping of whole gradients, in place. Takes the arguments of `Scopes`."
 
@@ -266,7 +271,8 @@ class Surgery(Scopes):
         violated: bool,  # L_ret > ε
         max_norm: float | None = None,  # clip the merged gradient to this norm in the same pass
     ) -> SurgeryResult:
-        "g ← clip(project(g) + λr). Entries of `g` that are None, shared or expanded are replaced in the list: assign `p.grad` from it."
+        """g ← clip(project(g) + λr).
+        Entries of `g` that are None, shared or expanded are replaced in the list: assign `p.grad` from it."""
         if not len(g) == len(r) == len(self.names):
             raise ValueError(f"expected {len(self.names)} gradients in g and in r, one a parameter; found {len(g)} and {len(r)}")
         groups, project = list(self.groups.values()), self.projects(violated)
@@ -311,13 +317,15 @@ def graph_leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
         else: seen.add(node); todo += [n for n, _ in node.next_functions]
     return list(leaves.values())
 
-# %% ../nbs/03_surgery.ipynb #9bafe406
+# %% ../nbs/03_surgery.ipynb #ca812d0f
 class StreamingSurgery(Scopes):
-    "Layer-scope surgery during the task's backward pass, in one process. `record()`, then `merge_()`; takes the arguments of `Scopes`, and the model."
+    """Layer-scope surgery during the task's backward pass, in one process. `record()`, then `merge_()`;
+    takes the arguments of `Scopes`, and the model."""
 
     def __init__(self, model: nn.Module, named_params: Iterable[tuple[str, Tensor]] | None = None, **settings):
         if settings.pop("scope", "layer") != "layer": raise ValueError("streaming works by layer: expected scope='layer'")
-        if settings.get("all_reduce"): raise ValueError("streaming works in one process; with shards use Surgery(scope='layer', all_reduce=…)")
+        if settings.get("all_reduce"):
+            raise ValueError("streaming works in one process; with shards use Surgery(scope='layer', all_reduce=…)")
         super().__init__(model.named_parameters() if named_params is None else named_params, "layer", **settings)
         self.blocks = [model.get_submodule(k) for k in self.groups if BLOCK.match(k + ".")]
         self.cuts = []
@@ -342,7 +350,8 @@ class StreamingSurgery(Scopes):
 
     @contextmanager
     def merge_(self, loss: Tensor, lam: float, violated: bool, max_norm: float | None = None) -> Iterator[SurgeryResult]:
-        "Inside, run the task's backward pass once. Afterwards `.grad` is merged and clipped and the yielded result is filled. If it is not finite, drop the gradients."
+        """Inside, run the task's backward pass once. Afterwards `.grad` is merged and clipped and the yielded result
+        is filled. If it is not finite, drop the gradients."""
         pass_, result = _Stream(self, loss, lam, self.projects(violated)), SurgeryResult()
         self.cuts = []
         hooks = [p.register_post_accumulate_grad_hook(pass_.task_grad_ready) for p in self.params if p.requires_grad]
