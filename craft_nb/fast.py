@@ -28,11 +28,12 @@ def from_frequencies(
     "Inverse of `to_frequencies`, up to the rounding."
     return idct(np.asarray(coefs)/scale, axis=1, norm="ortho")
 
-# %% ../nbs/11a_fast.ipynb #66cedc23
+# %% ../nbs/11a_fast.ipynb #73eecc5d
 class FastActionProcessor(ProcessorMixin):
     "FAST action tokenizer (arXiv 2501.09747): `(n, t, a)` actions to lists of ids and back; loads through `AutoProcessor`."
 
-    def __init__(self, bpe_tokenizer, scale:float=5.0, min_token:int=-0x100, max_coef:int=0, time_horizon:int=10, action_dim:int=4):
+    def __init__(self, bpe_tokenizer, scale:float=5.0, min_token:int=-0x100, max_coef:int=0,
+                 time_horizon:int=10, action_dim:int=4):
         self.scale, self.min_token, self.max_coef = scale, min_token, max_coef
         self.time_horizon, self.action_dim = time_horizon, action_dim
         super().__init__(bpe_tokenizer)
@@ -73,7 +74,7 @@ def fit_action_tokenizer(
     bpe.train_from_iterator(wrap(bpe).text(chunks), trainer)
     return wrap(bpe)
 
-# %% ../nbs/11a_fast.ipynb #211cae72
+# %% ../nbs/11a_fast.ipynb #126bd25a
 def make_text_tokenizer(
     sentences, # every task description that may be asked
     action_tokens:int=256, # ids of the action tokenizer
@@ -81,9 +82,11 @@ def make_text_tokenizer(
 )->PreTrainedTokenizerFast:
     "A word-level tokenizer for pi0_fast prompts; words outside `sentences` become `<unk>`."
     split = r"-?\d+|\w+|[^\w\s]"
-    words = sorted({w for s in sentences for w in re.findall(split, s) if not re.fullmatch(r"-?\d+", w)} | {"Task", "State", ",", ";"})
+    words = sorted({w for s in sentences for w in re.findall(split, s) if not re.fullmatch(r"-?\d+", w)}
+                   | {"Task", "State", ",", ";"})
     vocab = ["<pad>", "<bos>", "<unk>", "Action", ":", "|", *(w for w in words if w not in "Action:|")]
-    vocab += [str(i) for i in range(-1, 256)] + [f"<act{i}>" for i in reversed(range(action_tokens))] + [f"<skip{i}>" for i in range(skip)]
+    vocab += ([str(i) for i in range(-1, 256)] + [f"<act{i}>" for i in reversed(range(action_tokens))]
+              + [f"<skip{i}>" for i in range(skip)])
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(split), behavior="removed", invert=True)
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", bos_token="<bos>", unk_token="<unk>")
