@@ -139,13 +139,15 @@ def make_pi0_fast_small_pre_post_processors(config:PI0FastSmallConfig, dataset_s
         "fast_skip_tokens", "paligemma_tokenizer_name")}) if type(s) is ActionTokenizerProcessorStep else s for s in pre.steps]
     return pre, post
 
-# %% ../nbs/11b_small.ipynb #e314e801
+# %% ../nbs/11b_small.ipynb #a9745a4f
 def pick_gl():  # "egl" or "osmesa"
     "Set `MUJOCO_GL` to a renderer that works without a screen; RuntimeError naming the packages if there is none."
     if "MUJOCO_GL" not in os.environ:
         found = [gl for gl, lib in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(lib)]
-        if not found: raise RuntimeError("Meta-World needs a renderer without a screen, and neither libEGL nor libOSMesa was found. "
-            "Install one: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgbm1   (or libosmesa6)")
+        if not found:
+            raise RuntimeError("Meta-World needs a renderer without a screen, and neither libEGL nor libOSMesa was found. "
+                               "Install one: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgbm1   "
+                               "(or libosmesa6)")
         os.environ["MUJOCO_GL"] = found[0]
     return os.environ["MUJOCO_GL"]
 
@@ -197,7 +199,7 @@ def make_small_env(task:str, **kw):
     "One small Meta-World environment, without the vector wrapper."
     return small_env_class()(task, obs_type="pixels_agent_pos", **kw)
 
-# %% ../nbs/11b_small.ipynb #e5e8e6c7
+# %% ../nbs/11b_small.ipynb #fcb9e268
 @EnvConfig.register_subclass("metaworld_small")
 @dataclass
 class MetaworldSmallEnv(MetaworldEnv):
@@ -210,12 +212,14 @@ class MetaworldSmallEnv(MetaworldEnv):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.obs_type != "pixels_agent_pos": raise ValueError(f"metaworld_small needs obs_type=pixels_agent_pos, got {self.obs_type!r}")
+        if self.obs_type != "pixels_agent_pos":
+            raise ValueError(f"metaworld_small needs obs_type=pixels_agent_pos, got {self.obs_type!r}")
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     @property
     def gym_kwargs(self):
-        return super().gym_kwargs | dict(size=self.size, episode_length=self.episode_length, render_every=self.render_every, spread=self.spread)
+        return super().gym_kwargs | dict(size=self.size, episode_length=self.episode_length,
+                                         render_every=self.render_every, spread=self.spread)
 
     def create_envs(self, n_envs:int, use_async_envs:bool=False):
         make = lambda t: [functools.partial(small_env_class(), t, **self.gym_kwargs)]*n_envs
@@ -223,17 +227,20 @@ class MetaworldSmallEnv(MetaworldEnv):
             lambda fns: gym.vector.SyncVectorEnv([freeze_after_episode_end(f) for f in fns]))
         return {t: {0: wrap(make(t))} for t in map(str.strip, self.task.split(","))}
 
-# %% ../nbs/11b_small.ipynb #5264a387
+# %% ../nbs/11b_small.ipynb #1ea8069b
 def vector_env(task:str, n:int, episode_length:int=150, render_every:int=10, **kw):
     "`n` environments of one task as LeRobot makes them."
-    return make_env(MetaworldSmallEnv(task=task, episode_length=episode_length, render_every=render_every, **kw), n_envs=n)[task][0]
+    return make_env(MetaworldSmallEnv(task=task, episode_length=episode_length, render_every=render_every, **kw),
+                    n_envs=n)[task][0]
 
 
 def roll_out(policy, processors, env, seeds): # success: n bools, actions: n lists of (steps, 4) numbers
     "One episode from each seed by LeRobot's `rollout`. ValueError if images are drawn less often than the policy looks."
     from lerobot.scripts.lerobot_eval import rollout
     every, steps = env.get_attr("render_every")[0], policy.config.n_action_steps
-    if steps % every: raise ValueError(f"the policy looks every {steps} steps, the environment draws every {every}: make render_every divide n_action_steps")
+    if steps % every:
+        raise ValueError(f"the policy looks every {steps} steps, the environment draws every {every}: "
+                         "make render_every divide n_action_steps")
     identity = make_env_pre_post_processors(MetaworldSmallEnv(), policy.config)
     out = rollout(env, policy.eval(), *identity, *processors, seeds=list(seeds))
     ends = out["done"].int().argmax(1) + 1
@@ -309,7 +316,7 @@ def record_episodes(
             if failed[e["task"]] > episodes/3: raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: "
                 "raise episode_length, lower noise or choose another task")
 
-# %% ../nbs/11b_small.ipynb #3793ee28
+# %% ../nbs/11b_small.ipynb #f6dd20e8
 def write_dataset(
     episodes, # iterable of `record_episode` dicts
     root, # folder to create; must not exist
@@ -327,7 +334,8 @@ def write_dataset(
         if size is None:
             size = e["image"].shape[1]
             feats = {"observation.image": dict(dtype="image", shape=(size, size, 3), names=["height", "width", "channels"]),
-                     "observation.state": dict(dtype="float32", shape=(4,), names=None), "action": dict(dtype="float32", shape=(4,), names=None)}
+                     "observation.state": dict(dtype="float32", shape=(4,), names=None),
+                     "action": dict(dtype="float32", shape=(4,), names=None)}
             shutil.rmtree(part, ignore_errors=True)
             ds = LeRobotDataset.create(repo_id, fps, feats, root=part, use_videos=False)
         for i, s, a in zip(e["image"], e["state"], e["action"]):
@@ -356,7 +364,7 @@ def save_tokenizers(dataset:LeRobotDataset, folder, chunk_size:int=10, vocab_siz
     make_text_tokenizer(lerobot_metaworld().TASK_DESCRIPTIONS.values(), vocab_size).save_pretrained(folder/"text")
     return folder/"text", folder/"action"
 
-# %% ../nbs/11b_small.ipynb #e8d9af94
+# %% ../nbs/11b_small.ipynb #0c58b12a
 @dataclass
 class Workload:
     "A data set and a policy checkpoint of `pi0_fast_small` in one folder."
@@ -375,7 +383,8 @@ class Workload:
     def dataset(self, episodes=None, chunk_size=10):
         "The LeRobotDataset with action chunks; `episodes` selects."
         fps = self.meta.fps
-        return LeRobotDataset(self.repo_id, root=self.root, episodes=episodes, delta_timestamps={"action": [i/fps for i in range(chunk_size)]})
+        return LeRobotDataset(self.repo_id, root=self.root, episodes=episodes,
+                              delta_timestamps={"action": [i/fps for i in range(chunk_size)]})
 
     def episodes(self, *tasks):  # episode indices of these tasks, all if none is named
         names = lerobot_metaworld().TASK_DESCRIPTIONS
@@ -383,8 +392,8 @@ class Workload:
         return [i for i, t in enumerate(self.meta.episodes["tasks"]) if not want or want & set(t)]
 
     def config(self, **kw): # a fresh PI0FastSmallConfig with this workload's tokenizers
-        return PI0FastSmallConfig(text_tokenizer_name=str(self.tokenizers/"text"), action_tokenizer_name=str(self.tokenizers/"action"),
-                                  push_to_hub=False, **kw)
+        return PI0FastSmallConfig(text_tokenizer_name=str(self.tokenizers/"text"),
+                                  action_tokenizer_name=str(self.tokenizers/"action"), push_to_hub=False, **kw)
 
     def policy(self, path=None): # the policy of a checkpoint folder, this workload's by default
         cfg = PreTrainedConfig.from_pretrained(path or self.policy_path)
@@ -392,7 +401,8 @@ class Workload:
         return make_policy(cfg, ds_meta=self.meta)
 
     def processors(self, path=None): # (pre, post) of a checkpoint folder
-        return make_pre_post_processors(PreTrainedConfig.from_pretrained(path or self.policy_path), pretrained_path=str(path or self.policy_path))
+        return make_pre_post_processors(PreTrainedConfig.from_pretrained(path or self.policy_path),
+                                        pretrained_path=str(path or self.policy_path))
 
     def batch(self, n=4, seed=0, episodes=None):
         "`n` random samples of the data set through the policy's preprocessor."
@@ -400,10 +410,12 @@ class Workload:
         rows = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))[:n].tolist()
         return self.processors()[0](torch.utils.data.default_collate([ds[i] for i in rows]))
 
-# %% ../nbs/11b_small.ipynb #439e7437
+# %% ../nbs/11b_small.ipynb #7491f30f
 def save_checkpoint_folder(policy, pre, post, path): # a LeRobot `pretrained_model` folder
     "Weights, config and both processors, as LeRobot saves them."
-    policy.save_pretrained(path); pre.save_pretrained(path); post.save_pretrained(path)
+    policy.save_pretrained(path)
+    pre.save_pretrained(path)
+    post.save_pretrained(path)
     return Path(path)
 
 
