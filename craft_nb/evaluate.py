@@ -307,7 +307,7 @@ def clip_html(clip: str | Path | bytes, caption: str) -> str:
     uri = f"data:image/{kinds[data[:4]]};base64,{base64.b64encode(data).decode()}"
     return f'<figure><img src="{uri}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-# %% ../nbs/10_evaluate.ipynb #c5186a0e
+# %% ../nbs/10_evaluate.ipynb #d246cb0b
 def best_arm(summary: dict) -> str | None:
     "The `craft:` arm that keeps most while learning ≥ 85 % of what `sft` learns; failing that, the one that keeps most."
     ours = [a for a in summary if a.startswith("craft:")]
@@ -318,7 +318,9 @@ def lede(summary: dict) -> str:
     "What happened, in a sentence for each of plain fine-tuning and the best arm of ours; HTML."
     def says(arm, name):
         c, kept = summary[arm], summary[arm]["retention"]
-        if kept is None: return f"{name} had no old success to keep and reached <b>{c['new']['rate']:.0%}</b> on the new task.".replace("%", " %")
+        if kept is None:
+            return (f"{name} had no old success to keep and reached <b>{c['new']['rate']:.0%}</b> "
+                    "on the new task.").replace("%", " %")
         return (f"{name} kept <b>{kept['ratio']:.0%}</b> of the old success ({kept['low']:.0%}–{kept['high']:.0%}) "
                 f"and reached <b>{c['new']['rate']:.0%}</b> on the new task.").replace("%", " %")
     best = best_arm(summary)
