@@ -13,27 +13,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/01_features.ipynb #53ea0188
+# %% ../nbs/01_features.ipynb #f6b49a53
 def resolve_layers(
     layers: Sequence[int],  # indices into `hidden_states`, negative ones from the end
     depth: int,  # number of blocks L
 ) -> list[int]:  # the same in [0, L]
     "Turn layer numbers into indices of `hidden_states`. Raises `ValueError` for one that is out of range or named twice."
     bad = [i for i in layers if not -depth - 1 <= i <= depth]
-    if bad: raise ValueError(f"layers {bad} are out of range: a decoder of {depth} blocks has hidden states {-depth - 1} to {depth}")
+    if bad:
+        raise ValueError(f"layers {bad} are out of range: "
+                         f"a decoder of {depth} blocks has hidden states {-depth - 1} to {depth}")
     out = [i % (depth + 1) for i in layers]
     if not out: raise ValueError("no layers named: expected at least one, e.g. -2,-1")
     if len(set(out)) < len(out): raise ValueError(f"layers {list(layers)} name the same hidden state twice")
     return out
 
-# %% ../nbs/01_features.ipynb #226f5437
+# %% ../nbs/01_features.ipynb #fb94b20e
 @contextmanager
 def capture_hidden(
     decoder: nn.Module,  # with `.layers`, `.norm` and `.config.num_hidden_layers`, like every transformers decoder
     layers: Sequence[int],  # which hidden states, see `resolve_layers`
     stop: bool = True,  # run no further than the deepest of them
 ) -> Iterator[dict[int, Tensor]]:  # layer as named → (b, t, d), filled while the decoder runs; graph attached
-    "Inside the `with`, a forward pass of `decoder` leaves the hidden states of `layers` in the dict. Weights and mode are untouched."
+    """Inside the `with`, a forward pass of `decoder` leaves the hidden states of `layers` in the dict.
+    Weights and mode are untouched."""
     depth, out = len(decoder.layers), {}
     index = dict(zip(resolve_layers(layers, depth), layers, strict=True))
     end = max(index) if stop else depth
