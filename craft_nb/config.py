@@ -98,7 +98,7 @@ class CraftConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/00_config.ipynb #1c46c8b3
+# %% ../nbs/00_config.ipynb #5f862bc9
 def check_config(cfg: CraftConfig) -> None:
     "Raise `ValueError` listing every field of `cfg` whose type, word or range is wrong; whole floats become ints."
     faults = []
@@ -111,11 +111,12 @@ def check_config(cfg: CraftConfig) -> None:
             faults.append(f"{f.name}: expected one of {', '.join(c or '(empty)' for c in CHOICES[f.name])}; found {value!r}")
         elif f.name in RANGES and not RANGES[f.name][0] <= value <= RANGES[f.name][1] or value in (math.inf, -math.inf):
             lo, hi = RANGES.get(f.name, (0, math.inf))
-            faults.append(f"{f.name}: expected a finite number {f'from {lo} to {hi}' if hi < math.inf else f'≥ {lo}'}, found {value}")
+            faults.append(f"{f.name}: expected a finite number "
+                          f"{f'from {lo} to {hi}' if hi < math.inf else f'≥ {lo}'}, found {value}")
     faults += [] if faults else _joint_faults(cfg)
     if faults: raise ValueError("CraftConfig: " + "; ".join(faults))
 
-# %% ../nbs/00_config.ipynb #2c0cab77
+# %% ../nbs/00_config.ipynb #cac1bad1
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 def _joint_faults(cfg):  # what no single field can show
@@ -128,7 +129,8 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.epsilon_schedule == "exponential" and min(cfg.epsilon_start, cfg.epsilon_end) <= 0:
         faults.append("epsilon_schedule: exponential needs epsilon_start and epsilon_end above 0")
     if cfg.anchor_micro_batch and cfg.anchor_batch_size % cfg.anchor_micro_batch:
-        faults.append(f"anchor_micro_batch: expected a divisor of anchor_batch_size={cfg.anchor_batch_size}, found {cfg.anchor_micro_batch}")
+        faults.append(f"anchor_micro_batch: expected a divisor of anchor_batch_size={cfg.anchor_batch_size}, "
+                      f"found {cfg.anchor_micro_batch}")
     if cfg.view_epsilons and cfg.shared_lambda: faults.append("view_epsilons: needs shared_lambda=false")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults
