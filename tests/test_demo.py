@@ -87,11 +87,12 @@ def test_policy_predicts_what_it_was_taught(work, tmp_path):
 
 def test_stages_are_skipped_or_refused(work, tmp_path):
     "A finished stage is not run again; with other settings it stops and names them."
-    from craft_nb.demo import Run, SIZES, replace
+    from craft_nb.demo import DATA, Run, SIZES, replace
     said = []
     run = Run(tmp_path, SIZES["tiny"], say=said.append)
     run.marker("record").parent.mkdir(parents=True)
-    run.marker("record").write_text(json.dumps(dict(settings={k: getattr(run.settings, k) for k in ("old", "new", "episodes", "noise", "episode_length", "seed")}, seconds=1, result={})))
+    settings = {k: getattr(run.settings, k) for k in DATA}
+    run.marker("record").write_text(json.dumps(dict(settings=settings, seconds=1, result={})))
     run.stage("record")
     assert said and "done before" in said[0]
     with pytest.raises(ValueError, match="episodes: 3 then, 4 now"): Run(tmp_path, replace(run.settings, episodes=4)).stage("record")
