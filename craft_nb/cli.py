@@ -35,7 +35,7 @@ def today(argv: list[str], training: bool = False) -> list[str]:
         out.append("--policy.push_to_hub=false")
     return out
 
-# %% ../nbs/13_cli.ipynb #909deda0
+# %% ../nbs/13_cli.ipynb #e8b94a4f
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
     try: return main()
@@ -46,9 +46,11 @@ def refuse_clearly(main: Callable[[], object]) -> object:
 
 def opened():
     "`craft_nb.lerobot`. The garbage collector rests meanwhile: it would search half a million new objects again and again, for 8 % of the time."
+    collecting = gc.isenabled()
     gc.disable()
     try: return importlib.import_module("craft_nb.lerobot")
-    finally: gc.enable()
+    finally:
+        if collecting: gc.enable()
 
 def parsed(config_class: type, argv: list[str]):
     "A LeRobot-style config from a command line; `--help`, unknown flags and wrong values end the program as LeRobot does."

@@ -199,7 +199,7 @@ def make_small_env(task:str, **kw):
     "One small Meta-World environment, without the vector wrapper."
     return small_env_class()(task, obs_type="pixels_agent_pos", **kw)
 
-# %% ../nbs/11b_small.ipynb #fcb9e268
+# %% ../nbs/11b_small.ipynb #d3b1f862
 @EnvConfig.register_subclass("metaworld_small")
 @dataclass
 class MetaworldSmallEnv(MetaworldEnv):
@@ -214,6 +214,7 @@ class MetaworldSmallEnv(MetaworldEnv):
         super().__post_init__()
         if self.obs_type != "pixels_agent_pos":
             raise ValueError(f"metaworld_small needs obs_type=pixels_agent_pos, got {self.obs_type!r}")
+        if not self.spread > 0: raise ValueError(f"spread: expected a number above 0, found {self.spread}; 1 is Meta-World's own range")
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     @property
