@@ -1,9 +1,10 @@
 """What a cache costs: `python bench/bench_anchors.py [--only bytes,build,rss,open,batch] [--anchors 1000000]`
 writes outputs/bench/anchors.json. Timings are ratios of runs that take turns, so that a busy machine hits both sides."""
-import argparse, json, subprocess, sys, tempfile, time
+import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
 
+os.environ.setdefault('GOMP_SPINCOUNT', '10000')  # as the commands do; `GOMP_SPINCOUNT=300000` shows what it is without
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]

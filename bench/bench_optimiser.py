@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from memory import extra_copies
+from memory import extra_copies, peak_memory
 from torch import nn
 
 from craft_nb.surgery import StreamingSurgery, Surgery, retention_grads
@@ -118,6 +118,54 @@ def build_policy(size: str, folder: Path, device: str):
     return policy, make_pre_post_processors(policy.config, dataset_stats=work.meta.stats)[0], work
 
 
+def workload(size: str, folder: Path, device: str, batch_size: int):
+    "A policy in training mode, a task batch and the frames of an anchor batch half as large."
+    policy, pre, work = build_policy(size, folder, device)
+    data = work.dataset()
+    rows = torch.randint(len(data), (batch_size,), generator=torch.Generator().manual_seed(0)).tolist()
+    collate = torch.utils.data.default_collate
+    return policy.train(), pre(collate([data[i] for i in rows])), pre(collate([data[i] for i in rows[: batch_size // 2]]))
+
+
+def forever(x):
+    while True: yield x
+
+
+def training_memory(size: str, device: str, batch_size: int, folder: Path, steps: int = 3, accumulate: int = 1, **craft) -> dict:
+    "Peak memory of whole training steps with AdamW in GiB, what `estimate_memory` said before the first, and seconds a step."
+    from craft_nb.builder import anchor_batch_targets
+    from craft_nb.config import CraftConfig
+    from craft_nb.losses import make_views
+    from craft_nb.policies import adapter_for
+    from craft_nb.trainer import CraftTrainer, Retention, estimate_memory, one_step
+    policy, batch, frames = workload(size, folder, device, batch_size)
+    out = {}
+    for name, how in dict(plain=None, pooled=dict(views="pooled"), action_logits=dict(views="action_logits"),
+                          streamed=dict(views="action_logits", projection_scope="layer")).items():
+        retention = None
+        if name == "streamed" and (craft or accumulate > 1): continue  # takes one batch of each kind
+        if how:
+            anchors = anchor_batch_targets(policy, frames, make_views([how["views"]]), actions="dataset")
+            cfg = CraftConfig(retention_freq=1, **how, **craft)
+            retention = Retention(policy, forever(anchors), make_views([cfg.views]), adapter_for(policy), cfg, steps,
+                                  stream=name == "streamed")
+        trainer = CraftTrainer(policy, forever(batch), torch.optim.AdamW(policy.parameters(), lr=1e-6), steps=steps,
+                               grad_clip_norm=1.0, retention=retention, accumulate=accumulate)
+        expected, seconds = estimate_memory(trainer)["peak"], []
+        def run():
+            for _ in range(steps):
+                start = time.perf_counter()
+                one_step(trainer)
+                if device == "cuda": torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - start)
+        peak = peak_memory(run, policy)
+        policy.zero_grad(set_to_none=True)
+        out[name] = dict(peak_gib=peak / 2**30, expected_gib=expected / 2**30, expected_over_peak=expected / peak,
+                         step_seconds=min(seconds))
+        del trainer, retention
+    return out
+
+
 def step_ratios(size: str, device: str, rounds: int, batch_size: int, folder: Path, views=VIEWS) -> dict:
     "Five optimizer steps with CRaFT over five plain ones of the same policy and batch; anchor batch half the task batch."
     from craft_nb.builder import anchor_batch_targets
@@ -125,17 +173,9 @@ def step_ratios(size: str, device: str, rounds: int, batch_size: int, folder: Pa
     from craft_nb.losses import make_views
     from craft_nb.policies import adapter_for
     from craft_nb.trainer import CraftTrainer, Retention, one_step
-    policy, pre, work = build_policy(size, folder, device)
-    data, n = work.dataset(), batch_size
-    rows = torch.randint(len(data), (n,), generator=torch.Generator().manual_seed(0)).tolist()
-    raw = torch.utils.data.default_collate([data[i] for i in rows])
-    half = torch.utils.data.default_collate([data[i] for i in rows[: n // 2]])
-    batch, anchor_source = pre(raw), pre(half)
-    policy.train()
+    policy, batch, anchor_source = workload(size, folder, device, batch_size)
     opt = torch.optim.AdamW(policy.parameters(), lr=1e-5)
 
-    def forever(x):
-        while True: yield x
     def plain():
         for _ in range(5):
             policy.forward(batch)[0].backward()
@@ -163,7 +203,7 @@ def main():
     ap.add_argument("--millions", type=float, help="parameters of the surgery benchmark (default: 75 on a CPU, 1000 on a GPU)")
     ap.add_argument("--rounds", type=int, default=7)
     ap.add_argument("--batch_size", type=int, help="of the task (default: 32, for pi0_fast 8)")
-    ap.add_argument("--only", choices=["surgery", "memory", "step"], help="one part; the others keep what the file says of them")
+    ap.add_argument("--only", choices=["surgery", "memory", "training", "step"], help="one part; the others keep what the file says of them")
     ap.add_argument("--out", type=Path, default=Path("outputs/bench/optimiser.json"))
     args = ap.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,20 +216,24 @@ def main():
     if args.only in (None, "surgery"):
         result |= surgery_speed(args.millions or (1000 if device == "cuda" else 75), device, args.rounds)
     if args.only in (None, "memory"): result["extra_copies"] = gradient_copies(device)
+    batch_size = args.batch_size or (32 if args.size == "small" else 8)
+    if args.only in (None, "training"):
+        result["training"] = training_memory(args.size, device, batch_size, args.out.parent / "workload")
     if args.only in (None, "step"):
-        result["step_ratio"] = step_ratios(args.size, device, args.rounds, args.batch_size or (32 if args.size == "small" else 8),
-                                           args.out.parent / "workload")
+        result["step_ratio"] = step_ratios(args.size, device, args.rounds, batch_size, args.out.parent / "workload")
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
     goals = [("surgery_over_traffic", "≤ 1.5"), ("direct_over_surgery", "≥ 5"), ("torchjd_over_surgery", "")]
     lines = [(k, result[k], goal) for k, goal in goals if k in result]
     lines += [(f"extra_copies.{k}", v, {"global": "≤ 1.05", "layer": "≤ 0.10"}[k])
               for k, v in result.get("extra_copies", {}).items()]
+    lines += [(f"training.{k}.expected_over_peak", v["expected_over_peak"], f".9 to 1.1   peak {v['peak_gib']:.3g} GiB")
+              for k, v in result.get("training", {}).items()]
     limits = {"K1": ("≤ 1.45", "≤ 1.60"), "K5": ("≤ 1.10", "≤ 1.15")}
     lines += [(f"step_ratio.{K}.{v}", x, limits[K][v.startswith("action")])
               for K, row in result.get("step_ratio", {}).items() for v, x in row.items()]
     print(result["device"])
-    for name, value, goal in lines: print(f"  {name:28} {value:6.2f}   {goal}")
+    for name, value, goal in lines: print(f"  {name:42} {value:6.2f}   {goal}")
     print("written to", args.out)
 
 

@@ -1,35 +1,19 @@
-"""Peak memory of live tensor storages: what an allocator would have had to hold, on any device."""
-import weakref
+"""Peak memory on any device: the allocator's on a GPU, live tensor storages on a CPU."""
+from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from craft_nb.trainer import PeakMemory
 
 
-class PeakMemory(TorchDispatchMode):
-    """Inside the `with`: `live` and `peak` bytes of the storages that operations made,
-    beside those that `known` tensors hold already."""
-
-    def __init__(self, *known: torch.Tensor):
-        super().__init__()
-        self.refs, self.live, self.peak = {}, 0, 0
-        self.skip = {t.untyped_storage().data_ptr() for t in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor): self._hold(t.untyped_storage())
-        return out
-
-    def _hold(self, storage):
-        size, key = storage.nbytes(), storage._cdata
-        if not size or key in self.refs or storage.data_ptr() in self.skip: return
-        def freed(_):
-            self.live -= size
-            del self.refs[key]
-        self.refs[key] = weakref.ref(storage, freed)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+def peak_memory(run: Callable[[], object], model) -> int:
+    "Peak bytes while `run()` runs, weights and buffers of `model` included."
+    if (device := next(model.parameters()).device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device)
+    with PeakMemory(*model.parameters(), *model.buffers()) as memory: run()
+    return memory.peak + sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
 
 def extra_copies(run_plain, run_craft, model) -> float:

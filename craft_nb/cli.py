@@ -35,7 +35,7 @@ def today(argv: list[str], training: bool = False) -> list[str]:
         out.append("--policy.push_to_hub=false")
     return out
 
-# %% ../nbs/13_cli.ipynb #e8b94a4f
+# %% ../nbs/13_cli.ipynb #8a31d686
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
     try: return main()
@@ -45,7 +45,9 @@ def refuse_clearly(main: Callable[[], object]) -> object:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {type(e).__name__}: {e}\n(CRAFT_DEBUG=1 shows where)") from e
 
 def opened():
-    "`craft_nb.lerobot`. The garbage collector rests meanwhile: it would search half a million new objects again and again, for 8 % of the time."
+    """`craft_nb.lerobot`. The garbage collector rests meanwhile: it would search half a million new objects again and again,
+    for 8 % of the time. Torch's idle CPU threads are told to sleep early, unless the environment says otherwise."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     collecting = gc.isenabled()
     gc.disable()
     try: return importlib.import_module("craft_nb.lerobot")

@@ -68,8 +68,8 @@ def _pi(dual, loss, eps, grad_norms):
     memory["xi"] = nu * xi + (1 - nu) * e
     return dual.config.pi_ki * e + dual.config.pi_kp * (memory["xi"] - xi)
 
-# %% ../nbs/04_dual.ipynb #7036160f
-LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-7.0, high=2.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
+# %% ../nbs/04_dual.ipynb #85dd49e0
+LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=2.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
 
 def _landing(dual, loss, eps, grad_norms):
     p, memory = LANDING, dual.memory
@@ -79,12 +79,14 @@ def _landing(dual, loss, eps, grad_norms):
     g, r = grad_norms or (0.0, 0.0)
     if g > 0 and r > 0:  # a running mean that weighs the first measurements equally
         n = memory["n"] = memory.get("n", 0) + 1
-        keep, rho = min(p["memory"], 1 - 1 / n), math.log(g / r) + 0.5 * math.log(loss / eps)
-        memory["rho"] = keep * memory.get("rho", rho) + (1 - keep) * rho
+        keep, even = min(p["memory"], 1 - 1 / n), math.log(g / r)
+        for name, x in (("even", even), ("rho", even + 0.5 * math.log(loss / eps))):
+            memory[name] = keep * memory.get(name, x) + (1 - keep) * x
     if "rho" not in memory: return 0.0
+    most = math.log(p["most"] * dual.config.retention_freq)
     steps = dual.config.retention_freq * dual.config.lambda_update_every
-    s = memory["s"] = min(max(memory.get("s", 0.0) + p["ki"] * steps * e, p["low"]), p["high"])
-    target = 0.0 if s == p["low"] else math.exp(min(memory["rho"] + s + p["kp"] * mean, 700.0))
+    s = memory["s"] = min(max(memory.get("s", 0.0) + p["ki"] * steps * e, p["low"]), most)
+    target = 0.0 if s == p["low"] else math.exp(min(memory["rho"] + s + p["kp"] * mean, memory["even"] + most, 700.0))
     return target / dual.pressure - dual.lam
 
 CONTROLLERS = {"ascent": _ascent, "ema": _ema, "pi": _pi, "landing": _landing}

@@ -7,22 +7,26 @@ __all__ = ['HOOKS', 'RECORD', 'PROBE_BATCHES', 'MOMENTS', 'Callback', 'Control',
            'make_duals', 'Retention', 'endless', 'anchor_losses', 'enough_memory', 'retention_backward', 'pressed',
            'stacked', 'violations', 'merge_weight', 'surgery_row', 'update_multipliers', 'CraftTrainer', 'take_grad',
            'task_backward', 'clip_gradients', 'across_ranks', 'plain_step', 'craft_step', 'streamed_step', 'one_step',
-           'agree', 'make_record', 'finite_or_none', 'calibrate_budget', 'apply_changes', 'loop', 'fit', 'moments',
-           'kept_bytes', 'estimate_memory', 'measure_passes', 'Memory', 'resident', 'Run']
+           'agree', 'make_record', 'finite_or_none', 'calibrate_budget', 'apply_changes', 'loop', 'fit', 'PeakMemory',
+           'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'measure_passes', 'Memory',
+           'resident', 'Run']
 
-# %% ../nbs/08_trainer.ipynb #0c8e2bdd
+# %% ../nbs/08_trainer.ipynb #2e1c14cf
 import itertools
 import math
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .config import CraftConfig, parse_weights
 from .dual import Dual, no_trace
@@ -254,7 +258,7 @@ def update_multipliers(ret: Retention, step: int, row: dict) -> None:
     "One dual step on the losses of this retention step."
     for n, d in ret.duals.items(): d.update(step, row["now"][n], grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]))
 
-# %% ../nbs/08_trainer.ipynb #271727fc
+# %% ../nbs/08_trainer.ipynb #7c491881
 class CraftTrainer:
     "Fine-tunes `policy` under a drift budget: `fit()` here and now, `start()` in a thread. Without `retention`, plainly."
     def __init__(
@@ -274,6 +278,9 @@ class CraftTrainer:
         checkpoint: Callable[["CraftTrainer"], object] | None = None,  # writes one; called when training is stopped
         max_nonfinite_steps: int = 10,  # in a row, before training stops
     ):
+        if retention and isinstance(retention.surgery, StreamingSurgery) and (accumulate > 1 or retention.config.anchor_micro_batch):
+            raise ValueError(f"streamed surgery merges during one backward pass: expected accumulate=1 and anchor_micro_batch=0, "
+                             f"found {accumulate} and {retention.config.anchor_micro_batch}; use Retention(stream=False)")
         self.policy, self.batches, self.optimizer, self.scheduler = policy, iter(batches), optimizer, scheduler
         self.steps, self.step, self.retention, self.accumulate = steps, 0, retention, accumulate
         self.grad_clip_norm, self.max_nonfinite_steps = grad_clip_norm, max_nonfinite_steps
@@ -496,7 +503,55 @@ def fit(trainer: CraftTrainer) -> dict | None:
         raise
     return trainer.record
 
-# %% ../nbs/08_trainer.ipynb #4484209a
+# %% ../nbs/08_trainer.ipynb #a1543cad
+class PeakMemory(TorchDispatchMode):
+    """Inside the `with`: `live` and `peak` bytes of the storages that operations made, beside those that `known` tensors
+    hold already. What an allocator would have had to hold, on any device."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.refs, self.live, self.peak = {}, 0, 0
+        self.skip = {t.untyped_storage().data_ptr() for t in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor): self._hold(t.untyped_storage())
+        return out
+
+    def _hold(self, storage):
+        size, key = storage.nbytes(), storage._cdata
+        if not size or key in self.refs or storage.data_ptr() in self.skip: return
+        def freed(_):
+            self.live -= size
+            del self.refs[key]
+        self.refs[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+def pass_bytes(model: nn.Module, run: Callable[[], object]) -> int:
+    "Most bytes that the passes of `run()` hold beside the weights, new gradients among them. Leaves no trace."
+    device, held = next(model.parameters()).device, [(p, p.grad) for p in model.parameters()]
+    gpus = [device] if device.type == "cuda" else []
+    for p, _ in held: p.grad = None
+    with torch.random.fork_rng(devices=gpus):
+        try:
+            if not gpus:
+                with PeakMemory(*model.parameters(), *model.buffers(), *(g for _, g in held if g is not None)) as memory: run()
+                return memory.peak
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            run()
+            return torch.cuda.max_memory_allocated(device) - before
+        finally:
+            for p, g in held: p.grad = g
+
+def gradient_pass(model: nn.Module, loss: Callable[[], Tensor]) -> int:
+    "`pass_bytes` of a loss and its gradient. No hook of the parameters is called, so that no rank waits for another."
+    params = [p for p in model.parameters() if p.requires_grad]
+    return pass_bytes(model, lambda: torch.autograd.grad(loss(), params, allow_unused=True))
+
+# %% ../nbs/08_trainer.ipynb #98c80fcd
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1}
 
 def moments(optimizer) -> int:
@@ -505,54 +560,45 @@ def moments(optimizer) -> int:
     if type(inner) is torch.optim.SGD: return int(inner.defaults["momentum"] > 0)
     return MOMENTS.get(type(inner).__name__, 2)
 
-def kept_bytes(policy: nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that `forward()` keeps for its backward pass, weights not counted;
-    inside checkpointed blocks only what the device's allocator shows."""
-    own, seen = {t.untyped_storage().data_ptr() for t in [*policy.parameters(), *policy.buffers()]}, {}
-    device = next(policy.parameters()).device
-    def note(t):
-        s = t.untyped_storage()
-        if s.data_ptr() not in own: seen[s.data_ptr()] = s.nbytes()
-        return t
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    with (torch.random.fork_rng(device_type=device.type if device.type != "cpu" else "cuda",
-                                devices=[device] if device.type == "cuda" else []),
-          torch.autograd.graph.saved_tensors_hooks(note, lambda t: t)):
-        out = forward()  # noqa: F841  alive until it is measured
-        return torch.cuda.memory_allocated(device) - before if device.type == "cuda" else sum(seen.values())
+def nbytes(tensors: Iterable) -> int: return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
 
-# %% ../nbs/08_trainer.ipynb #94918191
 def estimate_memory(trainer: CraftTrainer) -> dict[str, int]:  # bytes
-    """What training will need: weights, gradients, optimizer, surgery, activations of the task and the anchor pass,
-    and the peak. Leaves no trace."""
-    ret, acc, size = trainer.retention, trainer.accelerator, lambda ts: sum(t.numel() * t.element_size() for t in ts)
-    g = size(trainer.params)
-    out = dict(weights=size([*trainer.policy.parameters(), *trainer.policy.buffers()]),
-               gradients=g * (2 if "MULTI" in str(getattr(acc, "distributed_type", "")) else 1),
-               optimizer=g * moments(trainer.optimizer), surgery=0, task_pass=0, anchor_pass=0)
+    """What training will need: weights, gradients, optimizer, the gradient that surgery adds, what the task and the anchor pass
+    hold beside the weights (each with its own gradient), and the peak of a step. Leaves no trace."""
+    ret, acc, g = trainer.retention, trainer.accelerator, nbytes(trainer.params)
+    out = dict(weights=nbytes([*trainer.policy.parameters(), *trainer.policy.buffers()]), gradients=g,
+               optimizer=g * moments(trainer.optimizer), surgery=0, task_pass=g, anchor_pass=0)
     if not (acc and "FSDP" in str(acc.distributed_type)):
         out |= measure_passes(trainer, acc.unwrap_model(trainer.policy) if acc else trainer.policy)
-    if ret:
-        out["surgery"] = (max(size([ret.surgery.params[i] for i in ids]) for ids in ret.surgery.groups.values())
-                          if isinstance(ret.surgery, StreamingSurgery) else g)
-    fixed = out["weights"] + out["gradients"] + out["optimizer"]
-    # the optimizer's own temporaries are about a gradient
-    return out | {"peak": fixed + max(out["task_pass"], out["surgery"] + out["anchor_pass"], g)}
+    streams = ret is not None and isinstance(ret.surgery, StreamingSurgery)
+    if ret: out["surgery"] = max(nbytes(ret.surgery.params[i] for i in ids) for ids in ret.surgery.groups.values()) if streams else g
+    task = out["task_pass"] + (g if trainer.accumulate > 1 else 0)
+    anchor = out["anchor_pass"] and g + out["anchor_pass"] + (g if ret.config.anchor_micro_batch else 0)
+    step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)  # foreach: one temporary
+    buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
+    return out | {"peak": out["weights"] + out["optimizer"] + buckets + max(task, 0 if streams else anchor, step)}
 
 def measure_passes(trainer: CraftTrainer, policy: nn.Module) -> dict[str, int]:
-    "Activations of both passes on the next batches, which are put back. A streamed step holds both at once."
+    "Both passes on the next batches, which are put back. A streamed step holds both at once."
     ret, batch = trainer.retention, next(trainer.batches)
     trainer.batches = itertools.chain([batch], trainer.batches)
-    with trainer.autocast(): out = {"task_pass": kept_bytes(policy, lambda: policy(batch)[0])}
+    def task():
+        with trainer.autocast(): return policy(batch)[0]
+    held = nbytes(batch.values()) if isinstance(batch, dict) else 0
+    out = {"task_pass": held + gradient_pass(policy, task)}
     if ret is None: return out
     place = ret.anchors.state_dict() if hasattr(ret.anchors, "state_dict") else None
     anchors = next(ret.line)
     if place is None: ret.line = itertools.chain([anchors], ret.line)
     else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
     n = ret.config.anchor_micro_batch or len(anchors["input_ids"])
-    out["anchor_pass"] = kept_bytes(
-        policy, lambda: anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
-    return out | ({"task_pass": sum(out.values())} if isinstance(ret.surgery, StreamingSurgery) else {})
+    def retention(): return pressed(ret, anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
+    with enough_memory(ret, n): out["anchor_pass"] = held + gradient_pass(policy, retention)
+    if not isinstance(ret.surgery, StreamingSurgery): return out
+    def both():
+        with ret.surgery.record(): r = retention()
+        with ret.surgery.merge_(r, 1.0, True, trainer.grad_clip_norm or None): trainer.backward(task())
+    return out | {"task_pass": held + pass_bytes(policy, both)}
 
 # %% ../nbs/08_trainer.ipynb #78b2e443
 class Memory(Callback):
