@@ -10,7 +10,7 @@ __all__ = ['DTYPES', 'IMAGE_CODES', 'INDEX', 'PACKED', 'CODES', 'SCHEMA_VERSION'
            'AnchorLoader', 'build_anchor_dataloader', 'check_compatible', 'no_frames', 'verify_cache', 'convert_cache',
            'cache_info']
 
-# %% ../nbs/05_anchors.ipynb #ba763839
+# %% ../nbs/05_anchors.ipynb #b6003785
 import collections
 import concurrent.futures
 import contextlib
@@ -18,6 +18,7 @@ import ctypes
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import mmap
@@ -173,7 +174,7 @@ def hash_tensors(
             for at in range(lo, hi, 1 << 22): h.update(f.read(min(1 << 22, hi - at)))
     return h.hexdigest()
 
-# %% ../nbs/05_anchors.ipynb #994fb4f0
+# %% ../nbs/05_anchors.ipynb #6e6f9ef9
 IMAGE_CODES = ('webp', 'zlib', 'raw')
 
 def _pil():
@@ -188,12 +189,15 @@ def encode_image(
     code: str = 'webp',  # 'webp' (c = 3), 'zlib' or 'raw'
 ) -> bytes:
     "One frame, compressed without loss; equal frames give equal bytes."
-    hwc = bytes(_bytes(x.permute(1, 2, 0).contiguous()))
-    if code == 'raw': return hwc
-    if code == 'zlib': return zlib.compress(hwc, 1)
-    out, (_, h, w) = io.BytesIO(), x.shape
+    return _encode_frame(x.permute(1, 2, 0).contiguous(), code)
+
+def _encode_frame(hwc: Tensor, code: str) -> bytes:
+    raw = bytes(_bytes(hwc))
+    if code == 'raw': return raw
+    if code == 'zlib': return zlib.compress(raw, 1)
+    out, (h, w, _) = io.BytesIO(), hwc.shape
     hard = h * w >= 128 * 128                           # smaller: a third of the time for 8 % more bytes
-    _pil().frombuffer('RGB', (w, h), hwc).save(out, 'WEBP', lossless=True, quality=0, method=int(hard))
+    _pil().frombuffer('RGB', (w, h), raw).save(out, 'WEBP', lossless=True, quality=0, method=int(hard))
     return out.getvalue()
 
 # %% ../nbs/05_anchors.ipynb #6360f675
@@ -264,7 +268,7 @@ class Field:
         data = (self.dtype, (None, *self.rest)) if self.code == 'packed' else ('uint8', (None,))
         return {f'{self.name}.data': data, f'{self.name}.offsets': ('int64', (n * self.pieces + 1,))}
 
-# %% ../nbs/05_anchors.ipynb #fcca0228
+# %% ../nbs/05_anchors.ipynb #5ad44080
 def _frame_hash(x: Tensor) -> bytes: return hashlib.sha256(_bytes(x.contiguous())).digest()[:16]
 def _frame_hashes(x: Tensor) -> bytes: return b''.join(map(_frame_hash, x.reshape(-1, *x.shape[-3:])))
 
@@ -275,14 +279,19 @@ def encode_field(
     pmap=map,  # how frames are mapped over threads
 ) -> list:  # b lists of pieces, the bytes that are stored
     "A batch of one field as the pieces of its rows."
+    return _pieces(f, *_arrange(f, x, mask), pmap)
+
+def _arrange(f: Field, x: Tensor, mask: Tensor | None) -> tuple:  # contiguous, as it is stored; bytes of each row
+    if f.code in IMAGE_CODES: return x.reshape(-1, *x.shape[-3:]).movedim(-3, -1).contiguous(), None
+    if f.code == 'packed': return x.movedim(f.axis + 1, 1)[mask.bool()].contiguous(), (mask.sum(1) * f.unit).tolist()
+    return x.contiguous(), [f.unit] * len(x)
+
+def _pieces(f: Field, x: Tensor, sizes: list | None, pmap) -> list:
     if f.code == 'reference': return [[_frame_hashes(i)] for i in x]
     if f.code in IMAGE_CODES:
-        some = x.reshape(-1, *x.shape[-3:]).split(8)
-        blobs = sum(pmap(lambda frames: [encode_image(i, f.code) for i in frames], some), [])
+        blobs = sum(pmap(lambda frames: [_encode_frame(i, f.code) for i in frames], x.split(8)), [])
         return [blobs[i:i + f.pieces] for i in range(0, len(blobs), f.pieces)]
-    if f.code == 'plain': raw, sizes = _bytes(x.contiguous()), torch.full((len(x),), f.unit)
-    else: raw, sizes = _bytes(x.movedim(f.axis + 1, 1)[mask.bool()].contiguous()), mask.sum(1) * f.unit
-    at = [0, *sizes.cumsum(0).tolist()]
+    raw, at = _bytes(x), [0, *itertools.accumulate(sizes)]
     return [[raw[a:b]] for a, b in zip(at, at[1:])]
 
 # %% ../nbs/05_anchors.ipynb #a5a781f9
@@ -409,13 +418,15 @@ def _missing(d: Path) -> str:
     n = len(list(d.glob('anchors-*.safetensors')))
     return f'{d}: unfinished cache ({n} shards so far); run the same craft-build-cache again to finish it'
 
-# %% ../nbs/05_anchors.ipynb #9ccdc215
+# %% ../nbs/05_anchors.ipynb #a8d2b7c4
+_ALONE = 1 << 14  # elements: torch takes no second thread for so few
+
 class Spread:
     "Running variance over the first dim, float64, in chunks of bounded memory."
     def __init__(self): self.n, self.mean, self.m2 = 0, 0., 0.
 
     def update(self, x: Tensor):  # (k, …) new values
-        for c in x.split(max(1, (1 << 22) // max(1, x[:1].numel()))):
+        for c in x.split(max(1, _ALONE // max(1, x[:1].numel()))):
             if not len(c): continue
             c = c.double(); mean = c.mean(0); delta = mean - self.mean; n = self.n + len(c)
             self.m2 = self.m2 + (c - mean).square().sum(0) + delta.square() * (self.n * len(c) / n)
@@ -428,7 +439,7 @@ class Spread:
         var, six = self.m2 / self.n, lambda x: float(f'{float(x):.6g}')          # six digits: the rest is rounding
         return dict(spread=six(var.mean())) | (dict(layer_spread=[six(v.mean()) for v in var]) if layered else {})
 
-# %% ../nbs/05_anchors.ipynb #244f8166
+# %% ../nbs/05_anchors.ipynb #a0c5745d
 def _row_crc(cache_id: str, row: int, name: str, pieces: list) -> int:
     c = zlib.crc32(f'{cache_id}/{row}/{name}/{[len(p) for p in pieces]}'.encode())
     for p in pieces: c = zlib.crc32(p, c)
@@ -443,7 +454,7 @@ def _write_rows(path: Path, fields: dict, rows: list, cache_id: str, first: int)
         pieces = [p for r in rows for p in r[f.name]]
         sizes = [len(p) // f.unit if f.unit else 0 for p in pieces]
         for key, (dtype, shape) in f.stored(n).items():
-            if key.endswith('.offsets'): parts[key] = dtype, shape, ints([0, *torch.tensor(sizes).cumsum(0).tolist()])
+            if key.endswith('.offsets'): parts[key] = dtype, shape, ints([0, *itertools.accumulate(sizes)])
             else: parts[key] = dtype, tuple(sum(sizes) if s is None else s for s in shape), pieces
     return write_shard(path, parts, dict(craft_nb=cache_id)) | dict(rows=n)
 
@@ -616,7 +627,7 @@ class _Resumable(_Intake):
         size = self.plan['shard_size']
         return min(size, self.plan['num_anchors'] - shard * size)
 
-# %% ../nbs/05_anchors.ipynb #ccb01ad6
+# %% ../nbs/05_anchors.ipynb #9aee0ca9
 class _Queued(_Resumable):
     "Encodes and writes behind the caller's back, in order."
     def _start(self, encoders: int):
@@ -629,11 +640,12 @@ class _Queued(_Resumable):
         if not self.fields: self._declare(batch)
         self._fits(batch, b)
         while len(self._waiting) >= 2: self._waiting.popleft().result()
-        self._waiting.append(self._queue.submit(self._encode, batch, b))
+        ready = {k: _arrange(f, batch[k], batch.get(f.mask)) for k, f in self.fields.items()}
+        self._waiting.append(self._queue.submit(self._encode, ready, b))
         self.position += b
 
-    def _encode(self, batch: dict, b: int):
-        coded = {k: encode_field(f, batch[k], batch.get(f.mask), self._encoders.map) for k, f in self.fields.items()}
+    def _encode(self, ready: dict, b: int):
+        coded = {k: _pieces(f, *ready[k], self._encoders.map) for k, f in self.fields.items()}
         for i in range(b):
             self._rows.append({k: c[i] for k, c in coded.items()})
             if len(self._rows) < self._rows_of(k := len(self.shards)): continue

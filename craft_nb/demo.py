@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #2e8fb65a
+# %% ../nbs/12_demo.ipynb #720b6e30
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
@@ -25,7 +25,8 @@ class Settings:
     episodes: int = 40  # expert episodes a task
     noise: float = 0.1  # on the expert's executed actions
     episode_length: int = 130  # steps; the experts need 50 to 120
-    spread: float = 1.0  # start positions within this multiple of Meta-World's own range
+    spread: float = 1.0  # of the old tasks: start positions within this multiple of Meta-World's own range
+    new_spread: float = 1.0  # of the new task
     teacher_steps: int = 1000
     teacher_lr: float = 1e-3
     steps: int = 300  # of fine-tuning
@@ -151,7 +152,7 @@ def run_jobs(
                     raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {log}") from f.exception()
     return [f.result() for f in futures]
 
-# %% ../nbs/12_demo.ipynb #a4799221
+# %% ../nbs/12_demo.ipynb #f29c41a7
 def record(run:Run):
     "Meta-World experts → `dataset/`."
     run.pool
@@ -159,11 +160,13 @@ def record(run:Run):
     from craft_nb.small import record_episodes, write_dataset
     s, work = run.settings, workload(run)
     shutil.rmtree(work.root, ignore_errors=True)
-    episodes = record_episodes(s.tasks, s.episodes, run.pool, noise=s.noise, **env_kw(s))
+    episodes = itertools.chain.from_iterable(
+        record_episodes(some, s.episodes, run.pool, noise=s.noise, **env_kw(s, some[0])) for some in (s.old_tasks, s.new.split(",")))
     write_dataset(tqdm(episodes, total=s.episodes*len(s.tasks), desc=f"{'record':>9}", unit="episode"), work.root, work.repo_id)
     return dict(frames=work.meta.total_frames, episodes={t: work.episodes(t) for t in s.tasks})
 
-def env_kw(s:Settings): return dict(episode_length=s.episode_length, spread=s.spread)
+def env_kw(s:Settings, task:str): # of `make_small_env`
+    return dict(episode_length=s.episode_length, spread=s.spread if task in s.old_tasks else s.new_spread)
 
 def workload(run:Run): # the data set, tokenizers and policy of a demo folder
     from craft_nb.small import Workload
@@ -256,7 +259,7 @@ def caches(run:Run):
     jobs = [(cache_job, ((str(run.folder), s), name, *how, path), done) for name, how in plan.items()]
     return dict(zip(plan, run_jobs(run, "caches", jobs, len(jobs))))
 
-# %% ../nbs/12_demo.ipynb #d6b9e36f
+# %% ../nbs/12_demo.ipynb #8212c034
 SEED = 100_000  # of the first evaluation episode; demonstrations start at 0
 
 def evaluate_job(run_args, task, seeds, paths, file):
@@ -265,7 +268,7 @@ def evaluate_job(run_args, task, seeds, paths, file):
     from craft_nb.small import roll_out, vector_env
     run = Run(*run_args)
     work, env = workload(run), None
-    env = vector_env(task, len(seeds), **env_kw(run.settings))
+    env = vector_env(task, len(seeds), **env_kw(run.settings, task))
     for arm, path in paths.items():
         success, actions = roll_out(work.policy(path), work.processors(path), env, seeds)
         row = dict(task=task, arm=arm, seeds=seeds, success=success, actions=actions)
@@ -307,7 +310,7 @@ def drift_job(run_args, path):
     batches = (held.batch(range(i, min(i + 32, len(held)))) for i in range(0, len(held), 32))
     return measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, layers, m), batches, layers, m["pooling"])
 
-# %% ../nbs/12_demo.ipynb #525eccc2
+# %% ../nbs/12_demo.ipynb #a9e60d7d
 def clip_job(task, seed, actions, spread):
     "Replay actions at 144 pixels; the frames as an animated GIF."
     from craft_nb.small import replay_gif
@@ -323,7 +326,7 @@ def clips(run:Run, arms): # {task: {arm: GIF bytes}}
         seeds = sorted(s for t, s in plays if t == task)
         telling = [s for s in seeds if [plays[task, s][a][0] for a in arms] == [a != "sft" for a in arms]]
         picks += [(task, (telling or seeds)[0], a) for a in arms]
-    jobs = [(clip_job, (t, s, plays[t, s][a][1], run.settings.spread), None) for t, s, a in picks]
+    jobs = [(clip_job, (t, s, plays[t, s][a][1], env_kw(run.settings, t)["spread"]), None) for t, s, a in picks]
     out = {}
     for (t, s, a), gif in zip(picks, run_jobs(run, "clips", jobs)): out.setdefault(t, {})[a] = gif
     return out
@@ -353,7 +356,7 @@ def report(run:Run):
     path = render_report(data, rows, clips(run, [a for a in show if a]), run.folder)
     return dict(report=str(path))
 
-# %% ../nbs/12_demo.ipynb #439f4c82
+# %% ../nbs/12_demo.ipynb #6552991a
 def constant_actions(): # (20, 4)
     "Still (gripper open, closed), along each axis, towards each corner, along the horizontal diagonals."
     moves = [d for d in itertools.product((-1, 0, 1), repeat=3) if sum(map(abs, d)) in (1, 3) or (d[2] == 0 and any(d))]
@@ -363,7 +366,7 @@ def constant_job(run_args, task, seeds, file):
     from craft_nb.small import try_constant
     run = Run(*run_args)
     for action in constant_actions():
-        n = try_constant(task, action, seeds, **env_kw(run.settings))
+        n = try_constant(task, action, seeds, **env_kw(run.settings, task))
         row = dict(task=task, arm=str(action), success=[True]*n + [False]*(len(seeds) - n))
         with open(file, "a") as f: f.write(json.dumps(row) + "\n")
 
@@ -389,8 +392,8 @@ def check_tasks(run:Run, limit:float=0.2):
     if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; "
                              "choose other tasks")
 
-# %% ../nbs/12_demo.ipynb #d24ab1f8
-DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "seed")
+# %% ../nbs/12_demo.ipynb #1de01d4b
+DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "new_spread", "seed")
 TEACH = (*DATA, "teacher_steps", "teacher_lr", "batch_size")
 TUNE = (*TEACH, "anchors", "held_out", "arms", "steps", "lr")
 STAGES = dict(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(teacher, TEACH),
