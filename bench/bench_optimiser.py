@@ -162,7 +162,7 @@ def training_memory(size: str, device: str, batch_size: int, folder: Path, steps
         policy.zero_grad(set_to_none=True)
         out[name] = dict(peak_gib=peak / 2**30, expected_gib=expected / 2**30, expected_over_peak=expected / peak,
                          step_seconds=min(seconds))
-        del trainer, retention
+        trainer = retention = None  # their memory must not count for the next
     return out
 
 
