@@ -5,6 +5,8 @@
 
 A run lands if the mean L_ret of its last 50 steps lies in [0.7, 1.1]·ε_end, or λ is 0: the budget does not bind.
 Writes landing.json and landing.png beside the demo, and exits with 1 if a run of the recommended controller misses.
+With --controllers, --views or --budgets only some are trained; finished runs of earlier calls stay in the table and
+the picture, marked as such.
 """
 import argparse
 import json
@@ -35,7 +37,11 @@ def train_job(run_args, name: str, how: dict, out: str) -> list[dict]:
     config.output_dir, config.save_checkpoint = Path(out), False
     shutil.rmtree(out, ignore_errors=True)
     train(config, quiet=True)
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return retention_rows(Path(out))
+
+
+def retention_rows(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [r for r in rows if "event" not in r and r.get("retention")]
 
 
@@ -49,7 +55,7 @@ def draw(curves: dict, path: Path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    budgets = list(dict.fromkeys((view, eps) for _, view, eps in curves))
+    budgets = sorted({(view, eps) for _, view, eps in curves}, key=lambda b: (list(BUDGETS).index(b[0]) if b[0] in BUDGETS else 9, b[1]))
     fig, axes = plt.subplots(2, len(budgets), figsize=(2.6 * len(budgets), 4.4), dpi=80, layout="constrained", squeeze=False)
     for (top, low), (view, eps) in zip(axes.T, budgets):
         for (controller, v, e), rows in curves.items():
@@ -80,10 +86,16 @@ def main():
     jobs = [(train_job, ((str(run.folder), run.settings), f"{p[0]}:{p[1]}", arm(*p), str(out[p])), out[p] / "metrics.jsonl") for p in plan]
     try: curves = dict(zip(plan, demo.run_jobs(run, "landing", jobs, run.settings.steps * len(plan)), strict=True))
     finally: run.close()
-    table = [dict(controller=c, view=v, epsilon=e) | landed(curves[c, v, e], e) for c, v, e in plan]
+    for folder in (run.folder / "landing").iterdir():
+        controller, view, eps = folder.name.split("-", 2)
+        if folder not in out.values() and len(rows := retention_rows(folder)) == run.settings.steps:
+            curves[controller, view, float(eps)] = rows
+    plan_now, plan = set(plan), sorted(curves, key=lambda p: (p[1], p[2], p[0]))
+    table = [dict(controller=c, view=v, epsilon=e, earlier=(c, v, e) not in plan_now) | landed(curves[c, v, e], e)
+             for c, v, e in plan]
     for t in table:
         print("{controller:8} {view:14} ε={epsilon:<6g} L_ret/ε={ratio:5.2f}  λ={lam:8.3g}  task {task_loss:.3f}  ".format(**t)
-              + ("lands" if t["lands"] else "misses"))
+              + ("lands" if t["lands"] else "misses") + (" (earlier)" if t["earlier"] else ""))
     (run.folder / "landing.json").write_text(json.dumps(table, indent=1) + "\n")
     draw(curves, run.folder / "landing.png")
     print("written to", run.folder / "landing.json", "and landing.png")
