@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #720b6e30
+# %% ../nbs/12_demo.ipynb #5812534c
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
@@ -25,8 +25,7 @@ class Settings:
     episodes: int = 40  # expert episodes a task
     noise: float = 0.1  # on the expert's executed actions
     episode_length: int = 130  # steps; the experts need 50 to 120
-    spread: float = 1.0  # of the old tasks: start positions within this multiple of Meta-World's own range
-    new_spread: float = 1.0  # of the new task
+    spread: str = "1"  # start positions left to right within this multiple of Meta-World's own range: one number, or one a task, old ones first
     teacher_steps: int = 1000
     teacher_lr: float = 1e-3
     steps: int = 300  # of fine-tuning
@@ -42,6 +41,12 @@ class Settings:
     def old_tasks(self): return self.old.split(",")
     @property
     def tasks(self): return [*self.old_tasks, *self.new.split(",")]
+    @property
+    def spreads(self): # {task: spread}
+        found = [float(x) for x in self.spread.split(",")]
+        if len(found) not in (1, len(self.tasks)):
+            raise ValueError(f"spread: expected one number, or one for each of {', '.join(self.tasks)}; found {self.spread!r}")
+        return dict(zip(self.tasks, found*len(self.tasks)))
     @property
     def arm_names(self): return self.arms.split(",")
     @property
@@ -152,7 +157,7 @@ def run_jobs(
                     raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {log}") from f.exception()
     return [f.result() for f in futures]
 
-# %% ../nbs/12_demo.ipynb #f29c41a7
+# %% ../nbs/12_demo.ipynb #98683412
 def record(run:Run):
     "Meta-World experts → `dataset/`."
     run.pool
@@ -166,7 +171,7 @@ def record(run:Run):
     return dict(frames=work.meta.total_frames, episodes={t: work.episodes(t) for t in s.tasks})
 
 def env_kw(s:Settings, task:str): # of `make_small_env`
-    return dict(episode_length=s.episode_length, spread=s.spread if task in s.old_tasks else s.new_spread)
+    return dict(episode_length=s.episode_length, spread=s.spreads[task])
 
 def workload(run:Run): # the data set, tokenizers and policy of a demo folder
     from craft_nb.small import Workload
@@ -392,8 +397,8 @@ def check_tasks(run:Run, limit:float=0.2):
     if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; "
                              "choose other tasks")
 
-# %% ../nbs/12_demo.ipynb #1de01d4b
-DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "new_spread", "seed")
+# %% ../nbs/12_demo.ipynb #a8a7e317
+DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "seed")
 TEACH = (*DATA, "teacher_steps", "teacher_lr", "batch_size")
 TUNE = (*TEACH, "anchors", "held_out", "arms", "steps", "lr")
 STAGES = dict(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(teacher, TEACH),
@@ -417,6 +422,8 @@ def parse(argv=None):
     settings = replace(SIZES[args.size], **given)
     if unknown := set(settings.arm_names) - set(ARMS):
         p.error(f"unknown arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
+    try: settings.spreads
+    except ValueError as e: p.error(str(e))
     return args, settings
 
 def demo_main(argv=None):

@@ -160,7 +160,7 @@ def lerobot_metaworld():  # the module lerobot.envs.metaworld
     except ImportError as e: raise ImportError(f"{e}. The simulator is an extra: pip install 'craft_nb[sim]'") from e
     return m
 
-# %% ../nbs/11b_small.ipynb #e987a649
+# %% ../nbs/11b_small.ipynb #bb72308a
 @functools.cache
 def small_env_class():
     "LeRobot's `MetaworldEnv` with fewer pixels, its own episode length and images on demand."
@@ -175,7 +175,8 @@ def small_env_class():
             super()._ensure_env()
             if self.spread != 1:
                 space = self._env.unwrapped._random_reset_space
-                middle, half = (space.low + space.high)/2, (space.high - space.low)/2*self.spread
+                middle, half = (space.low + space.high)/2, (space.high - space.low)/2
+                half[::3] *= self.spread  # x only: the arm reaches far to both sides, but little farther away
                 self._env.unwrapped._random_reset_space = gym.spaces.Box(middle - half, middle + half, dtype=np.float64)
             r, m = self._env.mujoco_renderer, self._env.model
             r.width = r.height = m.vis.global_.offwidth = m.vis.global_.offheight = self.observation_width
@@ -199,7 +200,7 @@ def make_small_env(task:str, **kw):
     "One small Meta-World environment, without the vector wrapper."
     return small_env_class()(task, obs_type="pixels_agent_pos", **kw)
 
-# %% ../nbs/11b_small.ipynb #d3b1f862
+# %% ../nbs/11b_small.ipynb #8230d1ee
 @EnvConfig.register_subclass("metaworld_small")
 @dataclass
 class MetaworldSmallEnv(MetaworldEnv):
@@ -208,7 +209,7 @@ class MetaworldSmallEnv(MetaworldEnv):
     size: int = 64              # pixels a side
     episode_length: int = 150   # steps; the experts need 31 to 93
     render_every: int = 1       # steps between images; n_action_steps is exact for open-loop chunks
-    spread: float = 1.0         # start positions within this multiple of Meta-World's own range around its middle
+    spread: float = 1.0         # start positions left to right within this multiple of Meta-World's own range, around its middle
 
     def __post_init__(self):
         super().__post_init__()
