@@ -15,7 +15,7 @@ export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
 each = set -e; for f in $(1); do [ -e "$$f" ] || continue; echo "python $$f $(2)"; python "$$f" $(2); done
 
-.PHONY: help setup demo test prepare check nbtest pytest lab docs readme results bench fuzz kill-test distributed-test clean
+.PHONY: help setup demo test check-tasks prepare check nbtest pytest lab docs readme results bench fuzz kill-test distributed-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ results: .venv/.ready ## the demo's figures into nbs/index.ipynb and README.md (
 
 bench: .venv/.ready ## every benchmark of bench/; ARGS="--size pi0_fast" goes to each
 	@$(call each,bench/bench_*.py,$(ARGS))
+
+check-tasks: .venv/.ready ## do the demo's tasks need sight? the policy trained on grey images and constant actions, at most 20 % each
+	craft-demo check-tasks
 
 fuzz: .venv/.ready ## damage caches and draw configs at random, N times each (N=20)
 	@export $(one); $(call each,tests/fuzz_*.py,$(N))

@@ -16,16 +16,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #ba4a0b45
+# %% ../nbs/12_demo.ipynb #dd2595c8
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
     old: str = "handle-press-v3,coffee-button-v3"  # tasks the teacher can do
-    new: str = "window-open-v3"  # task to learn without losing them
+    new: str = "button-press-topdown-v3"  # task to learn without losing them
     episodes: int = 40  # expert episodes a task
     noise: float = 0.1  # on the expert's executed actions
     episode_length: int = 130  # steps; the experts need 50 to 120
-    spread: str = "5,5,3"  # start positions left to right within this multiple of Meta-World's own range: one number, or one a task, old ones first
+    spread: str = "5"  # start positions left to right within this multiple of Meta-World's own range: one number, or one a task, old ones first
     teacher_steps: int = 1200
     teacher_lr: float = 1e-3
     steps: int = 300  # of fine-tuning
