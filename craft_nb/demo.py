@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #dd2595c8
+# %% ../nbs/12_demo.ipynb #9eeb09d3
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
-    old: str = "handle-press-v3,coffee-button-v3"  # tasks the teacher can do
-    new: str = "button-press-topdown-v3"  # task to learn without losing them
+    old: str = "handle-press-v3,button-press-topdown-v3"  # tasks the teacher can do
+    new: str = "button-press-v3"  # task to learn without losing them
     episodes: int = 40  # expert episodes a task
     noise: float = 0.1  # on the expert's executed actions
     episode_length: int = 130  # steps; the experts need 50 to 120
@@ -54,7 +54,7 @@ class Settings:
     def views(self): return [v for v in map(view_of, self.arm_names) if v]
 
 
-SIZES = dict(full=Settings(), tiny=Settings(episodes=3, episode_length=110, teacher_steps=6, steps=4, batch_size=4, anchors=24,
+SIZES = dict(full=Settings(), tiny=Settings(episodes=3, teacher_steps=6, steps=4, batch_size=4, anchors=24,
                                             held_out=16, eval_episodes=2, check_episodes=2))
 
 # %% ../nbs/12_demo.ipynb #58732f3e
