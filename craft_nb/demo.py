@@ -186,7 +186,7 @@ def tokenizers(run:Run):
     save_tokenizers(work.dataset(), work.tokenizers)
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
 
-# %% ../nbs/12_demo.ipynb #9c3e9a2b
+# %% ../nbs/12_demo.ipynb #5dc74f9f
 def train_config(run:Run, arm:str, blind:bool=False):
     "The `CraftTrainConfig` of an arm, or of `teacher`."
     from lerobot.configs.default import DatasetConfig
@@ -206,7 +206,7 @@ def train_config(run:Run, arm:str, blind:bool=False):
     return CraftTrainConfig(
         dataset=DatasetConfig(work.repo_id, root=str(work.root), episodes=work.episodes(*tasks)), policy=policy, steps=steps,
         output_dir=run.folder/"runs"/arm.replace(":", "-"), job_name=arm, batch_size=s.batch_size, seed=s.seed,
-        num_workers=int(teacher), save_freq=steps, log_freq=0, env_eval_freq=0, craft=CraftConfig(**how))
+        num_workers=1, save_freq=steps, log_freq=0, env_eval_freq=0, craft=CraftConfig(**how))
 
 def train_job(run_args, arm, blind=False):
     register()
@@ -215,7 +215,7 @@ def train_job(run_args, arm, blind=False):
     run = Run(*run_args)
     config = train_config(run, arm, blind)
     shutil.rmtree(config.output_dir, ignore_errors=True)
-    torch.set_num_threads(1)  # the other core loads data, or trains another arm
+    torch.set_num_threads(1)  # the other core loads data and trains another arm
     train(config, quiet=True)
     return str((Path(config.output_dir)/"checkpoints"/"last"/"pretrained_model").resolve())
 
@@ -232,7 +232,9 @@ def teacher(run:Run):
 
 def finetune(run:Run):
     "Fine-tune the teacher on the new task: plainly, as the origin did, and with each view."
-    return train_arms(run, "finetune", run.settings.arm_names, run.settings.steps)
+    arms = sorted(run.settings.arm_names, key=lambda a: (ARMS[a] or {}).get("retention_freq", 9))  # the slow ones first: both cores busy to the end
+    paths = train_arms(run, "finetune", arms, run.settings.steps)
+    return {a: paths[a] for a in run.settings.arm_names}
 
 # %% ../nbs/12_demo.ipynb #41e03a8d
 def cache_job(run_args, name, view, anchors, episodes, path):
