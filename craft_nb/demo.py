@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-# %% ../nbs/12_demo.ipynb #9eeb09d3
+# %% ../nbs/12_demo.ipynb #220f2246
 @dataclass(frozen=True)
 class Settings:
     "What the demo does. Every field is a flag of `craft-demo`; a finished stage remembers the ones it depends on."
@@ -44,9 +44,10 @@ class Settings:
     def tasks(self): return [*self.old_tasks, *self.new.split(",")]
     @property
     def spreads(self): # {task: spread}
-        found = [float(x) for x in self.spread.split(",")]
-        if len(found) not in (1, len(self.tasks)):
-            raise ValueError(f"spread: expected one number, or one for each of {', '.join(self.tasks)}; found {self.spread!r}")
+        try: found = [float(x) for x in self.spread.split(",")]
+        except ValueError: found = []
+        if len(found) not in (1, len(self.tasks)) or not all(0 < x < float("inf") for x in found):
+            raise ValueError(f"spread: expected one number above 0, or one for each of {', '.join(self.tasks)}; found {self.spread!r}")
         return dict(zip(self.tasks, found*len(self.tasks)))
     @property
     def arm_names(self): return self.arms.split(",")

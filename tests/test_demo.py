@@ -24,7 +24,7 @@ def test_help_answers_without_lerobot():
 
 @pytest.mark.parametrize("argv, says", [(["teach"], "unknown stage teach"), (["--sieze=tiny"], "unrecognized arguments"), (["--size=huge"], "invalid choice"),
                                         (["--arms=craft:nothing"], "unknown arm craft:nothing"),
-                                        (["--spread=5,5"], "one for each of handle-press-v3, button-press-topdown-v3, button-press-v3; found '5,5'")])
+                                        (["--spread=5,5"], "one number above 0, or one for each of handle-press-v3, button-press-topdown-v3, button-press-v3; found '5,5'")])
 def test_wrong_use_is_one_line_and_writes_nothing(argv, says, tmp_path, capsys):
     from craft_nb.demo import demo_main
     with pytest.raises(SystemExit) as e: demo_main([*argv, f"--folder={tmp_path / 'x'}"])
