@@ -1,5 +1,5 @@
 """Put the demo's figures into nbs/index.ipynb: `make results` after `make demo`. Nothing is typed by hand."""
-import json, shutil, subprocess, sys
+import math, json, shutil, subprocess, sys
 from pathlib import Path
 from craft_nb.evaluate import success_markdown
 
@@ -16,7 +16,7 @@ if len(cells) != 1: sys.exit(f'nbs/index.ipynb: expected one cell with {mark}, f
 shutil.copy(root/'outputs/demo/success.png', root/'nbs/images/demo_success.png')
 episodes = min(c['n'] for row in report['success'].values() for c in row.values())
 text = f'''{mark}
-Measured by `make demo` in {report["minutes"]:.0f} minutes on 2 CPU cores, {episodes} episodes a cell, 95 % intervals in brackets:
+Measured by `make demo` in {math.ceil(report["minutes"])} minutes on 2 CPU cores, {episodes} episodes a cell, 95 % intervals in brackets:
 
 {success_markdown(report)}
 
