@@ -74,7 +74,7 @@ def fit_action_tokenizer(
     bpe.train_from_iterator(wrap(bpe).text(chunks), trainer)
     return wrap(bpe)
 
-# %% ../nbs/11a_fast.ipynb #126bd25a
+# %% ../nbs/11a_fast.ipynb #00a601ce
 def make_text_tokenizer(
     sentences, # every task description that may be asked
     action_tokens:int=256, # ids of the action tokenizer
@@ -84,7 +84,7 @@ def make_text_tokenizer(
     split = r"-?\d+|\w+|[^\w\s]"
     words = sorted({w for s in sentences for w in re.findall(split, s) if not re.fullmatch(r"-?\d+", w)}
                    | {"Task", "State", ",", ";"})
-    vocab = ["<pad>", "<bos>", "<unk>", "Action", ":", "|", *(w for w in words if w not in "Action:|")]
+    vocab = ["<pad>", "<bos>", "<unk>", "Action", ":", "|", *(w for w in words if w not in ("Action", ":", "|"))]
     vocab += ([str(i) for i in range(-1, 256)] + [f"<act{i}>" for i in reversed(range(action_tokens))]
               + [f"<skip{i}>" for i in range(skip)])
     tok = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocab)}, unk_token="<unk>"))

@@ -122,12 +122,12 @@ def register_view(cls: type[View]) -> type[View]:
     VIEWS[cls.name] = cls
     return cls
 
-# %% ../nbs/02_losses.ipynb #d128d9f9
+# %% ../nbs/02_losses.ipynb #230b9c21
 @register_view
 class PooledView(View):
     "Pooled hidden states of the prefix, the origin's view; `teacher_hidden` (b, l, v, d)."
-    name, tensors, unit = "pooled", ("teacher_hidden",), "relative squared distance"
-    distances = ("relative", "mse", "cosine", "l1")
+    name, tensors, unit = "pooled", ("teacher_hidden",), "squared hidden units"
+    distances = ("mse", "relative", "cosine", "l1")
 
     def targets(self, f): return {"teacher_hidden": pool(f, self.layers, self.pooling)}
 
