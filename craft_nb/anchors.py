@@ -1123,7 +1123,7 @@ def _largest_error(t: str, x: Tensor, batch: dict, where) -> float:
     if have != tuple(x.shape): raise AnchorCacheError(f'{where}: {t} recomputed is {tuple(x.shape)}, stored {have}')
     return (x.cpu().double() - batch[t].double()).abs().nan_to_num(float('inf')).max().item()
 
-# %% ../nbs/05_anchors.ipynb #f5021696
+# %% ../nbs/05_anchors.ipynb #6698708b
 _INVERSE = {'unit': lambda x: x * 255, 'signed': lambda x: (x + 1) * 127.5, 'mean': lambda x: (x + 1) * 127.5,
             'byte': lambda x: x}
 
@@ -1154,7 +1154,8 @@ def convert_cache(
     views = {k: {a: b for a, b in v.items() if a not in ('spread', 'layer_spread')} for k, v in m['views'].items()}
     keep = ('kind', 'policy_type', 'layers', 'pooling', 'width', 'dtype', 'hashes', 'dataset', 'versions', 'prompts')
     about = {k: m[k] for k in keep} | dict(extra=m['extra'] | dict(converted_from=m['format']))
-    with AnchorWriter(out_dir, len(ds), views, shard_size, images, restore=restore, **about) as w:
+    packed = {k: (f['mask'], f['axis']) for k, f in m.get('tensors', {}).items() if f.get('code') == 'packed'} or None
+    with AnchorWriter(out_dir, len(ds), views, shard_size, images, restore=restore, packed=packed, **about) as w:
         for lo, hi in w.ranges(32):
             batch = ds.batch(range(lo, hi))
             w.add(batch | {k: _to_byte(batch[k], how) for k, how in restore.items()})

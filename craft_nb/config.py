@@ -50,7 +50,7 @@ def parse_weights(
         out[name] = value
     return out
 
-# %% ../nbs/00_config.ipynb #fcd5d2fd
+# %% ../nbs/00_config.ipynb #b297ede8
 @dataclass
 class CraftConfig:
     "All settings of constrained retention fine-tuning. Wrong values raise `ValueError` that names the field."
@@ -70,7 +70,7 @@ class CraftConfig:
     projection_mode: str = "weighted"  # merge: weighted g+λr | equal g+r | task_priority g+min(λ,1)r
 
     epsilon_schedule: str = "linear"  # linear | constant | cosine | exponential
-    epsilon_unit: str = "raw"  # raw | relative (to the teacher's spread) | auto (a fraction of a probe's drift)
+    epsilon_unit: str = "raw"  # raw | relative (to the teacher's spread; distance mse) | auto (a fraction of a probe's drift)
     epsilon_fraction: float = 0.3  # auto: final ε as a fraction of the drift of the unconstrained probe
     probe_steps: int = 20  # auto: length of the probe in optimizer steps
     projection_gate: str = "always"  # always (origin) | violated (only while L_ret > ε) | never
@@ -92,7 +92,7 @@ class CraftConfig:
     layer_weights: str = ""  # weights of the stored layers, "-2:0.5,-1:1"; empty: equal
     anchor_micro_batch: int = 0  # anchors per backward pass; 0: the whole anchor batch at once
     anchor_num_workers: int = 0  # processes that decode anchors
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step, for both losses
+    gradient_accumulation_steps: int = 1  # micro-batches of the task per optimizer step; of anchors: see anchor_micro_batch
     max_nonfinite_steps: int = 10  # stop after so many non-finite steps in a row
     allow_mismatch: str = ""  # cache checks to waive, e.g. "normalisation,weights"
 
@@ -116,7 +116,7 @@ def check_config(cfg: CraftConfig) -> None:
     faults += [] if faults else _joint_faults(cfg)
     if faults: raise ValueError("CraftConfig: " + "; ".join(faults))
 
-# %% ../nbs/00_config.ipynb #cac1bad1
+# %% ../nbs/00_config.ipynb #99c99fbf
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 def _joint_faults(cfg):  # what no single field can show
@@ -132,6 +132,11 @@ def _joint_faults(cfg):  # what no single field can show
         faults.append(f"anchor_micro_batch: expected a divisor of anchor_batch_size={cfg.anchor_batch_size}, "
                       f"found {cfg.anchor_micro_batch}")
     if cfg.view_epsilons and cfg.shared_lambda: faults.append("view_epsilons: needs shared_lambda=false")
+    if cfg.view_epsilons and cfg.epsilon_unit == "auto":
+        faults.append("view_epsilons: epsilon_unit=auto takes epsilon_fraction for every view; use raw or relative")
+    if cfg.controller == "landing" and not cfg.shared_lambda:
+        faults.append("controller: landing reads ‖r‖, which with shared_lambda=false already carries the λs; "
+                      "expected shared_lambda=true, or one of ascent, ema, pi")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults
 

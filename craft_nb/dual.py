@@ -68,7 +68,7 @@ def _pi(dual, loss, eps, grad_norms):
     memory["xi"] = nu * xi + (1 - nu) * e
     return dual.config.pi_ki * e + dual.config.pi_kp * (memory["xi"] - xi)
 
-# %% ../nbs/04_dual.ipynb #85dd49e0
+# %% ../nbs/04_dual.ipynb #41e828a3
 LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=2.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
 
 def _landing(dual, loss, eps, grad_norms):
@@ -86,6 +86,7 @@ def _landing(dual, loss, eps, grad_norms):
     most = math.log(p["most"] * dual.config.retention_freq)
     steps = dual.config.retention_freq * dual.config.lambda_update_every
     s = memory["s"] = min(max(memory.get("s", 0.0) + p["ki"] * steps * e, p["low"]), most)
+    memory["held"] = memory["rho"] + s + p["kp"] * mean >= memory["even"] + most
     target = 0.0 if s == p["low"] else math.exp(min(memory["rho"] + s + p["kp"] * mean, memory["even"] + most, 700.0))
     return target / dual.pressure - dual.lam
 
@@ -126,7 +127,7 @@ class Budget:
             end, unit = c.epsilon_fraction, self.drift
         return self.epsilon_scale * unit * epsilon_schedule(step, start, end, self.decay_steps, c.epsilon_schedule)
 
-# %% ../nbs/04_dual.ipynb #c598241f
+# %% ../nbs/04_dual.ipynb #81b5308d
 class Dual(Budget):
     """The multiplier λ of one constraint L_ret ≤ ε(t). Takes the arguments of `Budget`;
     `lambda_lr` and `lambda_max` may be changed while training runs."""
@@ -148,11 +149,11 @@ class Dual(Budget):
         retention_loss: float,  # L_ret, averaged over ranks
         lr_scale: float = 1.0,  # multiplies lambda_lr, e.g. lr / peak lr; `landing` has no gain to scale
         grad_norms: tuple[float, float] | None = None,  # (‖g‖, ‖r‖); `landing` needs them
-    ) -> dict:  # lambda, epsilon, violation, control, clipped (λ is at lambda_max), pinned (… and has been for long)
+    ) -> dict:  # lambda, epsilon, violation, control, clipped (λ is at lambda_max), pinned (at a limit for long)
         "Move λ after a retention step; call it once for each."
         c, eps, control = self.config, self.epsilon(step), 0.0
         if math.isfinite(retention_loss):
-            self.pending.append(retention_loss)
+            self.pending = [*self.pending, retention_loss][-c.lambda_update_every:]
             if step >= c.lambda_warmup_steps and len(self.pending) >= c.lambda_update_every:
                 loss, self.pending = sum(self.pending) / len(self.pending), []
                 control = CONTROLLERS[c.controller](self, loss, eps, grad_norms)
@@ -163,11 +164,13 @@ class Dual(Budget):
                 "clipped": self.lam >= self.lambda_max, "pinned": self.pinned >= c.lambda_clip_patience}
 
     def _watch_limit(self, loss, eps):
-        self.pinned = self.pinned + 1 if self.lam >= self.lambda_max and loss > eps else 0
+        top, held = self.lam >= self.lambda_max, bool(self.memory.get("held"))
+        self.pinned = self.pinned + 1 if (top or held) and loss > eps else 0
         if self.pinned == self.config.lambda_clip_patience:
-            warnings.warn(f"λ has been at lambda_max={self.lambda_max:g} for {self.pinned} updates "
-                          f"while L_ret={loss:.3g} exceeds ε={eps:.3g}: "
-                          "the budget is not being enforced. Raise lambda_max or ε, or lower retention_freq.", stacklevel=3)
+            limit = f"lambda_max={self.lambda_max:g}" if top else f"{self.lam:.3g}, where r weighs {LANDING['most']:g} times g,"
+            warnings.warn(f"λ has been at {limit} for {self.pinned} updates while L_ret={loss:.3g} exceeds ε={eps:.3g}: "
+                          f"the budget is not being enforced. Raise {'lambda_max or ' * top}ε, or lower the learning rate or retention_freq.",
+                          stacklevel=3)
 
     STATE = ("lam", "lambda_lr", "lambda_max", "epsilon_scale", "drift", "scale", "pending", "pinned", "memory")
 

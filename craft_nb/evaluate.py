@@ -78,12 +78,12 @@ def retention_ratio(
     x, y = ua * (2 * a - ua), lb * (2 * b - lb)
     return dict(ratio=a / b, low=max(0.0, low), high=(a * b + root(x, y)) / y if y > 0 else math.inf)
 
-# %% ../nbs/10_evaluate.ipynb #e0bf1a80
+# %% ../nbs/10_evaluate.ipynb #26108fa0
 def libero_metrics(
     c: Tensor,  # (k, k) success on task j after training on task i; entries above the diagonal are not read
     phases: Tensor | None = None,  # (k, e) success on task k at the checkpoints of its own phase
 ) -> dict:  # {nbt, fwt, auc}, and the same by task as lists
-    "NBT, FWT and AUC of LIBERO (Liu et al. 2023). The last task has no later one: NBT leaves it out."
+    "Negative backward transfer (NBT), forward transfer (FWT) and area under the success curve (AUC) of LIBERO (Liu et al. 2023). The last task has no later one: NBT leaves it out."
     c = torch.as_tensor(c, dtype=torch.float64)
     if c.ndim != 2 or c.shape[0] != c.shape[1]: raise ValueError(f"expected shape (k, k), found {tuple(c.shape)}")
     own, k = c.diagonal(), len(c)

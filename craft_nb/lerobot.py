@@ -166,7 +166,7 @@ def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict 
         check_loaded_weights(policy, cfg.pretrained_path)
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
 
-# %% ../nbs/11_lerobot.ipynb #bac3cba0
+# %% ../nbs/11_lerobot.ipynb #aebceabe
 @dataclass
 class BuildCacheConfig:
     "Flags of craft-build-cache; the first seven are the origin's."
@@ -181,7 +181,7 @@ class BuildCacheConfig:
     pooling: str = "vision_token_mean,text_token_last"
     top_k: int = 32  # of action_logits
     actions: str = "teacher"  # action tokens: the teacher's own greedy answer | dataset
-    images: str = "webp"  # webp | zlib | raw | reference
+    images: str = "webp"  # webp | zlib | raw
     store_dtype: str = ""  # of hidden states: as computed | float32 | bfloat16
     batch_size: int = 0  # 0: found
     num_workers: int = 0
@@ -191,7 +191,7 @@ class BuildCacheConfig:
     @classmethod
     def __get_path_fields__(cls): return ["policy"]
 
-# %% ../nbs/11_lerobot.ipynb #033a135b
+# %% ../nbs/11_lerobot.ipynb #466d93a8
 def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     "Build the anchor cache that `cfg` describes. → its manifest."
     if cfg.policy is None or not cfg.policy.pretrained_path:
@@ -201,6 +201,9 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
         raise ValueError(f"prompts_file: expected one prompt a line in {cfg.prompts_file}, found none")
     if cfg.sampling not in ("stratified", "uniform"):
         raise ValueError(f"sampling: expected stratified or uniform, found {cfg.sampling!r}")
+    if cfg.images == "reference":
+        raise ValueError("images: reference stores no pixels, and craft-train has no way to fetch frames: expected webp, zlib or raw "
+                         "(AnchorWriter and AnchorCacheDataset(frames=…) take it from Python)")
     dataset = load_dataset(cfg.dataset, cfg.policy)
     policy, pre, _ = load_policy(cfg.policy, dataset.meta)
     hashes = run_hashes(policy, pre)
@@ -618,7 +621,7 @@ def finish(trainer: CraftTrainer) -> None:
     acc.wait_for_everyone()
     acc.end_training()
 
-# %% ../nbs/11_lerobot.ipynb #9c2fa9fc
+# %% ../nbs/11_lerobot.ipynb #e75448ee
 @dataclass
 class CraftEvalConfig:
     "Flags of craft-eval: a policy, and at least one of env, dataset and anchors."
@@ -650,11 +653,11 @@ def anchor_drift(policy: nn.Module, folder: str, batch_size: int) -> dict:
     "Loss of each view of a cache, and the drift of pooled hidden states by layer and vector where it holds them."
     cache = AnchorCacheDataset(folder)
     adapter, views = adapter_for(policy), cache_views(cache, CraftConfig(enabled=False))
-    losses, n = dict.fromkeys(views, 0.0), len(cache)
+    losses, terms, n = dict.fromkeys(views, 0.0), dict.fromkeys(views, 0), len(cache)
     for b in build_anchor_dataloader(cache, min(batch_size, n), shuffle=False):
-        share = len(b["input_ids"]) / n
-        for name, x in AnchorPass(adapter, views, b)(policy).items(): losses[name] += share * x.item()
-    out = dict(anchors=n, losses=losses)
+        for name, x in AnchorPass(adapter, views, b)(policy).items():
+            losses[name], terms[name] = losses[name] + (k := views[name].terms(b)) * x.item(), terms[name] + k
+    out = dict(anchors=n, losses={name: x / terms[name] for name, x in losses.items()})
     if "pooled" in views:
         m = cache.manifest
         out |= measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, m["layers"], m),

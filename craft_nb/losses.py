@@ -78,7 +78,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100
         raise ValueError(f"labels: every one is {ignore_index} (ignored), so there is nothing to learn from")
     return F.cross_entropy(logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=ignore_index)
 
-# %% ../nbs/02_losses.ipynb #cbc05d30
+# %% ../nbs/02_losses.ipynb #53d82ece
 class View:
     "Base of all views. Subclasses set the class attributes and define `targets` and `per_row`."
     name: str
@@ -96,6 +96,8 @@ class View:
             raise ValueError(f"view {self.name}: expected distance {' | '.join(self.distances)}, found {distance!r}")
         unknown = set(self.layer_weights) - set(self.layers)
         if unknown: raise ValueError(f"view {self.name}: layer_weights name layers {sorted(unknown)}, stored are {self.layers}")
+        if self.layer_weights and not any(self.layer_weights.values()):
+            raise ValueError(f"view {self.name}: layer_weights are all 0: expected at least one above 0")
 
     def targets(self, f: Features) -> dict[str, Tensor]:
         raise NotImplementedError(f"{type(self).__name__} must define targets")
@@ -105,6 +107,11 @@ class View:
     def loss(self, f: Features, anchors: dict[str, Tensor]) -> Tensor:  # student's features, stored targets → scalar
         "Mean of `per_row` over everything a mask lets through."
         return self.per_row(f, anchors).mean()
+
+    def terms(self, anchors: dict[str, Tensor]) -> int:
+        "How many terms `loss` is the mean of, up to a factor: what a micro-batch weighs."
+        mask = next((anchors[t] for t in self.tensors if t.endswith("_mask")), None)
+        return int(mask.sum()) if mask is not None else len(anchors[self.tensors[0]])
 
     def _by_layer(self, student: list[Tensor], teacher: Tensor) -> Tensor:  # l × (n, …, d), (n, l, …, d) → (n, …)
         w = torch.tensor([self.layer_weights.get(i, 0. if self.layer_weights else 1.) for i in self.layers])
@@ -195,7 +202,7 @@ class ActionLogitsView(View):
     def per_row(self, f, anchors):
         return top_kl(f.logits, anchors["action_logp"][f.action_mask], anchors["action_topk"][f.action_mask])
 
-# %% ../nbs/02_losses.ipynb #beff8c05
+# %% ../nbs/02_losses.ipynb #199de8f5
 @register_view
 class TokenCEView(View):
     "Cross-entropy to stored token labels, for token-level caches; `labels` (b, a), −100 where ignored."
@@ -207,10 +214,11 @@ class TokenCEView(View):
         return {"labels": labels.masked_scatter_(f.action_mask, f.logits.argmax(-1).int())}
 
     def per_row(self, f, anchors): return token_cross_entropy(f.logits, anchors["labels"][f.action_mask])[None]
+    def terms(self, anchors): return int((anchors["labels"] != -100).sum())
 
-# %% ../nbs/02_losses.ipynb #50f251a8
+# %% ../nbs/02_losses.ipynb #66490b86
 def make_views(names: Sequence[str], **kwargs) -> dict[str, View]:
-    "View objects by name; `kwargs` as for `View`, a distance only where it fits. Raises `ValueError` for an unknown name."
+    "View objects by name; `kwargs` as for `View`. Raises `ValueError` for an unknown name, or a distance that one of them does not take."
     unknown = [n for n in names if n not in VIEWS]
     if unknown: raise ValueError(f"unknown views {unknown}: expected some of {', '.join(VIEWS)}")
     return {n: VIEWS[n](**kwargs) for n in names}

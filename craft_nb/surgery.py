@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MERGES', 'CHUNK', 'BLOCK', 'GATES', 'TINY', 'compute_dot', 'project_if_conflict', 'merge_grads',
            'surgery_coefficients', 'merged_square', 'chunk_pairs', 'read_sums', 'write_merge_', 'scope_groups',
-           'SurgeryResult', 'surgery_result', 'Scopes', 'Surgery', 'retention_grads', 'graph_leaves',
+           'SurgeryResult', 'surgery_result', 'Scopes', 'Surgery', 'moved_gradients', 'retention_grads', 'graph_leaves',
            'StreamingSurgery']
 
 # %% ../nbs/03_surgery.ipynb #6f1695d8
@@ -287,21 +287,31 @@ class Surgery(Scopes):
                 _write_scope_(g, r, index, self.params, scale, scale * cs, s in again)
         return result
 
-# %% ../nbs/03_surgery.ipynb #977ea728
+# %% ../nbs/03_surgery.ipynb #63d7c35c
+@contextmanager
+def moved_gradients(
+    params: Sequence[Tensor],  # may hold frozen ones
+    dtype: torch.dtype | None = None,  # storage, e.g. torch.bfloat16; None: that of the parameter
+) -> Iterator[list[Tensor | None]]:  # aligned with `params`; None where no backward pass reached
+    "Inside, one backward pass leaves its gradients in the list that the `with` gives, not in `.grad`: each is moved as soon as it is there."
+    r, place = [None] * len(params), {id(p): i for i, p in reversed(list(enumerate(params)))}
+    def keep(p): r[place[id(p)]], p.grad = p.grad.to(dtype or p.dtype), None
+    hooks = [p.register_post_accumulate_grad_hook(keep) for p in params if p.requires_grad]
+    try: yield r
+    finally:
+        for h in hooks: h.remove()
+
 def retention_grads(
     loss: Tensor,  # () L_ret, with its graph
     params: Sequence[Tensor],  # may hold frozen ones
     dtype: torch.dtype | None = None,  # storage, e.g. torch.bfloat16; None: that of the parameter
 ) -> list[Tensor | None]:  # r, aligned; None where L_ret does not reach
     "∇L_ret, leaving every `.grad` as it was."
-    r, held = [None] * len(params), [p.grad for p in params]
-    place = {id(p): i for i, p in reversed(list(enumerate(params)))}
-    def keep(p): r[place[id(p)]], p.grad = p.grad.to(dtype or p.dtype), None
-    hooks = [p.register_post_accumulate_grad_hook(keep) for p in params if p.requires_grad]
+    held = [p.grad for p in params]
     for p in params: p.grad = None
-    try: loss.backward(inputs=[p for p in params if p.requires_grad])
+    try:
+        with moved_gradients(params, dtype) as r: loss.backward(inputs=[p for p in params if p.requires_grad])
     finally:
-        for h in hooks: h.remove()
         for p, old in zip(params, held): p.grad = old
     return r
 

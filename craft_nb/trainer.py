@@ -11,7 +11,7 @@ __all__ = ['HOOKS', 'RECORD', 'PROBE_BATCHES', 'MOMENTS', 'Callback', 'Control',
            'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'measure_passes', 'Memory',
            'resident', 'Run']
 
-# %% ../nbs/08_trainer.ipynb #2e1c14cf
+# %% ../nbs/08_trainer.ipynb #1f04817a
 import itertools
 import math
 import os
@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from .config import CraftConfig, parse_weights
 from .dual import Dual, no_trace
 from .losses import View
-from .surgery import StreamingSurgery, Surgery
+from .surgery import StreamingSurgery, Surgery, moved_gradients
 
 # %% ../nbs/08_trainer.ipynb #0891ba26
 HOOKS = ("before_fit", "before_step", "after_step", "on_event", "after_fit", "on_error")
@@ -136,7 +136,7 @@ def route_forward(policy: nn.Module) -> nn.Module:
     policy.routes_anchors = True
     return policy
 
-# %% ../nbs/08_trainer.ipynb #3ee32890
+# %% ../nbs/08_trainer.ipynb #8a519b0e
 def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads: dict[str, float]) -> dict[str, Dual]:
     "One `Dual` named `shared`, or one for each view. Raises `ValueError` if a spread is needed and not known."
     scale = dict.fromkeys(weights, 1.0)
@@ -151,9 +151,9 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
     own = parse_weights(cfg.view_epsilons, "view_epsilons")
     if strange := set(own) - set(weights):
         raise ValueError(f"view_epsilons names {', '.join(sorted(strange))}, trained on are {', '.join(weights)}")
-    return {n: Dual(replace(cfg, epsilon_end=own.get(n, cfg.epsilon_end)), steps, scale=scale[n]) for n in weights}
+    return {n: Dual(cfg, steps, scale=scale[n], epsilon_end=own.get(n)) for n in weights}
 
-# %% ../nbs/08_trainer.ipynb #923604bd
+# %% ../nbs/08_trainer.ipynb #05dd2c71
 class Retention:
     "The constrained half of a step."
     def __init__(
@@ -173,6 +173,9 @@ class Retention:
         self.weights = parse_weights(config.views) or dict.fromkeys(views, 1.0)
         if set(self.weights) != set(views):
             raise ValueError(f"views: the config names {', '.join(self.weights)}, given are {', '.join(views)}")
+        if config.epsilon_unit == "relative" and (odd := {n: v.distance for n, v in views.items() if v.distance != "mse"}):
+            raise ValueError(f"epsilon_unit=relative counts in the teacher's variance, the unit of mse; found {odd}: "
+                             "set distance=mse, or epsilon_unit=raw or auto")
         self.duals = make_duals(config, steps, self.weights, spreads or {})
         named = [(n.removeprefix("module.").replace("_fsdp_wrapped_module.", ""), p)
                  for n, p in policy.named_parameters() if p.requires_grad]
@@ -202,7 +205,7 @@ class Retention:
 
 def endless(anchors: Iterable): return anchors.forever() if hasattr(anchors, "forever") else iter(anchors)
 
-# %% ../nbs/08_trainer.ipynb #148f8773
+# %% ../nbs/08_trainer.ipynb #ecac41c6
 def anchor_losses(ret: Retention, policy: nn.Module, anchors: dict, autocast: Callable = nullcontext) -> dict[str, Tensor]:
     """One anchor forward pass → view → loss; a wrapped policy goes through its own `forward`.
     Running out of memory says what to lower."""
@@ -226,11 +229,13 @@ def retention_backward(ret: Retention, policy: nn.Module, backward: Callable[[Te
     batch, total = next(ret.line), 0.0
     n = len(batch["input_ids"])
     size = min(ret.config.anchor_micro_batch or n, n)
+    whole = {name: view.terms(batch) for name, view in ret.views.items()} if size < n else {}
     for i in range(0, n, size):
         part = {k: v[i : i + size] for k, v in batch.items()}
-        losses, share = anchor_losses(ret, policy, part, autocast), len(part["input_ids"]) / n
-        with enough_memory(ret, len(part["input_ids"])): backward(pressed(ret, losses) * share)
-        total = total + share * stacked(ret, losses)
+        losses = anchor_losses(ret, policy, part, autocast)
+        for name, terms in whole.items(): losses[name] = losses[name] * (ret.views[name].terms(part) / terms)
+        with enough_memory(ret, len(part["input_ids"])): backward(pressed(ret, losses))
+        total = total + stacked(ret, losses)
     return total
 
 def pressed(ret: Retention, losses: dict) -> Tensor:
@@ -347,7 +352,7 @@ def across_ranks(trainer: CraftTrainer, x: Tensor) -> Tensor:
     "Mean over ranks, so that every rank decides alike."
     return x if trainer.alone else trainer.accelerator.reduce(x, reduction="mean")
 
-# %% ../nbs/08_trainer.ipynb #ee9959fd
+# %% ../nbs/08_trainer.ipynb #9ffeb286
 def plain_step(trainer: CraftTrainer) -> tuple[Tensor, dict]:
     "A step without retention: what LeRobot does."
     loss = task_backward(trainer)
@@ -357,9 +362,13 @@ def craft_step(trainer: CraftTrainer) -> tuple[Tensor, dict]:
     "Task backward, anchor backward, surgery. Merged and clipped gradients end in `.grad`; r lives no longer than this function."
     ret, loss = trainer.retention, task_backward(trainer)
     g = trainer.take_grads()
-    losses = across_ranks(trainer, retention_backward(ret, trainer.policy, trainer.backward, trainer.autocast)).tolist()
-    r = trainer.take_grads()
-    if ret.config.retain_dtype == "bfloat16": r = [x if x is None else x.bfloat16() for x in r]
+    half = ret.config.retain_dtype == "bfloat16"
+    at_once = half and trainer.alone and not ret.config.anchor_micro_batch  # else several gradients are added up first
+    with moved_gradients(trainer.params, torch.bfloat16) if at_once else nullcontext() as r:
+        losses = across_ranks(trainer, retention_backward(ret, trainer.policy, trainer.backward, trainer.autocast)).tolist()
+    if not at_once: r = trainer.take_grads()
+    if half:
+        for i, x in enumerate(r): r[i] = x if x is None else x.bfloat16()
     row = violations(ret, losses, trainer.step)
     out = ret.surgery.merge_(g, r, merge_weight(ret), row["violation"] > 0, trainer.grad_clip_norm or None)
     for p, x in zip(trainer.params, g, strict=True): p.grad = x
@@ -404,7 +413,7 @@ def agree(trainer: CraftTrainer, wrong: list[str]) -> list[str]:
     trainer.agreed = stop > 0
     return wrong or (["on another rank"] if bad else [])
 
-# %% ../nbs/08_trainer.ipynb #12980a65
+# %% ../nbs/08_trainer.ipynb #3213d39c
 RECORD = ("step", "task_loss", "retention_loss", "retention_losses", "epsilon", "violation", "lambda", "dot", "cosine",
           "conflict", "projected", "grad_norm_task", "grad_norm_retain", "grad_norm", "clipped", "lr", "seconds", "cache_type",
           "retention", "skipped", "nonfinite")
@@ -416,7 +425,7 @@ def make_record(trainer: CraftTrainer, row: dict, due: bool, **more) -> dict:
     if ret:
         lams = {n: d.lam for n, d in ret.duals.items()}
         row |= {"lambda": sum(lams.values())} | ({"lambdas": lams} if len(lams) > 1 else {})
-        row.setdefault("epsilon", next(iter(ret.duals.values())).epsilon(trainer.step - 1))
+        if len(lams) == 1: row.setdefault("epsilon", next(iter(ret.duals.values())).epsilon(trainer.step - 1))
     record = dict.fromkeys(RECORD) | row | more
     record |= dict(step=trainer.step, cache_type=trainer.cache_type, retention=due, nonfinite=trainer.nonfinite)
     if not due:
@@ -454,7 +463,7 @@ def calibrate_budget(trainer: CraftTrainer) -> dict[str, float]:
     for n, d in ret.duals.items(): d.calibrate(drift[n])
     return drift
 
-# %% ../nbs/08_trainer.ipynb #3a3a216f
+# %% ../nbs/08_trainer.ipynb #bc736cf0
 def apply_changes(trainer: CraftTrainer) -> None:
     "Apply the knobs that were turned since the last step, and log each."
     for name, value in trainer.control.take().items():
@@ -481,13 +490,13 @@ def loop(trainer: CraftTrainer) -> str:
 def fit(trainer: CraftTrainer) -> dict | None:
     "Train to the end. → the last record. Ctrl-C stops cleanly with a checkpoint."
     trainer.policy.train()
-    trainer.emit("before_fit")
-    if trainer.retention and trainer.retention.config.epsilon_unit == "auto" and not trainer.step:
-        trainer.event("calibrated", drift=calibrate_budget(trainer))
-    trainer.event("resume" if trainer.step else "start", steps=trainer.steps,
-                  craft=asdict(trainer.retention.config) if trainer.retention else None)
     try:
+        trainer.emit("before_fit")
         with stop_on_signals(trainer.control):
+            if trainer.retention and trainer.retention.config.epsilon_unit == "auto" and not trainer.step:
+                trainer.event("calibrated", drift=calibrate_budget(trainer))
+            trainer.event("resume" if trainer.step else "start", steps=trainer.steps,
+                          craft=asdict(trainer.retention.config) if trainer.retention else None)
             trainer.ended = loop(trainer)
             if trainer.ended != "done" and trainer.checkpoint: trainer.checkpoint(trainer)
         trainer.event("end", reason=trainer.ended)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
-from anchor_data import anchors, build, content
+from anchor_data import INFO, anchors, build, content
 from craft_nb import anchors as A, cards as C
 
 @pytest.fixture(scope='module')
@@ -136,6 +136,20 @@ def test_old_kinds_load_and_convert(tmp_path, kind, layout, meta):
     assert (new.cache_type == kind and all(torch.equal(got[k].to(rows[k].dtype), rows[k]) for k in rows)
             and got['pixel_values'].dtype == torch.float32)
     assert new.manifest['tensors']['pixel_values']['code'] == 'webp' and A.verify_cache(tmp_path/'new')['anchors'] == 40
+
+def test_a_cache_with_action_views_converts_unchanged(tmp_path):
+    "The builder packs action tensors by `predict_mask`; a conversion keeps that."
+    from craft_nb.builder import PACKED
+    def rows(lo, hi):
+        r = anchors(lo, hi); r['predict_mask'] = r.pop('action_mask')
+        return r | dict(action_hidden=torch.randn(hi - lo, 2, 4, 8, generator=torch.Generator().manual_seed(lo)) * r['predict_mask'][:, None, :, None])
+    views = dict(action_tokens=dict(tensors=['action_hidden', 'predict_mask'], distance='relative'),
+                 action_logits=dict(tensors=['action_logp', 'action_topk', 'predict_mask'], distance='kl'))
+    with A.AnchorWriter(tmp_path/'old', 24, views, 16, 'zlib', packed=PACKED, **INFO) as w:
+        for lo, hi in w.ranges(8): w.add(rows(lo, hi))
+    A.convert_cache(tmp_path/'old', tmp_path/'new', images='raw')
+    before, after = (A.AnchorCacheDataset(tmp_path/d).batch(range(24)) for d in ('old', 'new'))
+    assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before if isinstance(before[k], torch.Tensor))
 
 def test_pixels_that_are_no_bytes_stay_floats(tmp_path):
     rows = dict(pixel_values=torch.rand(40, 3, 8, 8), input_ids=torch.zeros(40, 7, dtype=torch.int64),
