@@ -3,8 +3,10 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
 pytest.importorskip("metaworld", reason="the simulator: pip install 'craft_nb[sim]'")
@@ -20,6 +22,17 @@ def test_help_answers_without_lerobot():
     code = "import sys, craft_nb.demo as d\ntry: d.demo_main(['--help'])\nexcept SystemExit: pass\nassert not {'lerobot', 'transformers', 'mujoco'} & set(sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0 and "check-tasks" in out.stdout, out.stderr
+
+
+def test_a_killed_demo_leaves_no_workers(tmp_path):
+    code = "import sys, time\nfrom craft_nb.demo import Run\nif __name__ == '__main__':\n    run = Run(sys.argv[1])\n    print(*run.pool._processes, flush=True)\n    time.sleep(60)"
+    (tmp_path / "run.py").write_text(code)
+    demo = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "demo"], stdout=subprocess.PIPE, text=True)
+    workers = [psutil.Process(int(x)) for x in demo.stdout.readline().split()]
+    assert len(workers) == 2
+    time.sleep(3)  # they have begun to import
+    demo.kill(); demo.wait(); demo.stdout.close()
+    assert not psutil.wait_procs(workers, timeout=60)[1], "workers outlived the demo"
 
 
 @pytest.mark.parametrize("argv, says", [(["teach"], "unknown stage teach"), (["--sieze=tiny"], "unrecognized arguments"), (["--size=huge"], "invalid choice"),
