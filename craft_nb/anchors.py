@@ -984,13 +984,14 @@ def _decoded(ds: AnchorCacheDataset, batches, how: dict):  # yields batches
         raise RuntimeError(f'an anchor loader worker died ({str(e).splitlines()[0]}); '
                            'check free memory and /dev/shm, or set anchor_num_workers=0') from e
 
-# %% ../nbs/05_anchors.ipynb #0f82247e
+# %% ../nbs/05_anchors.ipynb #0d844165
 class AnchorLoader:
     "Batches: `for b in loader` is one pass, `forever()` the trainer's endless line, resumed exactly by `state_dict`."
     def __init__(self, dataset: AnchorCacheDataset, batch_size: int = 16, seed: int = 0, step: int = 0, rank: int = 0,
                  world_size: int = 1, num_workers: int = 0, prefetch: int = 2, pin_memory: bool = False,
                  shuffle: bool = True):
-        if not 1 <= batch_size <= (n := len(dataset)):
+        n = len(dataset)
+        if not 1 <= batch_size <= n:
             raise AnchorCacheError(f'anchor_batch_size must be 1 … {n} (anchors in {dataset.dir}), not {batch_size}')
         if not 0 <= rank < world_size: raise ValueError(f'rank must be 0 … {world_size - 1}, found {rank}')
         self.dataset, self.batch_size, self.seed, self.step = dataset, batch_size, seed, step
@@ -1080,7 +1081,7 @@ def check_compatible(
                                f'data, or allow the difference: --craft.allow_mismatch={",".join(map(short, bad))}')
     return dict(checked=known, allowed=allowed, unknown=sorted(set(got) - set(known)))
 
-# %% ../nbs/05_anchors.ipynb #d3417786
+# %% ../nbs/05_anchors.ipynb #1fbec324
 def no_frames(i): raise AnchorCacheError('this cache refers to frames of a data set; give frames=callable')
 
 def verify_cache(
@@ -1091,6 +1092,7 @@ def verify_cache(
     frames=None,  # for caches of references; without it their pixels are not looked at
 ) -> dict:  # {'anchors', 'shards', 'bytes', 'rows_decoded', 'errors': {tensor: largest absolute error}}
     "Check a whole cache in bounded memory. Raises `AnchorCacheError` naming every damaged file."
+    if samples < 1: raise AnchorCacheError(f'samples: expected at least 1 row to decode, found {samples}')
     ds = AnchorCacheDataset(cache_dir, frames=frames or no_frames); m = ds.manifest
     if wrong := _damaged_shards(ds):
         raise AnchorCacheError(f'{len(wrong)} of {len(m["shards"])} shards are damaged:\n  ' + '\n  '.join(wrong[:20]))

@@ -118,7 +118,7 @@ def find_batch_size(run: Callable[[int], object], most: int, on_gpu: bool = True
             torch.cuda.empty_cache()
     return size
 
-# %% ../nbs/07_builder.ipynb #710ba048
+# %% ../nbs/07_builder.ipynb #3dd74ffe
 PACKED = {"tokens_hidden": ("tokens_mask", 1), "action_hidden": ("predict_mask", 1),
           "action_logp": ("predict_mask", 0), "action_topk": ("predict_mask", 0)}
 DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -151,6 +151,8 @@ def build_anchor_cache(
     "Sample anchors, run the teacher over them and write the cache. Wrong arguments raise before anything is written."
     for what, value, known in (("actions", actions, ("teacher", "dataset")), ("dtype", dtype, tuple(DTYPES))):
         if value not in known: raise ValueError(f"{what}: expected one of {', '.join(filter(None, known))}; found {value!r}")
+    for what, value in (("batch_size", batch_size), ("num_workers", num_workers)):
+        if value < 0: raise ValueError(f"{what}: expected 0 or more, found {value}")
     picked = sample_anchors(episode_index, task_index, num_anchors, seed, stratified)
     chosen = make_views(views, layers=layers, pooling=pooling, top_k=top_k)
     def say(lo, hi):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .config import FIELD_NAMES, unknown_field
 
-# %% ../nbs/13_cli.ipynb #ff82b0b0
+# %% ../nbs/13_cli.ipynb #11bcf955
 def today(argv: list[str], training: bool = False) -> list[str]:
     "Bring the origin's flags to LeRobot's present names. Raises `SystemExit` for unknown `--craft.*` flags."
     names = [a.split("=")[0] for a in argv]
@@ -28,6 +28,9 @@ def today(argv: list[str], training: bool = False) -> list[str]:
              if n.startswith("--craft.") and n.removeprefix("--craft.") not in FIELD_NAMES]
     if wrong: raise SystemExit("--craft: " + "; ".join(map(unknown_field, wrong)))
     out = [a.replace(n, renamed.get(n, n), 1) for a, n in zip(argv, names, strict=True)]
+    for i, (a, n) in enumerate(zip(out, names, strict=True)):  # or YAML takes -1:30 for minutes and seconds
+        if n == "--craft.layer_weights" and "=" in a: out[i] = f'{n}="{a.partition("=")[2]}"'
+        if i and argv[i - 1] == "--craft.layer_weights": out[i] = f'"{a}"'
     if training:
         out = ["--resume=true" if a == "--resume" and (b is None or b.startswith("--")) else a
                for a, b in zip(out, [*out[1:], None], strict=True)]
@@ -41,12 +44,12 @@ def flags(argv: list[str]) -> dict[str, str]:  # {"--name": "value"}, "" where t
     return {(p := a.partition("="))[0]: p[2] if p[1] else "" if b.startswith("--") else b
             for a, b in zip(argv, following, strict=True) if a.startswith("--")}
 
-# %% ../nbs/13_cli.ipynb #8a31d686
+# %% ../nbs/13_cli.ipynb #0eb0202a
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
     try: return main()
     except KeyboardInterrupt: raise SystemExit(130) from None
-    except (ValueError, OSError, TypeError, RuntimeError, FloatingPointError, ImportError) as e:
+    except (ValueError, OSError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError) as e:
         if os.environ.get("CRAFT_DEBUG"): raise
         raise SystemExit(f"{Path(sys.argv[0]).name}: {type(e).__name__}: {e}\n(CRAFT_DEBUG=1 shows where)") from e
 
@@ -101,17 +104,21 @@ def with_path(cfg):
         cfg.policy.pretrained_path = Path(path)
     return cfg
 
-# %% ../nbs/13_cli.ipynb #4de2de61
+# %% ../nbs/13_cli.ipynb #4ccd6635
 def train(argv: list[str] | None = None) -> None:
     "Entry point of `craft-train`: `lerobot-train` with `--craft.*`; CRaFT is on unless `--craft.enabled=false`."
     argv = today(sys.argv[1:] if argv is None else argv, training=True)
     given = flags(argv)
+    if resumes := given.get("--resume", "").lower() in ("true", "1", "yes"):
+        if "--config_path" not in given: raise SystemExit("--resume goes on from --config_path=RUN/checkpoints/last/pretrained_model/train_config.json: give it")
+        if "--policy.path" in given: raise SystemExit("--resume takes the policy of the checkpoint: give --resume or --policy.path, not both")
     if given.get("--craft.enabled", "true").lower() != "false" and not {"--help", "-h", "--config_path"} & {*argv, *given}:
         folder = given.get("--craft.anchor_cache_dir", "data/anchor_cache_hidden")
         if not Path(folder).is_dir(): raise SystemExit(no_cache(folder))
     def main():
         ours = opened()
         from lerobot.utils.utils import init_logging
+        if path := given.get("--policy.path"): ours.require_local(path)
         cfg = parsed(ours.CraftTrainConfig, argv)
         init_logging()
         trainer = ours.make_trainer(cfg)
@@ -126,17 +133,18 @@ def no_cache(folder: str) -> str:
             "name another with --craft.anchor_cache_dir, or train without retention with --craft.enabled=false")
 
 def summary(trainer, r: dict) -> str:
-    "The line a run ends with."
+    "The line a run ends with; what it says of retention is of the last step that had any."
     out = Path(trainer.parts.cfg.output_dir)
     last = (out / "checkpoints" / "last").resolve()
-    kept = (f", L_ret {r['retention_loss']:.3g} for ε {r['epsilon']:.3g}, λ {r['lambda']:.3g}"
-            if r and r.get("retention_loss") is not None else "")
+    k = trainer.retained
+    kept = (f", L_ret {k['retention_loss']:.3g} for ε {k['epsilon']:.3g}, λ {k['lambda']:.3g}" + f" (step {k['step']})" * (k["step"] != trainer.step)
+            if k and k["retention_loss"] is not None else "")
     loss = f": task loss {r['task_loss']:.4g}{kept}" if r and r["task_loss"] is not None else ""
     why = f" ({trainer.ended})" if trainer.ended != "done" else ""
     return (f"Trained to step {trainer.step}/{trainer.steps}{why}{loss}. Records in {out / 'metrics.jsonl'}, "
             + (f"checkpoint in {last}" if last.exists() else "no checkpoint"))
 
-# %% ../nbs/13_cli.ipynb #d9401f24
+# %% ../nbs/13_cli.ipynb #8745151c
 def evaluate(argv: list[str] | None = None) -> None:
     "Entry point of `craft-eval`: success in LeRobot's environments, task loss, and drift on held-out anchors."
     argv = today(sys.argv[1:] if argv is None else argv)
@@ -163,4 +171,4 @@ def recompute(policy_path: str, manifest: dict):
 def demo(argv: list[str] | None = None) -> None:
     "Entry point of `craft-demo`: the whole story on a real simulator, or one stage of it."
     from craft_nb.demo import demo_main
-    sys.exit(demo_main(sys.argv[1:] if argv is None else argv))
+    sys.exit(refuse_clearly(lambda: demo_main(sys.argv[1:] if argv is None else argv)))

@@ -163,12 +163,13 @@ def run_jobs(
                     raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {log}") from f.exception()
     return [f.result() for f in futures]
 
-# %% ../nbs/12_demo.ipynb #98683412
+# %% ../nbs/12_demo.ipynb #ac098d24
 def record(run:Run):
     "Meta-World experts → `dataset/`."
-    run.pool
     from tqdm.auto import tqdm
-    from craft_nb.small import record_episodes, write_dataset
+    from craft_nb.small import record_episodes, require_tasks, write_dataset
+    require_tasks(run.settings.tasks)
+    run.pool
     s, work = run.settings, workload(run)
     shutil.rmtree(work.root, ignore_errors=True)
     episodes = itertools.chain.from_iterable(
@@ -407,7 +408,7 @@ def check_tasks(run:Run, limit:float=0.2):
     if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; "
                              "choose other tasks")
 
-# %% ../nbs/12_demo.ipynb #a8a7e317
+# %% ../nbs/12_demo.ipynb #16b76ff3
 DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "seed")
 TEACH = (*DATA, "teacher_steps", "teacher_lr", "batch_size")
 TUNE = (*TEACH, "anchors", "held_out", "arms", "steps", "lr")
@@ -434,6 +435,13 @@ def parse(argv=None):
         p.error(f"unknown arm {', '.join(sorted(unknown))}: choose from {', '.join(ARMS)}")
     try: settings.spreads
     except ValueError as e: p.error(str(e))
+    counts = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.type is int and f.name != "seed"}
+    for name, n in (counts | dict(workers=args.workers)).items():
+        if n < 1: p.error(f"--{name.replace('_', '-')}: expected at least 1, found {n}")
+    folder = Path(args.folder).absolute()
+    there = next(x for x in (folder, *folder.parents) if x.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        p.error(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another --folder")
     return args, settings
 
 def demo_main(argv=None):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PI0FastSmallConfig', 'PI0FastSmallPaliGemma', 'PI0FastSmallPytorch', 'PI0FastSmallPolicy', 'SmallActionTokenizerStep',
            'make_pi0_fast_small_pre_post_processors', 'pick_gl', 'lerobot_metaworld', 'small_env_class',
-           'make_small_env', 'MetaworldSmallEnv', 'vector_env', 'roll_out', 'try_constant', 'replay_gif',
-           'record_episode', 'record_episodes', 'write_dataset', 'action_chunks', 'save_tokenizers', 'Workload',
-           'save_checkpoint_folder', 'new_policy', 'tiny_workload']
+           'require_tasks', 'make_small_env', 'MetaworldSmallEnv', 'vector_env', 'roll_out', 'try_constant',
+           'replay_gif', 'record_episode', 'record_episodes', 'write_dataset', 'action_chunks', 'save_tokenizers',
+           'Workload', 'save_checkpoint_folder', 'new_policy', 'tiny_workload']
 
 # %% ../nbs/11b_small.ipynb #bf5815c7
 import ctypes.util, functools, io, os, shutil
@@ -160,7 +160,7 @@ def lerobot_metaworld():  # the module lerobot.envs.metaworld
     except ImportError as e: raise ImportError(f"{e}. The simulator is an extra: pip install 'craft_nb[sim]'") from e
     return m
 
-# %% ../nbs/11b_small.ipynb #bb72308a
+# %% ../nbs/11b_small.ipynb #b0ca55cd
 @functools.cache
 def small_env_class():
     "LeRobot's `MetaworldEnv` with fewer pixels, its own episode length and images on demand."
@@ -196,11 +196,17 @@ def small_env_class():
             return super().step(action)
     return SmallMetaworld
 
+def require_tasks(tasks):
+    "ValueError naming the tasks that Meta-World does not have."
+    known = lerobot_metaworld().TASK_DESCRIPTIONS
+    if unknown := [t for t in tasks if t not in known]:
+        raise ValueError(f"unknown task {', '.join(unknown)}: expected Meta-World's names, {', '.join(sorted(known))}")
+
 def make_small_env(task:str, **kw):
     "One small Meta-World environment, without the vector wrapper."
     return small_env_class()(task, obs_type="pixels_agent_pos", **kw)
 
-# %% ../nbs/11b_small.ipynb #8230d1ee
+# %% ../nbs/11b_small.ipynb #b2cf26ec
 @EnvConfig.register_subclass("metaworld_small")
 @dataclass
 class MetaworldSmallEnv(MetaworldEnv):
@@ -215,6 +221,7 @@ class MetaworldSmallEnv(MetaworldEnv):
         super().__post_init__()
         if self.obs_type != "pixels_agent_pos":
             raise ValueError(f"metaworld_small needs obs_type=pixels_agent_pos, got {self.obs_type!r}")
+        require_tasks(map(str.strip, self.task.split(",")))
         if not self.spread > 0: raise ValueError(f"spread: expected a number above 0, found {self.spread}; 1 is Meta-World's own range")
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 

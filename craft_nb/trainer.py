@@ -153,7 +153,7 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
         raise ValueError(f"view_epsilons names {', '.join(sorted(strange))}, trained on are {', '.join(weights)}")
     return {n: Dual(cfg, steps, scale=scale[n], epsilon_end=own.get(n)) for n in weights}
 
-# %% ../nbs/08_trainer.ipynb #05dd2c71
+# %% ../nbs/08_trainer.ipynb #4823e3f0
 class Retention:
     "The constrained half of a step."
     def __init__(
@@ -171,6 +171,7 @@ class Retention:
         self.anchors, self.views, self.adapter, self.config = anchors, views, adapter, config
         self.line = endless(anchors)
         self.weights = parse_weights(config.views) or dict.fromkeys(views, 1.0)
+        if not any(self.weights.values()): raise ValueError(f"views: expected a weight above 0, found {config.views}")
         if set(self.weights) != set(views):
             raise ValueError(f"views: the config names {', '.join(self.weights)}, given are {', '.join(views)}")
         if config.epsilon_unit == "relative" and (odd := {n: v.distance for n, v in views.items() if v.distance != "mse"}):
@@ -263,7 +264,7 @@ def update_multipliers(ret: Retention, step: int, row: dict) -> None:
     "One dual step on the losses of this retention step."
     for n, d in ret.duals.items(): d.update(step, row["now"][n], grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]))
 
-# %% ../nbs/08_trainer.ipynb #7c491881
+# %% ../nbs/08_trainer.ipynb #47435cd0
 class CraftTrainer:
     "Fine-tunes `policy` under a drift budget: `fit()` here and now, `start()` in a thread. Without `retention`, plainly."
     def __init__(
@@ -292,6 +293,7 @@ class CraftTrainer:
         self.accelerator, self.cache_type, self.checkpoint = accelerator, cache_type, checkpoint
         self.callbacks = sorted(callbacks, key=lambda c: getattr(c, "order", 0))
         self.control, self.record, self.nonfinite, self.nonfinite_run = Control(), None, 0, 0
+        self.retained = None  # the last record of a retention step
         self.agreed, self.ended = False, ""  # all ranks know that one was told to stop; why training ended
         self.params = [p for p in policy.parameters() if p.requires_grad]
 
@@ -463,7 +465,7 @@ def calibrate_budget(trainer: CraftTrainer) -> dict[str, float]:
     for n, d in ret.duals.items(): d.calibrate(drift[n])
     return drift
 
-# %% ../nbs/08_trainer.ipynb #bc736cf0
+# %% ../nbs/08_trainer.ipynb #d1a0f617
 def apply_changes(trainer: CraftTrainer) -> None:
     "Apply the knobs that were turned since the last step, and log each."
     for name, value in trainer.control.take().items():
@@ -483,6 +485,7 @@ def loop(trainer: CraftTrainer) -> str:
         apply_changes(trainer)
         trainer.emit("before_step")
         trainer.record = one_step(trainer)
+        if trainer.record["retention"]: trainer.retained = trainer.record
         trainer.emit("after_step", trainer.record)
         if trainer.nonfinite_run >= trainer.max_nonfinite_steps: return "nonfinite"
     return "done"

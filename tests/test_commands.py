@@ -30,7 +30,7 @@ def test_the_origins_lines(place, work):
     out = command(place, "craft-train", f"--dataset.repo_id={work.root}", f"--policy.path={work.policy_path}",
                   "--output_dir=outputs/train", "--steps=2", "--batch_size=2",
                   "--eval_freq=0", "--save_checkpoint=false", "--num_workers=0")
-    assert "cache_type=hidden" in out and "Trained to step 2/2" in out and not (place / "outputs/train/checkpoints").exists()
+    assert "cache_type=hidden" in out and "Trained to step 2/2" in out and "L_ret" in out and "(step 1)" in out and not (place / "outputs/train/checkpoints").exists()
     assert len((place / "outputs/train/metrics.jsonl").read_text().splitlines()) >= 2
 
 
@@ -98,6 +98,10 @@ def test_wrong_use_of_build_is_refused(inside, work):
         ([teacher, data, "--out_dir=new", "--num_anchors=4", "--views=nose"], "unknown views"),
         ([data, "--out_dir=new"], "no teacher"),
         (["--policy.path=/gone", data, "--out_dir=new"], "no policy at /gone"),
+        ([teacher, "--dataset.repo_id=/gone/data", "--out_dir=new"], "no data set at /gone/data"),
+        ([teacher, data, "--out_dir=new", "--num_anchors=4", "--batch_size=-3"], "batch_size: expected 0 or more, found -3"),
+        ([teacher, data, "--out_dir=new", "--num_anchors=4", "--layers_to_save=-1,-1"], "the same hidden state"),
+        ([teacher, data, "--out_dir=new", "--layers_to_save=a,b"], "layers_to_save: expected numbers"),
         ([teacher, "--dataset.repo_id=gone/away", "--out_dir=new"], ""),
     ]:
         assert says in refused(cli.build_cache, *flags), flags
@@ -117,11 +121,39 @@ def test_wrong_use_of_train_is_refused(inside, work):
         (["--craft.views=tokens"], "has no view"),
         (["--craft.retention_mode=token_ce"], "needs --craft.retention_mode=hidden"),
         (["--output_dir=there"], "exists"),
+        (["--craft.anchor_cache_dir", "nowhere"], "there is no anchor cache at nowhere"),
+        (["--steps=0"], "steps: expected at least 1, found 0"),
+        (["--dataset.repo_id=/gone/data"], "no data set at /gone/data"),
+        (["--policy.path=/gone/teacher"], "no policy at /gone/teacher"),
+        (["--resume=true"], "give it"),
+        (["--resume=true", "--config_path=somewhere"], "give --resume or --policy.path, not both"),
+        (["--craft.layer_weights=-1:0"], "layer_weights are all 0"),
     ]:
         flags = [f for f in base if f.split("=")[0] not in {m.split("=")[0] for m in more}] + more
         assert says in refused(cli.train, *flags), more
         assert not Path("new").exists(), more
     assert refused(cli.train, *base, "--no_such_flag=1") == "2"  # argparse's own message and exit code
+
+
+def test_the_student_normalises_as_its_teacher(inside, work):
+    "New data have other statistics. LeRobot takes them over; with CRaFT the teacher's stay, or its skills would mean something else."
+    from craft_nb.lerobot import check_features, run_hashes, train
+    import shutil
+    shutil.copytree(work.root, "shifted")
+    stats = json.loads(Path("shifted/meta/stats.json").read_text())
+    for name in ("observation.state", "action"):
+        stats[name] = {k: v if k == "count" else [2 * x + 1 for x in v] for k, v in stats[name].items()}
+    Path("shifted/meta/stats.json").write_text(json.dumps(stats))
+    teachers = json.loads(Path("data/anchor_cache_hidden/anchors.json").read_text())["hashes"]["normalisation"]
+    def normalisation(out, **craft):
+        cfg = run_config(work, out, anchor_cache_dir="data/anchor_cache_hidden", **craft)
+        cfg.dataset.repo_id = "shifted"
+        parts = (trainer := train(cfg, quiet=True)).parts
+        return run_hashes(trainer.policy, parts.pre)["normalisation"], parts
+    kept, parts = normalisation("run-kept")
+    assert kept == teachers and normalisation("run-waived", allow_mismatch="normalisation")[0] != teachers
+    class Longer: features = parts.dataset.meta.features | {"action": dict(dtype="float32", shape=(7,))}
+    with pytest.raises(ValueError, match="action: the policy was made for 4 numbers, the data set has 7"): check_features(parts.pre, Longer)
 
 
 @pytest.mark.parametrize("field,value,says", [("policy_type", "act", "policy_type: cache act"),
@@ -150,6 +182,10 @@ def test_eval_writes_a_table(inside, work):
     assert "retention loss pooled" in Path("evaluated/eval.md").read_text()
     assert "exists" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden",
                                "--out_dir=evaluated")
+    for more, says in [("--max_frames=0", "max_frames: expected at least 1"), ("--batch_size=0", "batch_size: expected at least 1")]:
+        assert says in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden", "--out_dir=other", more)
+    foreign("foreign-eval", {"extra": {"depth": 7}})
+    assert "depth: cache 7" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=foreign-eval", "--out_dir=other")
     assert "nothing to evaluate" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--out_dir=other")
 
 
@@ -160,5 +196,8 @@ def test_cache_commands(inside, work, capsys):
         out = capsys.readouterr()
         assert not stop.value.code, out.err
         assert says in out.out
+    foreign("another-teacher", {"hashes": {"weights": "a" * 64}})
+    with pytest.raises(SystemExit) as stop: cli.cache(["verify", "another-teacher", "--policy", str(work.policy_path)])
+    assert stop.value.code and "is not the teacher of this cache" in str(stop.value.code) + capsys.readouterr().err
     with pytest.raises(SystemExit) as stop: cli.cache(["verify", "nowhere"])
     assert stop.value.code and "nowhere" in capsys.readouterr().err

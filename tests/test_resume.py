@@ -73,6 +73,13 @@ def test_resume_with_another_cache_or_without_one_is_refused(done, place):
     assert not K.difference(K.result(done), before)
 
 
+def test_resume_refuses_what_it_would_not_take(done, place):
+    "λ, its limits and the gate go on from the checkpoint; a silent override would stand in the config as if it had been used."
+    said = run(K.resume_line(done, "--steps=6", "--craft.projection_gate=never", "--craft.lambda_max=50"), place[2], 1)
+    assert "cannot change projection_gate (" in said and "lambda_max (" in said and "--policy.path=" in said
+    assert "checkpoint stands at step 4" in run(K.resume_line(done, "--steps=3"), place[2], 1)
+
+
 def test_adapters_resume(place):
     "LoRA: the base stays, the adapters and their optimizer go on bit for bit."
     work, cache, folder = place
