@@ -129,7 +129,7 @@ def make_processors(cfg: PreTrainedConfig, policy: nn.Module, device: str, stats
         policy_cfg=cfg, pretrained_path=cfg.pretrained_path, pretrained_revision=getattr(cfg, "pretrained_revision", None),
         **({"dataset_stats": stats} if stats is not None else {}), preprocessor_overrides=pre, postprocessor_overrides=post)
 
-# %% ../nbs/11_lerobot.ipynb #1ca4356b
+# %% ../nbs/11_lerobot.ipynb #45cae5d1
 def run_hashes(policy: nn.Module, preprocessor) -> dict[str, str]:
     "SHA-256 of weights, processors, normalisation statistics and tokenizers as they are in memory."
     base = base_policy(policy)
@@ -153,9 +153,11 @@ def _step_config(step):  # without what names this machine, and without statisti
             "features", "norm_map", "rename_map", "float_dtype")
     return [type(step).__name__, {k: str(v) for k, v in step.get_config().items() if k not in skip}]
 
+def _modes(norm): return {f: getattr(norm.norm_map.get(x.type, "IDENTITY"), "value", "IDENTITY") for f, x in norm.features.items()}
+
 def _used_stats(norm):
     reads = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
-    mode = {f: getattr(norm.norm_map.get(x.type, "IDENTITY"), "value", "IDENTITY") for f, x in norm.features.items()}
+    mode = _modes(norm)
     return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ()))]
             for f, m in sorted(mode.items()) if m != "IDENTITY" and f in norm.stats}
 
@@ -576,7 +578,7 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     logging.info("cache_type=%s", trainer.cache_type)
     return trainer
 
-# %% ../nbs/11_lerobot.ipynb #c8219b15
+# %% ../nbs/11_lerobot.ipynb #d2c71c69
 def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
     """Point `last` at the checkpoint that is resumed, if it is one of this run's own.
     → the step that is on the disk, −1 if it is another run's."""
@@ -606,10 +608,15 @@ def keeps_statistics(cfg: CraftTrainConfig) -> bool:
     return cfg.craft.enabled and bool(cfg.policy.pretrained_path) and not waived
 
 def check_features(preprocessor, ds_meta, rename_map: dict | None = None) -> None:
-    "Refuse a data set whose states or actions have another length than the statistics that a policy normalises with."
+    "Refuse a data set whose states or actions have another length than the statistics that a policy normalises with, or none there."
     norm = next((s for s in preprocessor.steps if hasattr(s, "norm_map") and hasattr(s, "stats")), None)
-    for name, feature in ds_meta.features.items():
-        known = (norm.stats or {}).get((rename_map or {}).get(name, name)) if norm is not None else None
+    if norm is None: return
+    features = {(rename_map or {}).get(n, n): f for n, f in ds_meta.features.items()}
+    if without := [n for n, mode in _modes(norm).items() if mode != "IDENTITY" and n in features and n not in (norm.stats or {})]:
+        raise ValueError(f"the policy's checkpoint has no statistics of {', '.join(without)}, so it would see numbers that are not normalised: "
+                         "use a policy that was trained on this robot's data")
+    for name, feature in features.items():
+        known = (norm.stats or {}).get(name)
         if known is None or len(feature["shape"]) != 1: continue
         sizes = {len(torch.as_tensor(v).flatten()) for k, v in known.items() if k in ("mean", "min", "q01", "q10")}
         if sizes and feature["shape"][0] not in sizes:

@@ -154,6 +154,9 @@ def test_the_student_normalises_as_its_teacher(inside, work):
     assert kept == teachers and normalisation("run-waived", allow_mismatch="normalisation")[0] != teachers
     class Longer: features = parts.dataset.meta.features | {"action": dict(dtype="float32", shape=(7,))}
     with pytest.raises(ValueError, match="action: the policy was made for 4 numbers, the data set has 7"): check_features(parts.pre, Longer)
+    norm = next(x for x in parts.pre.steps if hasattr(x, "norm_map") and hasattr(x, "stats"))
+    norm.stats = {k: v for k, v in norm.stats.items() if k != "action"}
+    with pytest.raises(ValueError, match="no statistics of action"): check_features(parts.pre, parts.dataset.meta)
 
 
 @pytest.mark.parametrize("field,value,says", [("policy_type", "act", "policy_type: cache act"),
