@@ -874,7 +874,7 @@ class _PtCache:
         rows = [self.row(i, names) for i in idxs]
         return {k: torch.stack([r[k] for r in rows]) for k in names}
 
-# %% ../nbs/05_anchors.ipynb #0aeba340
+# %% ../nbs/05_anchors.ipynb #81525ccd
 class AnchorCacheDataset(torch.utils.data.Dataset):
     "An anchor cache as a map-style data set of dicts of tensors; `batch(indices)` gives a stacked dict."
     def __init__(self,
@@ -910,6 +910,10 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
         n = len(self); idxs = [int(i) for i in idxs]
         if bad := [i for i in idxs if not -n <= i < n]: raise IndexError(f'anchor {bad[0]} of {n} in {self.dir}')
         return self.store.batch([i % n for i in idxs], self.names)
+
+    def check_headers(self):
+        "Open each shard once and hold its header against the manifest; rows are checked as they are read. Raises `AnchorCacheError`."
+        for k in range(len(self.manifest.get('shards', []))): self.store.open(k)   # old caches were read whole
 
     def spread(self, view: str) -> float:  # in squared units of the hidden states
         "The teacher's variance over the cache (mean over layers, vectors, width): the yardstick of relative distances."

@@ -54,36 +54,37 @@ def update_lambda(
     "λ ← clip(λ + λ_lr (L_ret − ε), 0, λ_max)."
     return min(max(current_lambda + lambda_lr * (retention_loss - epsilon), 0.0), lambda_max)
 
-# %% ../nbs/04_dual.ipynb #4ab7f5b9
-def _ascent(dual, loss, eps, grad_norms): return loss - eps
+# %% ../nbs/04_dual.ipynb #05c89133
+def _ascent(dual, loss, eps, gradients): return loss - eps
 
-def _ema(dual, loss, eps, grad_norms):
+def _ema(dual, loss, eps, gradients):
     memory, beta = dual.memory, dual.config.ema_beta
     memory["m"] = beta * memory.get("m", 0.0) + (1 - beta) * (loss - eps)
     return memory["m"]
 
-def _pi(dual, loss, eps, grad_norms):
+def _pi(dual, loss, eps, gradients):
     memory = dual.memory
     nu, e, xi = dual.config.pi_nu, loss - eps, memory.get("xi", 0.0)
     memory["xi"] = nu * xi + (1 - nu) * e
     return dual.config.pi_ki * e + dual.config.pi_kp * (memory["xi"] - xi)
 
-# %% ../nbs/04_dual.ipynb #41e828a3
-LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=2.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
+# %% ../nbs/04_dual.ipynb #12cea337
+LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=1.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
 
-def _landing(dual, loss, eps, grad_norms):
+def _landing(dual, loss, eps, gradients):
     p, memory = LANDING, dual.memory
     if not (loss > 0 and eps > 0): return 0.0
     e = min(max(math.log(loss / (p["aim"] * eps)), -p["clip"]), p["clip"])
     mean = memory["e"] = p["smooth"] * memory.get("e", e) + (1 - p["smooth"]) * e
-    g, r = grad_norms or (0.0, 0.0)
+    g, r, cosine = gradients
     if g > 0 and r > 0:  # a running mean that weighs the first measurements equally
         n = memory["n"] = memory.get("n", 0) + 1
         keep, even = min(p["memory"], 1 - 1 / n), math.log(g / r)
-        for name, x in (("even", even), ("rho", even + 0.5 * math.log(loss / eps))):
+        for name, x in (("even", even), ("rho", even + 0.5 * math.log(loss / eps)), ("cosine", cosine)):
             memory[name] = keep * memory.get(name, x) + (1 - keep) * x
     if "rho" not in memory: return 0.0
-    most = math.log(p["most"] * dual.config.retention_freq)
+    weight = memory["most"] = (p["most"] + max(0.0, -memory["cosine"])) * dual.config.retention_freq
+    most = math.log(weight)
     steps = dual.config.retention_freq * dual.config.lambda_update_every
     s = memory["s"] = min(max(memory.get("s", 0.0) + p["ki"] * steps * e, p["low"]), most)
     memory["held"] = memory["rho"] + s + p["kp"] * mean >= memory["even"] + most
@@ -127,7 +128,7 @@ class Budget:
             end, unit = c.epsilon_fraction, self.drift
         return self.epsilon_scale * unit * epsilon_schedule(step, start, end, self.decay_steps, c.epsilon_schedule)
 
-# %% ../nbs/04_dual.ipynb #81b5308d
+# %% ../nbs/04_dual.ipynb #74525abf
 class Dual(Budget):
     """The multiplier λ of one constraint L_ret ≤ ε(t). Takes the arguments of `Budget`;
     `lambda_lr` and `lambda_max` may be changed while training runs."""
@@ -149,6 +150,7 @@ class Dual(Budget):
         retention_loss: float,  # L_ret, averaged over ranks
         lr_scale: float = 1.0,  # multiplies lambda_lr, e.g. lr / peak lr; `landing` has no gain to scale
         grad_norms: tuple[float, float] | None = None,  # (‖g‖, ‖r‖); `landing` needs them
+        cosine: float = -1.0,  # of g and r; where it is not known, `landing` takes them to oppose
     ) -> dict:  # lambda, epsilon, violation, control, clipped (λ is at lambda_max), pinned (at a limit for long)
         "Move λ after a retention step; call it once for each."
         c, eps, control = self.config, self.epsilon(step), 0.0
@@ -156,7 +158,7 @@ class Dual(Budget):
             self.pending = [*self.pending, retention_loss][-c.lambda_update_every:]
             if step >= c.lambda_warmup_steps and len(self.pending) >= c.lambda_update_every:
                 loss, self.pending = sum(self.pending) / len(self.pending), []
-                control = CONTROLLERS[c.controller](self, loss, eps, grad_norms)
+                control = CONTROLLERS[c.controller](self, loss, eps, (*(grad_norms or (0.0, 0.0)), cosine))
                 gain = 1.0 if c.controller == "landing" else self.lambda_lr * lr_scale
                 self.lam = min(max(self.lam + gain * control, 0.0), self.lambda_max)
                 self._watch_limit(loss, eps)
@@ -167,7 +169,7 @@ class Dual(Budget):
         top, held = self.lam >= self.lambda_max, bool(self.memory.get("held"))
         self.pinned = self.pinned + 1 if (top or held) and loss > eps else 0
         if self.pinned == self.config.lambda_clip_patience:
-            limit = f"lambda_max={self.lambda_max:g}" if top else f"{self.lam:.3g}, where r weighs {LANDING['most']:g} times g,"
+            limit = f"lambda_max={self.lambda_max:g}" if top else f"{self.lam:.3g}, where r weighs {self.memory['most']:.3g} times g,"
             warnings.warn(f"λ has been at {limit} for {self.pinned} updates while L_ret={loss:.3g} exceeds ε={eps:.3g}: "
                           f"the budget is not being enforced. Raise {'lambda_max or ' * top}ε, or lower the learning rate or retention_freq.",
                           stacklevel=3)

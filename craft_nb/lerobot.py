@@ -201,7 +201,7 @@ class BuildCacheConfig:
     @classmethod
     def __get_path_fields__(cls): return ["policy"]
 
-# %% ../nbs/11_lerobot.ipynb #38b31a5b
+# %% ../nbs/11_lerobot.ipynb #682f4b79
 def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     "Build the anchor cache that `cfg` describes. → its manifest."
     if cfg.policy is None or not cfg.policy.pretrained_path:
@@ -218,7 +218,7 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
                          "(AnchorWriter and AnchorCacheDataset(frames=…) take it from Python)")
     dataset = load_dataset(cfg.dataset, cfg.policy)
     policy, pre, _ = load_policy(cfg.policy, dataset.meta)
-    check_features(pre, dataset.meta)
+    check_features(pre, dataset.meta, actions=False)  # the teacher's own will do
     resolve_layers(layers, len(adapter_for(policy).decoder(policy).layers))
     hashes = run_hashes(policy, pre)
     return build_anchor_cache(
@@ -263,9 +263,9 @@ def recompute_targets(policy_path: str, manifest: dict):  # → function of a ba
         k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views).items()
         if k in stored}
 
-# %% ../nbs/11_lerobot.ipynb #f2fb2e0d
+# %% ../nbs/11_lerobot.ipynb #6fff1264
 def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
-    "The cache of a run. Raises with what to do if there is none, or if it has not what the config asks for."
+    "The cache of a run. Raises with what to do if there is none, if it is damaged, or if it has not what the config asks for."
     if not Path(craft.anchor_cache_dir).is_dir():
         raise FileNotFoundError(f"CRaFT is on, but there is no anchor cache at {craft.anchor_cache_dir}: "
                                 f"build one with craft-build-cache --out_dir={craft.anchor_cache_dir}, "
@@ -276,6 +276,7 @@ def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     if token_level != (craft.retention_mode == "token_ce") and not craft.views:
         raise ValueError(f"{craft.anchor_cache_dir} is a {cache.cache_type} cache, which needs "
                          f"--craft.retention_mode={'token_ce' if token_level else 'hidden'}; found {craft.retention_mode}")
+    cache.check_headers()
     return cache
 
 def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str],
@@ -578,7 +579,7 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     logging.info("cache_type=%s", trainer.cache_type)
     return trainer
 
-# %% ../nbs/11_lerobot.ipynb #d2c71c69
+# %% ../nbs/11_lerobot.ipynb #dc32a1c9
 def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
     """Point `last` at the checkpoint that is resumed, if it is one of this run's own.
     → the step that is on the disk, −1 if it is another run's."""
@@ -607,11 +608,15 @@ def keeps_statistics(cfg: CraftTrainConfig) -> bool:
     waived = {w.strip() for w in cfg.craft.allow_mismatch.split(",")} & {"normalisation", "hashes.normalisation"}
     return cfg.craft.enabled and bool(cfg.policy.pretrained_path) and not waived
 
-def check_features(preprocessor, ds_meta, rename_map: dict | None = None) -> None:
-    "Refuse a data set whose states or actions have another length than the statistics that a policy normalises with, or none there."
+def check_features(preprocessor, ds_meta, rename_map: dict | None = None, actions: bool = True) -> None:
+    "Refuse a data set without the policy's states or actions, or with other lengths than the statistics that it normalises with, or none there."
     norm = next((s for s in preprocessor.steps if hasattr(s, "norm_map") and hasattr(s, "stats")), None)
     if norm is None: return
     features = {(rename_map or {}).get(n, n): f for n, f in ds_meta.features.items()}
+    needed = ("STATE", "ACTION") if actions else ("STATE",)
+    if absent := [n for n, f in norm.features.items() if f.type.value in needed and n not in features]:
+        raise ValueError(f"the policy needs {' and '.join(absent)}; the data set has {', '.join(sorted(features))}: "
+                         "use a data set of the same robot, or name its features with --rename_map")
     if without := [n for n, mode in _modes(norm).items() if mode != "IDENTITY" and n in features and n not in (norm.stats or {})]:
         raise ValueError(f"the policy's checkpoint has no statistics of {', '.join(without)}, so it would see numbers that are not normalised: "
                          "use a policy that was trained on this robot's data")

@@ -243,7 +243,7 @@ def pressed(ret: Retention, losses: dict) -> Tensor:
     return sum(p * losses[v] for p, v in zip(ret.pressures(), ret.weights, strict=True))
 def stacked(ret: Retention, losses: dict) -> Tensor: return torch.stack([losses[v].detach().float() for v in ret.weights])
 
-# %% ../nbs/08_trainer.ipynb #d1876df5
+# %% ../nbs/08_trainer.ipynb #579d8f92
 def violations(ret: Retention, losses: list[float], step: int) -> dict:
     "What the record says of the losses of the views, in their order: total, ε and v of the most violated budget."
     by_view = dict(zip(ret.weights, losses, strict=True))
@@ -262,7 +262,8 @@ def surgery_row(out) -> dict:
 
 def update_multipliers(ret: Retention, step: int, row: dict) -> None:
     "One dual step on the losses of this retention step."
-    for n, d in ret.duals.items(): d.update(step, row["now"][n], grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]))
+    for n, d in ret.duals.items():
+        d.update(step, row["now"][n], grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]), cosine=row["cosine"])
 
 # %% ../nbs/08_trainer.ipynb #47435cd0
 class CraftTrainer:

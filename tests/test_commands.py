@@ -1,5 +1,6 @@
 """The commands: the origin's lines as they are, every kind of cache, and one clear line for wrong use."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,9 +114,15 @@ def test_wrong_use_of_train_is_refused(inside, work):
             "--num_workers=0"]
     Path("empty").mkdir(exist_ok=True)
     Path("there").mkdir(exist_ok=True)
+    shutil.copytree("data/anchor_cache_hidden", "damaged")
+    shard = max(Path("damaged").glob("*.safetensors"))
+    raw = bytearray(shard.read_bytes())
+    raw[20] ^= 4  # in the header
+    shard.write_bytes(raw)
     for more, says in [
         (["--craft.anchor_cache_dir=nowhere"], "there is no anchor cache at nowhere"),
         (["--craft.anchor_cache_dir=empty"], "empty"),
+        (["--craft.anchor_cache_dir=damaged"], shard.name),
         (["--craft.lamda_max=3"], "did you mean 'lambda_max'"),
         (["--craft.projection_mode=sideways"], "projection_mode"),
         (["--craft.views=tokens"], "has no view"),
@@ -138,7 +145,6 @@ def test_wrong_use_of_train_is_refused(inside, work):
 def test_the_student_normalises_as_its_teacher(inside, work):
     "New data have other statistics. LeRobot takes them over; with CRaFT the teacher's stay, or its skills would mean something else."
     from craft_nb.lerobot import check_features, run_hashes, train
-    import shutil
     shutil.copytree(work.root, "shifted")
     stats = json.loads(Path("shifted/meta/stats.json").read_text())
     for name in ("observation.state", "action"):
@@ -154,6 +160,9 @@ def test_the_student_normalises_as_its_teacher(inside, work):
     assert kept == teachers and normalisation("run-waived", allow_mismatch="normalisation")[0] != teachers
     class Longer: features = parts.dataset.meta.features | {"action": dict(dtype="float32", shape=(7,))}
     with pytest.raises(ValueError, match="action: the policy was made for 4 numbers, the data set has 7"): check_features(parts.pre, Longer)
+    class Blind: features = {k: v for k, v in parts.dataset.meta.features.items() if k not in ("action", "observation.state")}
+    with pytest.raises(ValueError, match="the policy needs observation.state and action; the data set has"): check_features(parts.pre, Blind)
+    with pytest.raises(ValueError, match="the policy needs observation.state; the data set has"): check_features(parts.pre, Blind, actions=False)
     norm = next(x for x in parts.pre.steps if hasattr(x, "norm_map") and hasattr(x, "stats"))
     norm.stats = {k: v for k, v in norm.stats.items() if k != "action"}
     with pytest.raises(ValueError, match="no statistics of action"): check_features(parts.pre, parts.dataset.meta)

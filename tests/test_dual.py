@@ -171,15 +171,15 @@ def test_landing_is_scale_free(unit, K, compensate, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([1, 5]), st.floats(-6, 6), st.floats(-3, 3), st.lists(st.floats(-3, 6), min_size=1, max_size=60))
-def test_landing_never_drowns_the_task(K, unit, force, losses):
-    "Whatever the drift does, r weighs at most 2K times g; where it stays far below the budget, λ is exactly 0."
+@given(st.sampled_from([1, 5]), st.floats(-6, 6), st.floats(-3, 3), st.floats(-1, 1), st.lists(st.floats(-3, 6), min_size=1, max_size=60))
+def test_landing_never_drowns_the_task(K, unit, force, cosine, losses):
+    "Whatever the drift does, r weighs at most K (1 + max(0, −cos)) times g; where it stays far below the budget, λ is exactly 0."
     g, r = 10.0**force, 10.0**unit
     dual = Dual(config(controller="landing", retention_freq=K, epsilon_end=1.0, lambda_max=1e30), 300)
     for t, x in enumerate(losses):
-        dual.update(t * K, 10.0**x, grad_norms=(g, r))
-        assert dual.weight * r <= 2 * K * g * (1 + 1e-9)
-    for t in range(30): dual.update((len(losses) + t) * K, 0.1, grad_norms=(g, r))
+        dual.update(t * K, 10.0**x, grad_norms=(g, r), cosine=cosine)
+        assert dual.weight * r <= (1 + max(0, -cosine)) * K * g * (1 + 1e-9)
+    for t in range(30): dual.update((len(losses) + t) * K, 0.1, grad_norms=(g, r), cosine=cosine)
     assert dual.lam == 0.0
 
 
