@@ -61,11 +61,11 @@ def draw(curves: dict, path: Path):
         for (controller, v, e), rows in curves.items():
             if (v, e) != (view, eps): continue
             steps = [r["step"] for r in rows]
-            top.plot(steps, [r["retention_loss"] for r in rows], color=COLORS[controller], lw=1, label=controller)
-            top.plot(steps, [r["epsilon"] for r in rows], color=COLORS[controller], lw=1, ls="--")
+            top.plot(steps, [r["retention_loss"] / eps for r in rows], color=COLORS[controller], lw=1, label=controller)
+            top.plot(steps, [r["epsilon"] / eps for r in rows], color=COLORS[controller], lw=1, ls="--")
             low.plot(steps, [max(r["lambda"], 1e-3) for r in rows], color=COLORS[controller], lw=1)
-        top.set(title=f"{view}, ε = {eps}", yscale="log"); low.set(xlabel="step", yscale="log")
-    axes[0][0].set_ylabel("L_ret (dashed: ε)"); axes[1][0].set_ylabel("λ"); axes[0][0].legend(frameon=False, fontsize=8)
+        top.set(title=f"{view}, ε = {eps}", yscale="log", ylim=(0.3, 30)); low.set(xlabel="step", yscale="log")
+    axes[0][0].set_ylabel("L_ret ÷ final ε (dashed: ε)"); axes[1][0].set_ylabel("λ"); axes[0][0].legend(frameon=False, fontsize=8)
     fig.savefig(path)
 
 
