@@ -270,21 +270,23 @@ def plot_drift(
         ax.set_title(arm, fontsize=9, color=INK, loc="left")
     return fig
 
-# %% ../nbs/10_evaluate.ipynb #d271b823
+# %% ../nbs/10_evaluate.ipynb #26646255
 def plot_curves(records: dict[str, list[dict]]):  # arm → rows of metrics.jsonl; matplotlib Figure
-    "λ, violation and cosine over the retention steps of each arm that has any."
-    rows = {a: [r for r in rs if r.get("violation") is not None and "event" not in r] for a, rs in records.items()}
+    "λ, violation in units of the budget, and cosine, over the retention steps with a budget above 0 of each arm that has any."
+    rows = {a: [r for r in rs if r.get("violation") is not None and "event" not in r and r["epsilon"]] for a, rs in records.items()}
     rows = {a: rs for a, rs in rows.items() if rs}
-    if not rows: raise ValueError("records: no arm has a row with a violation; expected records of a run with CRaFT on")
+    if not rows: raise ValueError("records: no arm has a row with a violation of a budget above 0; expected records of a run with CRaFT on")
     fig, axes = new_figure(7, 4.6, 3, 1, sharex=True)
-    labels = {"lambda": "multiplier λ", "violation": "violation  L_ret − ε", "cosine": "cosine of g and r"}
+    labels = {"lambda": "multiplier λ", "violation": "violation  L_ret/ε − 1", "cosine": "cosine of g and r"}
     for ax, (key, label) in zip(axes[:, 0], labels.items()):
         for arm, rs in rows.items():
-            points = [(r["step"], r[key]) for r in rs if r[key] is not None]
+            points = [(r["step"], r[key] / (r["epsilon"] if key == "violation" else 1)) for r in rs if r[key] is not None]
             ax.plot(*zip(*points), color=arm_colour(arm, list(records)), linewidth=1.3, label=arm)
         if key != "lambda": ax.axhline(0, color=INK, linewidth=0.7)
         ax.set_ylabel(label, fontsize=8, color=INK)
-    axes[0, 0].legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3)
+    axes[0, 0].set_yscale("symlog", linthresh=0.1)  # λ is in units of ‖g‖/‖r‖, which differ by view
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 0].legend(frameon=False, fontsize=8, labelcolor=INK, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
     axes[2, 0].set_xlabel("step", fontsize=8, color=INK)
     return fig
 
@@ -360,7 +362,7 @@ figcaption { font-size: .82rem; color: var(--soft); margin-top: .4rem; }
 def section(title: str, text: str, *parts: str) -> str:
     return f"<section><h2>{title}</h2><p>{text}</p>{''.join(parts)}</section>"
 
-# %% ../nbs/10_evaluate.ipynb #8e1003c7
+# %% ../nbs/10_evaluate.ipynb #725795bf
 def success_section(report: dict, summary: dict) -> str:
     "Success of every arm on every task, the pooled columns and what was kept."
     def kept(c): return f"{c['ratio']:.0%} <small>{c['low']:.0%}–{c['high']:.0%}</small>".replace("%", " %") if c else "–"
@@ -405,7 +407,8 @@ def clips_section(clips: dict) -> str:
     return section("The same skill, side by side", "One episode each, from the same starting state.", *rows)
 
 def curves_section(figure) -> str:
-    text = ("λ rises while the retention loss is over its budget and falls while it is under; a cosine below zero means "
+    text = ("λ rises while the retention loss is over its budget and falls while it is under. The violation is in units of the "
+            "budget: at 0 the loss is on it, at 1 twice as large. A cosine below zero means "
             "that the task and the anchors pull apart.")
     return section("How the budget was held", text, figure_svg(figure, "multiplier, violation and cosine over steps"))
 
@@ -432,7 +435,7 @@ def success_markdown(report: dict) -> str:
              percent(*c["retention"].values()) if a != "teacher" and c["retention"] else "–"] for a, c in summary.items()]
     return table_markdown(["arm", *(f"{t} ({'new' if t in report['tasks']['new'] else 'old'})" for t in tasks), "kept"], rows)
 
-# %% ../nbs/10_evaluate.ipynb #cc15bbc2
+# %% ../nbs/10_evaluate.ipynb #6a143daa
 def render_report(
     report: dict,  # see the table above; checked first
     records: dict[str, list[dict]],  # arm → rows of its metrics.jsonl
@@ -448,7 +451,7 @@ def render_report(
     if clips:
         parts.append(clips_section(clips))
     if report.get("views"): parts.append(views_section(report, summary))
-    if any(r.get("violation") is not None for rows in records.values() for r in rows):
+    if any(r.get("violation") is not None and r["epsilon"] for rows in records.values() for r in rows):
         figures["curves"] = plot_curves(records)
         parts.append(curves_section(figures["curves"]))
     if report["drift"]:

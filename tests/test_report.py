@@ -32,7 +32,7 @@ def gif():
 def test_report_in_a_browser(tmp_path):
     assert chromium, 'no Chromium: apt-get install chromium'
     from playwright.sync_api import sync_playwright
-    rows = [{'step': i, 'lambda': i / 10, 'violation': .1 - i / 50, 'cosine': -.2} for i in range(10)]
+    rows = [{'step': i, 'lambda': i / 10, 'epsilon': .1, 'violation': .1 - i / 50, 'cosine': -.2} for i in range(10)]
     clips = {'drawer-close': {'sft': gif(), 'craft:action_logits': gif()}}
     page_file = render_report(example(), {'craft:action_logits': rows}, clips, tmp_path)
     asked, said, seen = [], [], {}
