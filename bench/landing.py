@@ -55,17 +55,23 @@ def draw(curves: dict, path: Path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    budgets = sorted({(view, eps) for _, view, eps in curves}, key=lambda b: (list(BUDGETS).index(b[0]) if b[0] in BUDGETS else 9, b[1]))
-    fig, axes = plt.subplots(2, len(budgets), figsize=(2.6 * len(budgets), 4.4), dpi=80, layout="constrained", squeeze=False)
-    for (top, low), (view, eps) in zip(axes.T, budgets):
-        for (controller, v, e), rows in curves.items():
-            if (v, e) != (view, eps): continue
-            steps = [r["step"] for r in rows]
-            top.plot(steps, [r["retention_loss"] / eps for r in rows], color=COLORS[controller], lw=1, label=controller)
-            top.plot(steps, [r["epsilon"] / eps for r in rows], color=COLORS[controller], lw=1, ls="--")
-            low.plot(steps, [max(r["lambda"], 1e-3) for r in rows], color=COLORS[controller], lw=1)
-        top.set(title=f"{view}, ε = {eps}", yscale="log", ylim=(0.3, 30)); low.set(xlabel="step", yscale="log")
-    axes[0][0].set_ylabel("L_ret ÷ final ε (dashed: ε)"); axes[1][0].set_ylabel("λ"); axes[0][0].legend(frameon=False, fontsize=8)
+    views = sorted({v for _, v, _ in curves}, key=lambda v: list(BUDGETS).index(v) if v in BUDGETS else 9)
+    budgets = {v: sorted({e for _, w, e in curves if w == v}) for v in views}
+    fig, axes = plt.subplots(2 * len(views), max(map(len, budgets.values())), figsize=(7.2, 3.6 * len(views)), dpi=110, layout="constrained",
+                             squeeze=False, sharex=True, sharey="row")
+    for ax in axes.flat: ax.set(yscale="log", visible=False); ax.tick_params(labelsize=8)
+    for k, view in enumerate(views):
+        for eps, top, low in zip(budgets[view], *axes[2 * k : 2 * k + 2]):
+            for (controller, v, e), rows in sorted(curves.items()):
+                if (v, e) != (view, eps): continue
+                steps, how = [r["step"] for r in rows], dict(color=COLORS[controller], lw=1)
+                top.plot(steps, [r["retention_loss"] / eps for r in rows], label=controller, **how)
+                top.plot(steps, [r["epsilon"] / eps for r in rows], ls="--", **how)
+                low.plot(steps, [max(r["lambda"], 1e-3) for r in rows], **how)
+            top.set(ylim=(0.3, 30), visible=True); top.set_title(f"{view}, ε = {eps:g}", fontsize=9); low.set(visible=True)
+        axes[2 * k][0].set_ylabel("L_ret ÷ final ε (dashed: ε)", fontsize=8); axes[2 * k + 1][0].set_ylabel("λ", fontsize=8)
+    for ax in axes[-1]: ax.set_xlabel("step", fontsize=8)
+    axes[0][0].legend(frameon=False, fontsize=8)
     fig.savefig(path)
 
 
