@@ -418,7 +418,7 @@ def drift_section(drift: dict, figure) -> str:
             f"on {n} anchors that were not trained on.")
     return section("Where the network moved", text, figure_svg(figure, "relative drift by layer and vector"))
 
-# %% ../nbs/10_evaluate.ipynb #4f08cef6
+# %% ../nbs/10_evaluate.ipynb #100f0d80
 def table_markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
     "A Markdown table, columns padded to line up in plain text too."
     table = [[str(c) for c in row] for row in (head, *rows)]
@@ -427,8 +427,8 @@ def table_markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
 
 def success_markdown(report: dict) -> str:
-    "Success by arm and task with intervals, and what was kept of the old success."
-    def percent(x, low, high): return f"{x:.0%} ({low:.0%}–{high:.0%})".replace("%", " %")
+    "Success by arm and task, and what was kept of the old success, in per cent with intervals; cells are short so that the table fits a page."
+    def percent(*x): return "{:.0f}\N{NO-BREAK SPACE}% ({:.0f}–{:.0f})".format(*(100 * v for v in x))
     def cell(c): return percent(c["rate"], c["low"], c["high"])
     summary, tasks = summarise(report), [*report["tasks"]["old"], *report["tasks"]["new"]]
     rows = [[a, *(cell(report["success"][t][a]) for t in tasks),
