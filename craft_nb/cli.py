@@ -60,6 +60,9 @@ def opened():
     collecting = gc.isenabled()
     gc.disable()
     try: return importlib.import_module("craft_nb.lerobot")
+    except ModuleNotFoundError as e:
+        if (e.name or "").startswith("craft_nb"): raise
+        raise ModuleNotFoundError(f"this command runs on LeRobot, and {e.name} is not installed: pip install 'craft_nb[lerobot]'", name=e.name) from e
     finally:
         if collecting: gc.enable()
 
