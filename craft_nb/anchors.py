@@ -33,6 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .config import as_path
+
 # %% ../nbs/05_anchors.ipynb #3afabda9
 class AnchorCacheError(ValueError):
     "A cache is damaged, unfinished, foreign, or does not fit; the message names the file and the field."
@@ -54,7 +56,7 @@ def hash_folder(
     glob: str = '**/*',  # which files in it
 ) -> str:  # SHA-256 over sorted relative names and contents
     "Identity of a folder, e.g. of a tokenizer: the same files with the same bytes, wherever they lie."
-    path, h = Path(path), hashlib.sha256()
+    path, h = as_path(path), hashlib.sha256()
     root = path.parent if path.is_file() else path
     files = [path] if path.is_file() else sorted(p for p in path.glob(glob) if p.is_file() and '.cache' not in p.parts)
     if not files:
@@ -131,7 +133,8 @@ def read_header(
     limit: int = 100 << 20,  # longest header believed, bytes; 100 MiB is safetensors' own limit
 ) -> tuple[dict, dict]:  # {name: (dtype, shape, first byte, last byte + 1)}, metadata
     "The header of a safetensors file, each claim checked against the size of the file. Raises `AnchorCacheError`."
-    path, size = Path(path), Path(path).stat().st_size
+    path = as_path(path)
+    size = path.stat().st_size
     def bad(why): return AnchorCacheError(f'{path}: {why}; the file is damaged or no safetensors file')
     with open(path, 'rb') as f:
         n = struct.unpack('<Q', f.read(8))[0] if size >= 8 else 0
@@ -163,7 +166,7 @@ def hash_tensors(
             t = tensors[name].detach().to('cpu').contiguous()
             h.update(f'{name}\0{str(t.dtype)[6:]}{list(t.shape)}\0'.encode()); h.update(_bytes(t))
         return h.hexdigest()
-    path = Path(tensors)
+    path = as_path(tensors)
     files = sorted(path.glob('*.safetensors')) if path.is_dir() else [path]
     if not files: raise AnchorCacheError(f'{path}: no safetensors file to hash')
     where = {k: (f, *v) for f in files for k, v in read_header(f)[0].items()}
@@ -399,8 +402,8 @@ def _check_shards(m: dict, path):
 
 def read_manifest(cache_dir) -> dict:  # the content of anchors.json
     "Read and check `anchors.json`; opens no shard. Raises `AnchorCacheError` naming file and field."
-    path = Path(cache_dir)/MANIFEST
-    if not path.is_file(): raise AnchorCacheError(_missing(Path(cache_dir)))
+    path = as_path(cache_dir)/MANIFEST
+    if not path.is_file(): raise AnchorCacheError(_missing(path.parent))
     if path.stat().st_size > _MAX_MANIFEST:
         raise AnchorCacheError(f'{path}: {path.stat().st_size} bytes is no manifest')
     try: m = json.loads(path.read_bytes())
@@ -516,7 +519,7 @@ class Shard:
 class _BuildFolder:
     "A folder under construction: its plan, its finished shards, its lock."
     def __init__(self, out_dir, plan: dict):
-        self.dir, self.plan, self.fields, self.shards, self.position = Path(out_dir), plan, {}, [], 0
+        self.dir, self.plan, self.fields, self.shards, self.position = as_path(out_dir), plan, {}, [], 0
         d, building = self.dir, self.dir/BUILDING
         if (d/MANIFEST).exists():
             raise FileExistsError(f'{d}: holds a finished anchor cache; give another out_dir, or delete it yourself')
@@ -764,7 +767,7 @@ def _pt_shards(d: Path) -> list: return sorted(p for p in d.glob('*.pt') if 'met
 
 def is_pt_cache(cache_dir) -> bool:
     "Is this a folder of the origin's format?"
-    d = Path(cache_dir)
+    d = as_path(cache_dir)
     return d.is_dir() and not (d/MANIFEST).exists() and not (d/BUILDING).exists() and bool(_pt_shards(d))
 
 def _load_pt(path: Path):
@@ -882,7 +885,7 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
         views=None,  # names of the views to read; None: all
         frames=None,  # frames(frame_index) → (cams,3,h,w) uint8, for caches that only refer to images
     ):
-        self.dir = Path(cache_dir)
+        self.dir = as_path(cache_dir)
         self.store = _PtCache(self.dir) if is_pt_cache(self.dir) else _Cache(self.dir, frames)
         self.manifest = self.store.manifest; have = self.manifest['views']
         if missing := [v for v in views or [] if v not in have]:

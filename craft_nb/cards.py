@@ -19,6 +19,7 @@ import torch
 
 from .anchors import (MANIFEST, AnchorCacheDataset, AnchorCacheError, _bytes, _pil, cache_info, convert_cache,
                               read_manifest, verify_cache)
+from .config import as_path
 
 # %% ../nbs/05a_cards.ipynb #5641bea0
 def _size(b: float) -> str:
@@ -77,8 +78,8 @@ def example_sheet(
         text = prompts[p] if 0 <= p < len(prompts) else f'anchor {i}'
         for j in range(2):
             draw.text((a * wide + 2, cams * tall + 1 + 13 * j), text[j * fit:(j + 1) * fit], fill='black')
-    sheet.save(path)
-    return Path(path)
+    sheet.save(path := as_path(path))
+    return path
 
 def _as_bytes(px):
     px = px if px.ndim == 5 else px[:, None]
@@ -149,7 +150,7 @@ def push_cache(
     revision: str | None = None,  # branch of the repository
 ) -> str:  # where it is now
     "Verify a cache, then publish its shards, manifest and README."
-    folder, d = _is_folder(remote), Path(cache_dir)
+    folder, d = _is_folder(remote), as_path(cache_dir)
     verify_cache(d, samples=8); info = cache_info(d)
     if info['format'] == 'pt':
         raise AnchorCacheError(f'{d}: is an old .pt cache; run craft-cache convert first, pickles are not shared')
@@ -158,7 +159,7 @@ def push_cache(
         def fill(t):
             for f in files: shutil.copy2(f, t/f.name)
             (t/'README.md').write_text(readme)
-        return str(_place(Path(remote).expanduser(), fill))
+        return str(_place(as_path(remote), fill))
     with _hub(f'push to {remote}') as hub:
         api, what = hub.HfApi(), dict(repo_type='dataset')
         api.create_repo(remote, private=private, exist_ok=True, **what)
@@ -174,7 +175,7 @@ def pull_cache(
     revision: str | None = None,
 ) -> Path:
     "Fetch a cache, verify it, then put it in place with one rename."
-    src = Path(remote).expanduser() if _is_folder(remote) else None
+    src = as_path(remote) if _is_folder(remote) else None
     def fill(t):
         if src:
             for name in [*(s['file'] for s in read_manifest(src)['shards']), MANIFEST]: shutil.copy2(src/name, t/name)
@@ -184,7 +185,7 @@ def pull_cache(
                                       allow_patterns=[MANIFEST, 'anchors-*.safetensors'])
             shutil.rmtree(t/'.cache', ignore_errors=True)
         verify_cache(t, samples=8)
-    return _place(Path(out_dir), fill)
+    return _place(as_path(out_dir), fill)
 
 # %% ../nbs/05a_cards.ipynb #49e8bff3
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+from .config import as_path
+
 # %% ../nbs/12_demo.ipynb #220f2246
 @dataclass(frozen=True)
 class Settings:
@@ -83,7 +85,7 @@ class Run:
     "A demo folder, its settings and its worker processes."
 
     def __init__(self, folder, settings:Settings=Settings(), workers:int=2, say=print):
-        self.folder, self.settings, self.workers, self.say, self._pool = Path(folder).resolve(), settings, workers, say, None
+        self.folder, self.settings, self.workers, self.say, self._pool = as_path(folder).resolve(), settings, workers, say, None
 
     @property
     def pool(self):
@@ -438,7 +440,7 @@ def parse(argv=None):
     counts = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.type is int and f.name != "seed"}
     for name, n in (counts | dict(workers=args.workers)).items():
         if n < 1: p.error(f"--{name.replace('_', '-')}: expected at least 1, found {n}")
-    folder = Path(args.folder).absolute()
+    folder = as_path(args.folder).absolute()
     there = next(x for x in (folder, *folder.parents) if x.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         p.error(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another --folder")

@@ -23,6 +23,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from .config import as_path
+
 # %% ../nbs/10_evaluate.ipynb #4a77118e
 def wilson(
     successes: int,
@@ -303,7 +305,7 @@ def cell_html(cell: dict) -> str:
 
 def clip_html(clip: str | Path | bytes, caption: str) -> str:
     "A GIF, PNG or WebP as a figure with its data inside. Raises `ValueError` for anything else."
-    data = clip if isinstance(clip, bytes) else Path(clip).read_bytes()
+    data = clip if isinstance(clip, bytes) else as_path(clip).read_bytes()
     kinds = {b"GIF8": "gif", b"\x89PNG": "png", b"RIFF": "webp"}
     if data[:4] not in kinds: raise ValueError(f"clip {caption!r}: expected GIF, PNG or WebP, found {data[:4]!r}")
     uri = f"data:image/{kinds[data[:4]]};base64,{base64.b64encode(data).decode()}"
@@ -444,7 +446,7 @@ def render_report(
     title: str = "Teaching a robot something new without losing the old",
 ) -> Path:  # report.html
     "Write report.html (one self-contained file), report.json (with a `summary`), success.png, drift.png and curves.png."
-    out, summary = Path(out_dir), summarise(report)
+    out, summary = as_path(out_dir), summarise(report)
     out.mkdir(parents=True, exist_ok=True)
     figures = dict(success=plot_success(report))
     parts = [success_section(report, summary)]

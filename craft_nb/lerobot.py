@@ -36,7 +36,7 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors
 from .builder import build_anchor_cache, teacher_targets
-from .config import CraftConfig, parse_weights
+from .config import CraftConfig, as_path, at_home, parse_weights
 from .evaluate import measure_drift, rate
 from .features import resolve_layers
 from .losses import make_views
@@ -87,7 +87,7 @@ def missing_parts(cfg: PreTrainedConfig) -> list[str]:
 
 def require_local(path: str | Path) -> None:
     "Refuse a policy folder that is not there before LeRobot asks a hub for it."
-    if not (Path(path) / "config.json").is_file() and (constants.HF_HUB_OFFLINE or is_path(str(path))):
+    if not (as_path(path) / "config.json").is_file() and (constants.HF_HUB_OFFLINE or is_path(str(path))):
         raise FileNotFoundError(f"no policy at {path}: expected a LeRobot checkpoint folder (…/pretrained_model) with config.json"
                                 + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""))
 
@@ -99,7 +99,7 @@ def require_parts(cfg: PreTrainedConfig) -> None:
 # %% ../nbs/11_lerobot.ipynb #b17a1561
 def localise(dataset: DatasetConfig) -> DatasetConfig:
     "If `repo_id` is a data set's folder on this machine, use it as `root`."
-    folder = Path(dataset.repo_id)
+    folder = Path(at_home(dataset).repo_id)
     if dataset.root is None and (folder / "meta" / "info.json").is_file():
         dataset.root, dataset.repo_id = str(folder), f"local/{folder.resolve().name}"
     here = dataset.root if constants.HF_HUB_OFFLINE else None
@@ -170,7 +170,7 @@ def _tokenizer_facts(t):
 def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):
     """Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. → policy, preprocessor, postprocessor.
     Raises if parts are missing or its weights did not load."""
-    require_parts(cfg)
+    require_parts(at_home(cfg))
     policy = make_policy(cfg=cfg, ds_meta=ds_meta, env_cfg=env, rename_map=rename_map or {})
     if Path(cfg.pretrained_path).is_dir() and not getattr(cfg, "use_peft", False):
         check_loaded_weights(policy, cfg.pretrained_path)
@@ -206,7 +206,7 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     "Build the anchor cache that `cfg` describes. → its manifest."
     if cfg.policy is None or not cfg.policy.pretrained_path:
         raise ValueError("no teacher: give --policy.path=FOLDER or --policy.pretrained_path=FOLDER")
-    require_writable(Path(cfg.out_dir), "--out_dir")
+    require_writable(Path(at_home(cfg).out_dir), "--out_dir")
     try: layers, prompts = [int(i) for i in cfg.layers_to_save.split(",")], None
     except ValueError: raise ValueError(f"layers_to_save: expected numbers such as -2,-1; found {cfg.layers_to_save!r}") from None
     if cfg.prompts_file and not (prompts := [p.strip() for p in Path(cfg.prompts_file).read_text().splitlines() if p.strip()]):
@@ -249,9 +249,9 @@ def versions() -> dict[str, str]:
 # %% ../nbs/11_lerobot.ipynb #6441b48b
 def recompute_targets(policy_path: str, manifest: dict):  # → function of a batch of the cache: {target: tensor}
     "A function that recomputes what a cache of `manifest` stores, with the policy at `policy_path`."
-    require_local(policy_path)
+    require_local(policy_path := as_path(policy_path))
     cfg = PreTrainedConfig.from_pretrained(policy_path)
-    cfg.pretrained_path = Path(policy_path)
+    cfg.pretrained_path = policy_path
     policy, pre, _ = load_policy_alone(cfg)
     want, found = manifest["hashes"].get("weights"), run_hashes(policy, pre)["weights"]
     if want not in (None, found):
@@ -266,7 +266,7 @@ def recompute_targets(policy_path: str, manifest: dict):  # → function of a ba
 # %% ../nbs/11_lerobot.ipynb #6fff1264
 def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     "The cache of a run. Raises with what to do if there is none, if it is damaged, or if it has not what the config asks for."
-    if not Path(craft.anchor_cache_dir).is_dir():
+    if not as_path(craft.anchor_cache_dir).is_dir():
         raise FileNotFoundError(f"CRaFT is on, but there is no anchor cache at {craft.anchor_cache_dir}: "
                                 f"build one with craft-build-cache --out_dir={craft.anchor_cache_dir}, "
                                 "name another with --craft.anchor_cache_dir, "
@@ -413,7 +413,7 @@ def move_link(link: Path, target: str) -> None:
 
 def read_craft_state(checkpoint: Path) -> dict:
     "What `write_checkpoint` added. Raises if the checkpoint was not written by craft-train."
-    path = Path(checkpoint) / "training_state" / CRAFT_STATE
+    path = as_path(checkpoint) / "training_state" / CRAFT_STATE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, so this checkpoint is not one of craft-train; "
                                 "resume it with lerobot-train, or start from it with --policy.path")
@@ -520,7 +520,7 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     "Everything up to the first step. Raises, with nothing written, if the config, the cache or the policy do not fit each other."
     from lerobot.optim.factory import make_optimizer_and_scheduler
     from lerobot.utils.random_utils import load_rng_state, set_seed
-    localise(cfg.dataset)
+    localise(at_home(cfg).dataset)
     cfg.validate()
     require_writable(Path(cfg.output_dir))
     if cfg.policy.pretrained_path: require_parts(cfg.policy)
@@ -728,7 +728,7 @@ def anchor_drift(policy: nn.Module, folder: str, batch_size: int) -> dict:
 def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     "Run what `cfg` asks for. → the table (Markdown) and the folder with `eval.json` and `eval.md`."
     from contextlib import nullcontext
-    if not (cfg.env or cfg.dataset or cfg.anchors):
+    if not (at_home(cfg).env or cfg.dataset or cfg.anchors):
         raise ValueError("nothing to evaluate: give --env.type=…, --dataset.repo_id=… or --anchors=FOLDER")
     if cfg.policy is None or not cfg.policy.pretrained_path: raise ValueError("no policy: give --policy.path=FOLDER")
     out = Path(cfg.out_dir)
@@ -759,7 +759,7 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
 def load_policy_alone(cfg: PreTrainedConfig):
     "A policy without a data set or environment to tell its features: those of its checkpoint."
     from lerobot.policies.factory import get_policy_class
-    require_parts(cfg)
+    require_parts(at_home(cfg))
     policy = get_policy_class(cfg.type).from_pretrained(cfg.pretrained_path, config=cfg)
     check_loaded_weights(policy, cfg.pretrained_path)
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device))

@@ -13,6 +13,7 @@ import base64, errno, html, io, json, math, os, sys, threading, traceback, uuid,
 from collections import deque
 from importlib.util import find_spec
 from pathlib import Path
+from .config import as_path
 
 # %% ../nbs/09_monitor.ipynb #a8e56d45
 def _finite(x):
@@ -32,7 +33,7 @@ class RecordLog:
     "A JSON-lines file of step records that survives crashes and full disks. Also a trainer callback."
     order = 0
     def __init__(self, path): # `metrics.jsonl`; its folder is made when the log opens
-        self.path, self.fd, self.size, self.error, self.pending = Path(path), None, 0, None, deque()
+        self.path, self.fd, self.size, self.error, self.pending = as_path(path), None, 0, None, deque()
 
     def open(self,
              step:int=0): # 0: a new log, an earlier file is kept as `NAME.1.jsonl`; n: go on after step n, dropping later rows
@@ -104,7 +105,7 @@ def _end_of(path, step):
 # %% ../nbs/09_monitor.ipynb #64df6290
 class Tail:
     "Read a log that may still grow; `restarts` counts how often the file was cut or replaced under the reader."
-    def __init__(self, path): self.path, self.pos, self.seen, self.lines, self.restarts = Path(path), 0, b"", 0, 0
+    def __init__(self, path): self.path, self.pos, self.seen, self.lines, self.restarts = as_path(path), 0, b"", 0, 0
 
     def poll(self)->list: # rows completed since the last call
         "New whole rows, [] if there is none (or no file yet). Raises ValueError on a broken line, naming it."
@@ -129,7 +130,7 @@ class Tail:
 
 def read_records(path)->list: # all whole rows of the log, oldest first
     "Read a log; a torn last line is left out. Raises FileNotFoundError, or ValueError on a broken line."
-    if not Path(path).exists(): raise FileNotFoundError(f"no record log at {path}: expected the metrics.jsonl of a run")
+    if not as_path(path).exists(): raise FileNotFoundError(f"no record log at {path}: expected the metrics.jsonl of a run")
     return Tail(path).poll()
 
 # %% ../nbs/09_monitor.ipynb #7532429c
@@ -720,7 +721,7 @@ def _close(self, file=None): # file: where to write the PNG
     self.redraw()
     try:
         bundle = self.bundle()
-        if file and "image/png" in bundle: Path(file).write_bytes(base64.b64decode(bundle["image/png"]))
+        if file and "image/png" in bundle: as_path(file).write_bytes(base64.b64decode(bundle["image/png"]))
         if self.place: self.place.picture(bundle)
     except Exception as e: self.broken(e)
     self.thread = None

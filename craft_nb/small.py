@@ -32,6 +32,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import ProcessorStepRegistry
 from lerobot.processor.tokenizer_processor import ActionTokenizerProcessorStep
 from transformers import AutoProcessor, AutoTokenizer, PaliGemmaConfig
+from .config import as_path
 from .fast import fit_action_tokenizer, make_text_tokenizer
 
 # %% ../nbs/11b_small.ipynb #8bbf11fd
@@ -335,7 +336,7 @@ def write_dataset(
     "Write episodes into one LeRobotDataset with the features `observation.image`, `observation.state` and `action`."
     import datasets
     datasets.disable_progress_bars()  # one a row group would drown ours
-    root, size = Path(root), None
+    root, size = as_path(root), None
     part = root.with_name(root.name + ".part")
     if root.exists(): raise FileExistsError(f"{root} exists: remove it or choose another folder")
     names = lerobot_metaworld().TASK_DESCRIPTIONS
@@ -368,7 +369,7 @@ def action_chunks(dataset:LeRobotDataset, chunk_size:int=10):  # (n, t, a) norma
 
 def save_tokenizers(dataset:LeRobotDataset, folder, chunk_size:int=10, vocab_size:int=256, scale:float=5.0):  # the two folders
     "Fit and save the tokenizers of a data set: `folder/action` (FAST) and `folder/text` (words of all Meta-World tasks)."
-    folder = Path(folder).resolve()
+    folder = as_path(folder).resolve()
     fit_action_tokenizer(action_chunks(dataset, chunk_size), scale, vocab_size).save_pretrained(folder/"action")
     make_text_tokenizer(lerobot_metaworld().TASK_DESCRIPTIONS.values(), vocab_size).save_pretrained(folder/"text")
     return folder/"text", folder/"action"
@@ -381,11 +382,11 @@ class Workload:
     repo_id: str = "craft/metaworld"
 
     @property
-    def root(self): return Path(self.folder)/"dataset"
+    def root(self): return as_path(self.folder)/"dataset"
     @property
-    def policy_path(self): return Path(self.folder)/"policy"
+    def policy_path(self): return as_path(self.folder)/"policy"
     @property
-    def tokenizers(self): return Path(self.folder)/"tokenizers"
+    def tokenizers(self): return as_path(self.folder)/"tokenizers"
     @property
     def meta(self): return LeRobotDatasetMetadata(self.repo_id, root=self.root)
 
@@ -422,10 +423,11 @@ class Workload:
 # %% ../nbs/11b_small.ipynb #7491f30f
 def save_checkpoint_folder(policy, pre, post, path): # a LeRobot `pretrained_model` folder
     "Weights, config and both processors, as LeRobot saves them."
+    path = as_path(path)
     policy.save_pretrained(path)
     pre.save_pretrained(path)
     post.save_pretrained(path)
-    return Path(path)
+    return path
 
 
 def new_policy(work:Workload, seed:int=0, **sizes): # policy, pre, post
@@ -444,7 +446,7 @@ def tiny_workload(
     **sizes, # fields of PI0FastSmallConfig
 )->Workload: # paths and loaders
     "Record, tokenise and save a small policy: real input for tests and notebooks in seconds."
-    work = Workload(Path(folder).resolve())
+    work = Workload(as_path(folder).resolve())
     if (work.policy_path/"model.safetensors").exists(): return work
     if not work.root.exists(): write_dataset(record_episodes(tasks, episodes), work.root, work.repo_id)
     save_tokenizers(work.dataset(), work.tokenizers)

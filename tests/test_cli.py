@@ -1,0 +1,137 @@
+"""What users write on a command line, taken as they wrote it: paths, names, flags that our own messages advise."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from craft_nb import cli
+
+ODD = ["01", "null", "{a}", "'q'", '"q"', "1e3", "1_000", "[x]", "yes", "a b", "a #b", "a: b", "0x1f", "~x", "- x", "!!int 3", "2026-11-26", "*a", "ü&", "include/x", "%a", "12:30"]
+
+
+@pytest.fixture
+def place(work, tmp_path, monkeypatch):
+    "An empty folder to run commands in, with the user's home in it."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["craft"])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+def refused(main, *flags):
+    with pytest.raises(SystemExit) as stop: main(list(flags))
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
+
+
+def configs():
+    from craft_nb import lerobot as ours
+    return ours
+
+
+FIELDS = {"BuildCacheConfig": ("out_dir", "prompts_file", "dataset.repo_id", "dataset.root"), "CraftEvalConfig": ("anchors", "out_dir", "dataset.root"),
+          "CraftTrainConfig": ("output_dir", "craft.anchor_cache_dir", "policy.pretrained_path", "dataset.repo_id", "dataset.root", "wandb.project")}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_both_readers_get_a_text_as_written(odd):
+    import json
+    import yaml
+    ours = configs()
+    for config, fields in FIELDS.items():
+        for f in fields:
+            (a,), (b,) = (cli.as_written(getattr(ours, config), argv) for argv in ([f"--{f}={odd}"], [f"--{f}", odd]))
+            value = a.removeprefix(f"--{f}=")
+            assert a == b and yaml.safe_load(value) == json.loads(value) and json.loads(value).removeprefix("./") == odd
+
+
+@pytest.mark.parametrize("space", [False, True])
+def test_a_whole_line_is_taken_as_written(place, space):
+    ours, rest = configs(), [o for o in ODD if o != "include/x"]
+    for config, fields in FIELDS.items():
+        odd = dict(zip(fields, rest[3 * space:] if config == "CraftTrainConfig" else rest[6 + 3 * space:]))
+        cfg = cli.parsed(getattr(ours, config), [a for f, v in odd.items() for a in ([f"--{f}", v] if space else [f"--{f}={v}"])]
+                         + ["--policy.type=act"] + ["--dataset.repo_id=include/x"] * ("dataset.repo_id" not in odd) + ["--craft.layer_weights=-2:30,-1:1"] * ("output_dir" in odd))
+        for f, v in odd.items():
+            found = cfg
+            for part in f.split("."): found = getattr(found, part)
+            assert str(found) == v, (config, f)
+
+
+def test_null_means_none_where_a_field_is_no_path(place, work):
+    ours = configs()
+    cfg = cli.parsed(ours.CraftTrainConfig, [f"--dataset.repo_id={work.root}", "--env=null", "--dataloader_multiprocessing_context=null", "--seed=null",
+                                             "--wandb.entity", "null", "--dataset.episodes=[0,1]", "--dataset.root=", "--output_dir=null", '--rename_map={"a": "b"}'])
+    assert (cfg.env, cfg.dataloader_multiprocessing_context, cfg.seed, cfg.wandb.entity, cfg.dataset.root) == (None,) * 5
+    assert cfg.output_dir == Path("null") and cfg.dataset.episodes == [0, 1] and cfg.rename_map == {"a": "b"}
+
+
+def test_a_policys_overrides_and_a_config_file_are_taken_as_written(place, work):
+    "These go through LeRobot's other parser, which reads JSON."
+    ours = configs()
+    for name in ("1e3", "null", "[x]", "01"):
+        cfg = cli.with_path(cli.parsed(ours.BuildCacheConfig, [f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}",
+                                                               f"--policy.text_tokenizer_name={name}", f"--out_dir={name}", "--policy.device", "cpu"]))
+        assert (cfg.policy.text_tokenizer_name, cfg.out_dir, cfg.policy.device) == (name, name, "cpu")
+        with open("train_config.json", "w") as f: f.write('{"dataset": {"repo_id": "x"}, "steps": 3}')
+        cfg = cli.parsed(ours.CraftTrainConfig, ["--config_path=train_config.json", f"--output_dir={name}", f"--dataset.root={name}"])
+        assert (str(cfg.output_dir), cfg.dataset.root, cfg.steps) == (name, name, 3) and f"--output_dir={name}" in sys.argv
+
+
+def test_a_home_is_found_by_every_command(place, work, capsys):
+    home = place / "home"
+    os.symlink(work.policy_path, home / "teacher")
+    os.symlink(work.root, home / "data")
+    (home / "say.txt").write_text("push the button\n")
+    cli.build_cache(["--policy.path=~/teacher", "--dataset.repo_id=~/data", "--out_dir=~/[x]", "--num_anchors=8", "--prompts_file", "~/say.txt"])
+    cli.train(["--policy.path=~/teacher", "--dataset.root=~/data", "--dataset.repo_id=me/data", "--output_dir=~/{run}", "--steps=1", "--batch_size=2",
+               "--num_workers=0", "--env_eval_freq=0", "--craft.anchor_cache_dir=~/[x]", "--craft.anchor_batch_size=2"])
+    cli.train(["--config_path=~/{run}/checkpoints/last/pretrained_model/train_config.json", "--resume=true", "--steps=2"])
+    cli.evaluate(["--policy.path", "~/{run}/checkpoints/last/pretrained_model", "--anchors=~/[x]", "--out_dir=~/1e3"])
+    for argv in (["info", "~/[x]"], ["verify", "~/[x]", "--policy=~/teacher"], ["push", "~/[x]", "~/null"]):
+        with pytest.raises(SystemExit) as stop: cli.cache(argv)
+        assert not stop.value.code, capsys.readouterr().err
+    assert (home / "1e3/eval.json").is_file() and (home / "null/anchors.json").is_file() and (home / "{run}/checkpoints/000002").is_dir()
+    assert sorted(p.name for p in place.iterdir()) == ["home"]
+    assert "no policy at" in refused(cli.build_cache, "--policy.path=~/gone", "--dataset.repo_id=~/data", "--out_dir=~/no")
+
+
+def test_odd_names_from_end_to_end(place, work):
+    for name in ("null", "{a}", "a #b: c"):
+        os.symlink(work.policy_path, f"{name} teacher")
+        os.symlink(work.root, f"{name} data")
+        cli.build_cache([f"--policy.path={name} teacher", f"--dataset.repo_id={name} data", f"--out_dir={name}", "--num_anchors=4"])
+        cli.evaluate([f"--policy.path={name} teacher", f"--anchors={name}", f"--dataset.repo_id={name} data", "--max_frames=2", f"--out_dir={name} seen"])
+        cli.train([f"--policy.path={name} teacher", f"--dataset.root={name} data", f"--dataset.repo_id={name}", f"--output_dir={name} run", "--steps=1",
+                   "--batch_size=2", "--num_workers=0", "--env_eval_freq=0", f"--craft.anchor_cache_dir={name}", "--craft.anchor_batch_size=2", "--save_checkpoint=false"])
+        made = {p.name for p in place.iterdir()}
+        assert {name, f"{name} seen", f"{name} run"} <= made
+    assert len(made) == 1 + 3 * 5
+
+
+def test_python_takes_a_home_too(place, work):
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.policies import PreTrainedConfig
+    from craft_nb.anchors import AnchorCacheDataset, read_manifest, verify_cache
+    from craft_nb.config import CraftConfig, config_from_json, config_to_json
+    from craft_nb.lerobot import BuildCacheConfig, CraftEvalConfig, CraftTrainConfig, build_cache, evaluate, train
+    from craft_nb.monitor import read_records
+    os.symlink(work.policy_path, place / "home/teacher")
+    os.symlink(work.root, place / "home/data")
+    def policy():
+        cfg = PreTrainedConfig.from_pretrained(work.policy_path)
+        cfg.pretrained_path, cfg.push_to_hub = Path("~/teacher"), False
+        return cfg
+    data = lambda: DatasetConfig(repo_id="~/data")
+    build_cache(BuildCacheConfig(dataset=data(), policy=policy(), out_dir="~/cache", num_anchors=4), progress=False)
+    assert len(AnchorCacheDataset("~/cache")) == read_manifest("~/cache")["num_anchors"] == verify_cache("~/cache")["anchors"] == 4
+    train(CraftTrainConfig(dataset=data(), policy=policy(), output_dir=Path("~/run"), steps=1, batch_size=2, num_workers=0, save_checkpoint=False,
+                           craft=CraftConfig(anchor_cache_dir="~/cache", anchor_batch_size=2)), quiet=True)
+    assert len(read_records("~/run/metrics.jsonl")) >= 1
+    evaluate(CraftEvalConfig(policy=policy(), anchors="~/cache", out_dir="~/seen"))
+    config_to_json(CraftConfig(), "~/craft.json")
+    assert config_from_json("~/craft.json") == config_from_json(Path("~/craft.json")) == CraftConfig()
+    assert sorted(p.name for p in place.iterdir()) == ["home"]
