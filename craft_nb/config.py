@@ -23,6 +23,7 @@ CHOICES = dict(
     projection_scope=("global", "layer", "tensor"),
     retain_dtype=("same", "bfloat16"),
     controller=("ascent", "ema", "pi", "landing"),
+    long_instructions=("refuse", "shorten"),
     distance=("", "mse", "cosine", "l1", "relative", "kl", "cross_entropy"),
 )
 RANGES = dict(  # inclusive
@@ -94,6 +95,7 @@ class CraftConfig:
     anchor_micro_batch: int = 0  # anchors per backward pass; 0: the whole anchor batch at once
     anchor_num_workers: int = 0  # processes that decode anchors
     gradient_accumulation_steps: int = 1  # micro-batches of the task per optimizer step; of anchors: see anchor_micro_batch
+    long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     max_nonfinite_steps: int = 10  # stop after so many non-finite steps in a row
     allow_mismatch: str = ""  # cache checks to waive, e.g. "normalisation,weights"
 
