@@ -31,7 +31,7 @@ RANGES = dict(  # inclusive
     lambda_max=(0, math.inf), epsilon_start=(0, math.inf), epsilon_end=(0, math.inf), epsilon_decay_steps=(0, math.inf),
     conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1), pi_nu=(0, 1),
     pi_kp=(0, math.inf), pi_ki=(0, math.inf), lambda_warmup_steps=(0, math.inf), lambda_update_every=(1, math.inf),
-    lambda_clip_patience=(1, math.inf), anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
+    measure_every=(1, math.inf), lambda_clip_patience=(1, math.inf), anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
     gradient_accumulation_steps=(1, math.inf), max_nonfinite_steps=(1, math.inf),
 )
 
@@ -86,6 +86,7 @@ class CraftConfig:
     lambda_warmup_steps: int = 0  # λ stays at initial_lambda until then
     lambda_update_every: int = 1  # update λ on every n-th retention step
     k_compensation: bool = False  # merge with K·λ, so that λ settles where it does for K=1
+    measure_every: int = 10  # where g and r are not kept apart: measure their norms and cosine on every n-th retention step
     lambda_clip_patience: int = 50  # warn after λ has been clipped at lambda_max for so many updates
     views: str = ""  # which views of the cache to train on, "name:weight,…"; empty: all of them
     shared_lambda: bool = True  # one λ for the weighted sum of the views; false: one λ and ε a view

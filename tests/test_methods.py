@@ -1,0 +1,122 @@
+"Methods against straightforward loops of their own, on cases small enough to check."
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from craft_nb import Callback, CraftConfig, CraftTrainer, Retention
+from craft_nb.losses import make_views
+from linear_run import Linear, LinearAdapter
+
+D, STEPS, LR = 5, 24, 0.05
+
+
+class Keep(Callback):
+    def __init__(self): self.rows = []
+    def after_step(self, trainer, record): self.rows.append(record)
+
+
+def streams(seed=0):
+    "Old and new weights, and the same batches and anchors for whoever asks with the same seed."
+    g = torch.Generator().manual_seed(seed)
+    old, new = torch.randn(2, D, D, generator=g)
+    h = torch.Generator().manual_seed(seed + 1)
+    xs = (torch.randn(8, D, generator=g) for _ in itertools.count())
+    return old, ({"x": x, "y": x @ new.T} for x in xs), (torch.randn(6, D, generator=h) for _ in itertools.count())
+
+
+def craft_run(clip=1.0, **config):
+    old, batches, anchors = streams()
+    policy = Linear(D, 0, 0)
+    policy.w.weight.data.copy_(old)
+    views = make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance="mse")
+    ret = Retention(policy, ({"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]} for x in anchors), views, LinearAdapter(),
+                    CraftConfig(**config), STEPS)
+    keep = Keep()
+    CraftTrainer(policy, batches, torch.optim.SGD(policy.parameters(), LR), steps=STEPS, retention=ret, grad_clip_norm=clip,
+                 callbacks=[keep]).fit()
+    return policy.w.weight.detach(), keep.rows
+
+
+def origin_loop(clip=1.0, K=5, lam=1.0, eps=(1.0, 0.1), lam_lr=0.01, threshold=-0.1, gate=True):
+    "The origin's step written down plainly: no part of the package in it."
+    old, batches, anchors = streams()
+    w, rows = old.clone().requires_grad_(), []
+    for step in range(STEPS):
+        batch = next(batches)
+        task = (batch["x"] @ w.T - batch["y"]).square().mean()
+        g, = torch.autograd.grad(task, w)
+        row = dict(task_loss=task.item(), cosine=None)
+        if step % K == 0:
+            x = next(anchors)
+            ret = (x @ w.T - x @ old.T).square().mean()
+            r, = torch.autograd.grad(ret, w)
+            norms = (g.norm() * r.norm()).item()
+            row |= dict(retention_loss=ret.item(), cosine=(g * r).sum().item() / norms if ret.item() > 1e-9 else None, projected=False)
+            if gate and row["cosine"] is not None and row["cosine"] < threshold:
+                g, row["projected"] = g - (g * r).sum() / (r * r).sum() * r, True
+            g = g + lam * r
+            u = step / STEPS
+            lam = min(max(lam + lam_lr * (ret.item() - (eps[0] * (1 - u) + eps[1] * u)), 0.0), 10.0)
+        g = g * min(1.0, clip / (g.norm().item() + 1e-6))
+        with torch.no_grad(): w -= LR * g
+        rows.append(row | {"lambda": lam})
+    return w.detach(), rows
+
+
+def agree(ours, plain):
+    for a, b in zip(ours, plain, strict=True):
+        assert math.isclose(a["task_loss"], b["task_loss"], rel_tol=1e-5) and math.isclose(a["lambda"], b["lambda"], rel_tol=1e-6)
+        if "retention_loss" not in b: assert a["retention"] is False
+        elif b["cosine"] is not None:
+            assert math.isclose(a["retention_loss"], b["retention_loss"], rel_tol=1e-4, abs_tol=1e-9) and a["projected"] == b["projected"]
+            assert a["cosine"] is None or math.isclose(a["cosine"], b["cosine"], abs_tol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [1.0, 100.0])
+def test_the_origins_settings_take_the_origins_steps(clip):
+    w, rows = craft_run(clip)  # every default is the origin's
+    expected, plain = origin_loop(clip)
+    agree(rows, plain)
+    torch.testing.assert_close(w, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_projection_at_work():
+    how = dict(K=2, lam_lr=0.5, eps=(0.01, 0.001), threshold=0.3)
+    w, rows = craft_run(retention_freq=2, lambda_lr=0.5, epsilon_start=0.01, epsilon_end=0.001, conflict_threshold=0.3)
+    expected, plain = origin_loop(**how)
+    agree(rows, plain)
+    assert 3 <= sum(bool(r["projected"]) for r in rows[2:])
+    torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("measure_every", [1, 3])
+def test_a_sum_is_enough_where_nothing_projects(measure_every):
+    w, rows = craft_run(retention_freq=1, lambda_lr=0.1, projection_gate="never", measure_every=measure_every)
+    expected, plain = origin_loop(K=1, lam_lr=0.1, gate=False)
+    agree(rows, [{k: v for k, v in r.items() if k != "projected"} | {"projected": False} for r in plain])
+    assert [r["step"] for r in rows if r["grad_norm_retain"] is None] == [s + 1 for s in range(10, STEPS) if s % measure_every]
+    torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_needs_no_second_gradient():
+    "Peak of storages that a step makes, in copies of the weights: one with g alone, and no more with anchors beside it."
+    from craft_nb.trainer import PeakMemory, nbytes, one_step
+    def peak(**config):
+        torch.manual_seed(0)
+        policy, (x, y) = Linear(4, 0, 0), torch.randn(2, 8, 256)
+        policy.w = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
+        anchors = itertools.repeat({"input_ids": x, "teacher_hidden": y[:, None, None]})
+        ret = Retention(policy, anchors, make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"]), LinearAdapter(),
+                        CraftConfig(retention_freq=1, **config), 1)
+        t = CraftTrainer(policy, itertools.repeat({"x": x, "y": y}), torch.optim.SGD(policy.parameters(), LR), steps=30, retention=ret)
+        peaks = []
+        for _ in range(12):
+            with PeakMemory(*policy.parameters()) as memory: one_step(t)
+            peaks.append(memory.peak / nbytes(policy.parameters()))
+        return peaks
+    apart, summed = peak(), peak(projection_gate="never")
+    assert min(apart) > 1.9  # g and r
+    assert max(summed) < 1.45, summed  # g, and one of eight layers' r; measured steps among them
