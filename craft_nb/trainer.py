@@ -9,7 +9,7 @@ __all__ = ['HOOKS', 'METHOD_HOOKS', 'FIRST_MEASURED', 'METHOD_WORDS', 'RECORD', 
            'merge_weight', 'surgery_row', 'update_multipliers', 'added_gradients', 'take_grad', 'retention_taken',
            'refuse_pieces', 'Retention', 'CraftTrainer', 'task_backward', 'clip_gradients', 'across_ranks',
            'step_gradients', 'one_step', 'agree', 'make_record', 'finite_or_none', 'calibrate_budget', 'apply_changes',
-           'loop', 'fit', 'PeakMemory', 'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory',
+           'loop', 'fit', 'PeakMemory', 'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'ahead',
            'measure_passes', 'Memory', 'resident', 'Run']
 
 # %% ../nbs/08_trainer.ipynb #1f04817a
@@ -728,19 +728,25 @@ def estimate_memory(trainer: CraftTrainer) -> dict[str, int]:  # bytes
     buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
     return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + buckets + max(task, 0 if streams else anchor, step)}
 
-def measure_passes(trainer: CraftTrainer, policy: nn.Module) -> dict[str, int]:
-    "Both passes on the next batches, which are put back. A streamed step holds both at once."
+def ahead(trainer: CraftTrainer) -> tuple[dict, dict | None]:
+    "The next batch of the task and the next anchors, which are put back."
     ret, batch = trainer.retention, next(trainer.batches)
     trainer.batches = itertools.chain([batch], trainer.batches)
+    if ret is None: return batch, None
+    place = ret.anchors.state_dict() if hasattr(ret.anchors, "state_dict") else None
+    anchors = next(ret.line)
+    if place is None: ret.line = itertools.chain([anchors], ret.line)
+    else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
+    return batch, anchors
+
+def measure_passes(trainer: CraftTrainer, policy: nn.Module) -> dict[str, int]:
+    "Both passes on the next batches. A streamed step holds both at once."
+    ret, (batch, anchors) = trainer.retention, ahead(trainer)
     def task():
         with trainer.autocast(): return policy(batch)[0]
     held = nbytes(batch.values()) if isinstance(batch, dict) else 0
     out = {"task_pass": held + gradient_pass(policy, task)}
     if ret is None: return out
-    place = ret.anchors.state_dict() if hasattr(ret.anchors, "state_dict") else None
-    anchors = next(ret.line)
-    if place is None: ret.line = itertools.chain([anchors], ret.line)
-    else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
     n = ret.config.anchor_micro_batch or len(anchors["input_ids"])
     def retention(): return pressed(ret, anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
     with enough_memory(ret, n): out["anchor_pass"] = held + gradient_pass(policy, retention)
