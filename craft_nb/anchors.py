@@ -228,7 +228,7 @@ def _unpack(blob, h: int, w: int, n: int, code: str) -> bytes:
     except (OSError, SyntaxError, zlib.error) as e: raise ValueError(f'no {code} frame ({e})') from None
 
 # %% ../nbs/05_anchors.ipynb #be3de780
-INDEX = ('frame_index', 'episode_index', 'task_index', 'prompt_index')
+INDEX = ('frame_index', 'episode_index', 'task_index', 'prompt_index', 'source_index', 'undecodable')
 PACKED = {'tokens_hidden': ('tokens_mask', 1), 'action_hidden': ('action_mask', 1),        # (l,t,d) where mask (t,)
           'action_logp': ('action_mask', 0), 'action_topk': ('action_mask', 0)}              # (ta,k) where mask (ta,)
 CODES = ('plain', 'packed', 'reference', *IMAGE_CODES)
@@ -345,6 +345,7 @@ _PLAN = dict(                                                   # field → (wha
     views=_of(dict), tensors=_of(dict), image=_of(dict), prompts=_all(str),
     hashes=_of(dict), dataset=_of(dict), versions=_of(dict), extra=_of(dict))
 _FULL = _PLAN | dict(cache_id=_SHA, shards=_of(list), manifest_sha256=_SHA)
+_LATER = dict(announced=_int(1), answers=_of(dict))     # not always there; no part of the plan, known at the end only
 
 # %% ../nbs/05_anchors.ipynb #45479ea1
 def _check(m, schema: dict, path) -> dict:
@@ -356,7 +357,10 @@ def _check(m, schema: dict, path) -> dict:
         if not ok(m[k]): raise bad(k, want, m[k])
     if m['schema_version'] > SCHEMA_VERSION:
         raise bad('schema_version', f'≤ {SCHEMA_VERSION} (update craft_nb to read newer caches)', m['schema_version'])
-    if unknown := sorted(set(m) - set(schema)): raise AnchorCacheError(f'{path}: unknown fields {unknown}')
+    later = {k: v for k, v in _LATER.items() if k in m and schema is _FULL}
+    for k, (want, ok) in later.items():
+        if not ok(m[k]): raise bad(k, want, m[k])
+    if unknown := sorted(set(m) - set(schema) - set(later)): raise AnchorCacheError(f'{path}: unknown fields {unknown}')
     for name, x in m['tensors'].items():
         if not _is_field(x, m['tensors']):
             raise bad(f'tensors.{name}', 'a field of known dtype, shape, part and code', x)
@@ -383,7 +387,8 @@ def _is_field(x, tensors: dict) -> bool:
 def _cache_id(m: dict) -> str:
     "Identity of a cache: the hash of its plan, without what is measured while building."
     views = {k: {a: b for a, b in v.items() if a not in ('spread', 'layer_spread')} for k, v in m['views'].items()}
-    return hashlib.sha256(_canonical({k: m[k] for k in _PLAN} | dict(views=views))).hexdigest()
+    plan = {k: m[k] for k in _PLAN} | dict(views=views, num_anchors=m.get('announced', m['num_anchors']))
+    return hashlib.sha256(_canonical(plan)).hexdigest()
 
 def _seal(m: dict) -> str:
     return hashlib.sha256(_canonical({k: v for k, v in m.items() if k != 'manifest_sha256'})).hexdigest()
@@ -577,8 +582,17 @@ class _Intake(_BuildFolder):
                 f |= dict(code='zlib' if self.images == 'webp' and shape[-3] != 3 else self.images)
                 if k in self.restore: f |= dict(restore=self.restore[k], dtype='float32')
             self.plan['tensors'][k] = f
+        self._begin()
+
+    def _begin(self):
         _check(self.plan, _PLAN, 'AnchorWriter'); self._set_fields()
         with _atomic(self.dir/BUILDING) as f: f.write(_canonical(self.plan))
+
+    def declare(self, tensors: dict):  # the manifest's `tensors` of another cache
+        "Take over the fields of another cache, for `add_pieces`."
+        if not self.fields: self.plan['tensors'] = json.loads(_canonical(tensors)); self._begin()
+        elif self.plan['tensors'] != json.loads(_canonical(tensors)):
+            raise AnchorCacheError(f'{self.dir}: was begun with other tensors; give another folder')
 
     def _set_fields(self):
         self.fields, self.cache_id = _fields(self.plan), _cache_id(self.plan)
@@ -622,6 +636,7 @@ class _Resumable(_Intake):
         self.plan['tensors'] = old['tensors']; self._set_fields()
         while self.position < self.plan['num_anchors'] and (p := self.dir/_SHARD.format(len(self.shards))).exists():
             entry = dict(file=p.name, rows=self._rows_of(len(self.shards)), bytes=p.stat().st_size)
+            if read_header(p)[0].get('row_crc', (0, [entry['rows']]))[1][0] < entry['rows']: p.unlink(); break   # the last of a short build
             s = Shard(p, entry, self.fields, self.cache_id, self.position)
             self._measure([{k: s.pieces(f, i) for k, f in self.fields.items()} for i in range(s.rows)])
             self.shards.append(entry | dict(sha256=hash_file(p))); self.position += s.rows
@@ -630,11 +645,24 @@ class _Resumable(_Intake):
         size = self.plan['shard_size']
         return min(size, self.plan['num_anchors'] - shard * size)
 
+    def stored(self, name: str) -> list[int] | None:  # one number a row of the finished shards
+        "An index field of what an earlier run of this build finished; None if the build does not hold it."
+        if (f := self.fields.get(name)) is None: return None
+        size, out = self.plan['shard_size'], []
+        for k, e in enumerate(self.shards):
+            s = Shard(self.dir/e['file'], e, self.fields, self.cache_id, k * size)
+            out += [int(_tensor(s.pieces(f, i)[0], f.dtype)) for i in range(s.rows)]
+        return out
+
 # %% ../nbs/05_anchors.ipynb #9aee0ca9
+def _row_bytes(fields: dict, row: dict) -> int:  # of {name: pieces}, with checksums and offsets
+    return sum(8 + sum(map(len, p)) + 8 * len(p) * fields[k].ragged for k, p in row.items())
+
 class _Queued(_Resumable):
     "Encodes and writes behind the caller's back, in order."
     def _start(self, encoders: int):
-        self._rows, self._waiting = [], collections.deque()
+        self._rows, self._waiting, self._filling = [], collections.deque(), 0
+        self.full, self.fewer, self.answers = False, False, None
         self._queue, self._encoders = (concurrent.futures.ThreadPoolExecutor(k) for k in (1, encoders))
 
     def add(self, batch: dict):  # {name: (b, …) tensor}: inputs, targets and index of the next b anchors
@@ -649,12 +677,38 @@ class _Queued(_Resumable):
 
     def _encode(self, ready: dict, b: int):
         coded = {k: _pieces(f, *ready[k], self._encoders.map) for k, f in self.fields.items()}
-        for i in range(b):
-            self._rows.append({k: c[i] for k, c in coded.items()})
-            if len(self._rows) < self._rows_of(k := len(self.shards)): continue
-            first, path = k * self.plan['shard_size'], self.dir/_SHARD.format(k)
-            self.shards.append(_write_rows(path, self.fields, self._rows, self.cache_id, first))
-            self._measure(self._rows); self._rows.clear()
+        for i in range(b): self._push({k: c[i] for k, c in coded.items()})
+
+    def _push(self, row: dict):  # {name: pieces}
+        "One row into the shard that is filling, as long as there is room for it."
+        size = _row_bytes(self.fields, row)
+        if self.full or self.max_bytes and self._size(size) > self.max_bytes: self.full = True; return
+        self._rows.append(row); self._filling += size
+        if len(self._rows) == self._rows_of(len(self.shards)): self._cut()
+
+    def _size(self, more: int) -> int:
+        "Bytes of the cache with `more` in the shard that is filling; headers and manifest are taken as longer than they are."
+        return sum(s['bytes'] for s in self.shards) + self._filling + more + self._manifest + self.overhead * (1 + len(self.shards))
+
+    @property
+    def overhead(self) -> int:
+        "Bytes that a shard takes at most beside its rows, its line in the manifest included."
+        return 550 + 220 * len(self.fields)
+
+    def _cut(self):
+        k = len(self.shards)
+        first, path = k * self.plan['shard_size'], self.dir/_SHARD.format(k)
+        self.shards.append(_write_rows(path, self.fields, self._rows, self.cache_id, first))
+        self._measure(self._rows); self._rows.clear(); self._filling = 0
+
+    def add_pieces(self, rows: list):  # each {name: stored pieces}, of fields given to `declare`
+        "Take rows of another cache as they are stored there; nothing is decoded."
+        for r in rows: self._push(r)
+        self.position += len(rows)
+
+    def drain(self):
+        "Wait until what was added is encoded; `full` then says whether the bytes are used up."
+        while self._waiting: self._waiting.popleft().result()
 
     def _measured_views(self) -> dict:
         "The plan's views, each with the spread of its hidden states."
@@ -687,6 +741,7 @@ class AnchorWriter(_Queued):
         packed: dict | None = None,  # {tensor: (mask tensor, token axis)}; None: `PACKED`
         restore: dict | None = None,  # {image tensor: key of `_RESTORE`}, for pixels that were float
         encoders: int = 2,  # threads that compress frames
+        max_bytes: int = 0,  # the cache ends before it grows above that; 0: no limit
         **manifest,  # policy_type, layers, pooling, width, dtype, hashes, dataset, versions, prompts, extra
     ):
         if images not in (ok := (*IMAGE_CODES, 'reference')):
@@ -699,6 +754,7 @@ class AnchorWriter(_Queued):
         _check(plan | dict(views={}), _PLAN, 'AnchorWriter')                # views are checked with the first batch
         self.images, self.restore = images, restore or {}
         self.packed = PACKED if packed is None else packed
+        self.max_bytes, self._manifest = max_bytes, 8192 + len(json.dumps(plan, indent=1))
         super().__init__(out_dir, json.loads(_canonical(plan)))
         self._start(encoders)
 
@@ -713,10 +769,15 @@ class AnchorWriter(_Queued):
     def finish(self) -> dict:  # the manifest
         "Wait for the disk, then publish the cache with one rename."
         try:
-            while self._waiting: self._waiting.popleft().result()
-            if self.position != (n := self.plan['num_anchors']):
+            self.drain()
+            done, n = sum(s['rows'] for s in self.shards) + len(self._rows), self.plan['num_anchors']
+            if done != n and not (self.full or self.fewer):
                 raise AnchorCacheError(f'{self.dir}: {self.position} anchors were added, {n} were announced')
+            if not done: raise AnchorCacheError(f'{self.dir}: there is no room for a single anchor in {self.max_bytes} bytes')
+            if self._rows: self._cut()
             m = self.plan | dict(views=self._measured_views(), shards=self.shards, cache_id=self.cache_id)
+            if done < n: m |= dict(num_anchors=done, announced=n)
+            if self.answers is not None: m |= dict(answers=json.loads(_canonical(self.answers)))
             m['manifest_sha256'] = _seal(m)
             _check(m, _FULL, self.dir/MANIFEST); _check_shards(m, self.dir/MANIFEST)
             text = json.dumps(m, indent=1, sort_keys=True, ensure_ascii=False)
@@ -758,6 +819,15 @@ class _Cache:
     def batch(self, idxs: list, names: list) -> dict:
         rows = [self.row(i, names) for i in idxs]
         return {n: torch.stack([r[n] for r in rows]) for n in names}
+
+    def pieces(self, i: int) -> dict:  # {name: stored pieces}
+        k, j = divmod(i, self.manifest['shard_size'])
+        return {n: self.open(k).pieces(f, j) for n, f in self.fields.items()}
+
+    def column(self, name: str) -> Tensor:  # (n, …) of a plain field
+        f, size = self.fields[name], self.manifest['shard_size']
+        raw = [self.open(k).pieces(f, j)[0] for k, j in (divmod(i, size) for i in range(self.manifest['num_anchors']))]
+        return _tensor(b''.join(raw), f.dtype).view(-1, *f.shape)
 
 # %% ../nbs/05_anchors.ipynb #0e789b37
 _KEYS = {'teacher_hidden': ('hidden', 'pooled'), 'target_features': ('pooled_features', 'pooled_features'),
@@ -877,6 +947,8 @@ class _PtCache:
         rows = [self.row(i, names) for i in idxs]
         return {k: torch.stack([r[k] for r in rows]) for k in names}
 
+    def column(self, name: str) -> Tensor: return self.batch(range(int(self.ends[-1])), [name])[name]
+
 # %% ../nbs/05_anchors.ipynb #81525ccd
 class AnchorCacheDataset(torch.utils.data.Dataset):
     "An anchor cache as a map-style data set of dicts of tensors; `batch(indices)` gives a stacked dict."
@@ -913,6 +985,19 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
         n = len(self); idxs = [int(i) for i in idxs]
         if bad := [i for i in idxs if not -n <= i < n]: raise IndexError(f'anchor {bad[0]} of {n} in {self.dir}')
         return self.store.batch([i % n for i in idxs], self.names)
+
+    def column(self, name: str) -> Tensor | None:  # (n,), None where the cache does not hold it
+        "One index field of every row, e.g. `episode_index`, each checked against its CRC."
+        return self.store.column(name) if name in self.store.names else None
+
+    def instructions(self) -> list[str] | None:  # n texts
+        "What the policy was told in each row: the prompt dealt to it, else its task; None where the cache does not say."
+        prompt, task, texts = self.column('prompt_index'), self.column('task_index'), self.manifest['prompts']
+        tasks = self.manifest['dataset'].get('tasks', {})
+        if prompt is None and task is None: return None
+        def text(p, t): return texts[p] if 0 <= p < len(texts) else tasks.get(str(t), f'task {t}')
+        none = [-1] * len(self)
+        return [text(p, t) for p, t in zip(*(none if x is None else x.tolist() for x in (prompt, task)))]
 
     def check_headers(self):
         "Open each shard once and hold its header against the manifest; rows are checked as they are read. Raises `AnchorCacheError`."

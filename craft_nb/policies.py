@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'AnchorAdapter', 'base_policy', 'adapter_for', 'labels_to_actions', 'trim_anchors', 'pi0_fast_decoder',
-           'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'pi0_fast_decode', 'pi0_fast_features',
-           'mixed_precision', 'PI0FastAdapter', 'extract_student_hidden_with_pooling', 'compute_retention_loss',
-           'check_loaded_weights']
+           'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'pi0_fast_decode', 'pi0_fast_decodable', 'decodable',
+           'pi0_fast_features', 'mixed_precision', 'PI0FastAdapter', 'extract_student_hidden_with_pooling',
+           'compute_retention_loss', 'check_loaded_weights']
 
 # %% ../nbs/06_policies.ipynb #ce8f5a74
 from collections.abc import Callable, Sequence
@@ -147,6 +147,28 @@ def pi0_fast_decode(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, 
     pad = (0, width - ids.shape[1])
     return dict(action_ids=nn.functional.pad(ids, pad).int().cpu(), action_mask=nn.functional.pad(mask, pad).cpu())
 
+# %% ../nbs/06_policies.ipynb #5a5bc03b
+def pi0_fast_decodable(policy: nn.Module, anchors: dict[str, Tensor]) -> Tensor:  # (b,) bool
+    "Which answers are `Action: `, the tokens of exactly one chunk, and the end mark."
+    policy = base_policy(policy)
+    tokenizer, bpe = policy._paligemma_tokenizer, policy.action_tokenizer.bpe_tokenizer
+    start, end = tokenizer.encode("Action: ", add_special_tokens=False), tokenizer.convert_tokens_to_ids("|")
+    numbers = policy.config.chunk_size * policy.config.output_features["action"].shape[0]
+    def whole(said):
+        codes = policy._paligemma_tokens_to_act_tokens(said[1 + len(start) : -1])  # without begin token and end mark
+        framed = said[1 : 1 + len(start)].tolist() == start and int(said[-1]) == end
+        return framed and all(0 <= c < len(bpe) for c in codes.tolist()) and len(bpe.decode(codes.tolist())) == numbers
+    rows = zip(anchors["action_ids"].long().cpu(), anchors["action_mask"].bool().cpu())
+    return torch.tensor([whole(ids[mask]) for ids, mask in rows], dtype=torch.bool)
+
+def decodable(policy: nn.Module, anchors: dict[str, Tensor], answer: dict[str, Tensor]) -> Tensor:  # (b,) bool
+    "Which rows of a policy's `answer` to `anchors` could be acted on; the adapter's `decodable` says, else finite numbers count."
+    if check := getattr(adapter_for(policy), "decodable", None): return check(policy, anchors | answer)
+    rows = torch.ones(len(next(iter(answer.values()))), dtype=torch.bool)
+    for x in answer.values():
+        if x.is_floating_point(): rows &= x.flatten(1).isfinite().all(1).cpu()
+    return rows
+
 # %% ../nbs/06_policies.ipynb #c1c2c1e3
 def pi0_fast_features(policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool,
                       logits: bool) -> Features:
@@ -185,6 +207,7 @@ class PI0FastAdapter:
     "Anchors of LeRobot's `pi0_fast` and of policies that inherit from it, at any size."
     decoder, inputs, decode = staticmethod(pi0_fast_decoder), staticmethod(pi0_fast_inputs), staticmethod(pi0_fast_decode)
     prepare, features = staticmethod(pi0_fast_prepare), staticmethod(pi0_fast_features)
+    decodable = staticmethod(pi0_fast_decodable)
 
 ADAPTERS["pi0_fast"] = PI0FastAdapter()
 
