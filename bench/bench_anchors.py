@@ -74,7 +74,7 @@ def builds(tmp, n=512, batch=16, turns=3, views=('pooled', 'action_logits'), **s
     data, chosen, adapter = Again(work.dataset(), n), make_views(views), adapter_for(policy)
     spans = [(i, min(i + batch, n)) for i in range(0, n, batch)]; frames = AnchorFrames(data, list(range(n)), spans)
     def build(): build_anchor_cache(policy, pre, data, tempfile.mkdtemp(dir=tmp), episode_index=[0] * n, task_index=[0] * n,
-                                    num_anchors=n, views=views, batch_size=batch, progress=False)
+                                    num_anchors=n, views=views, batch_size=batch, progress=False, allow_undecodable=True)
     def loop():
         with eval_mode(policy):
             for b in torch.utils.data.DataLoader(frames, batch_size=None): anchor_batch_targets(policy, pre(b), chosen)

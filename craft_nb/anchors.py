@@ -7,8 +7,8 @@ __all__ = ['DTYPES', 'IMAGE_CODES', 'INDEX', 'PACKED', 'CODES', 'SCHEMA_VERSION'
            'AnchorCacheError', 'hash_file', 'hash_folder', 'hash_json', 'write_shard', 'read_header', 'hash_tensors',
            'encode_image', 'decode_image', 'Field', 'encode_field', 'decode_field', 'read_manifest', 'Spread',
            'check_file', 'Shard', 'AnchorWriter', 'is_pt_cache', 'AnchorCacheDataset', 'anchor_order', 'anchor_batch',
-           'AnchorLoader', 'build_anchor_dataloader', 'check_compatible', 'no_frames', 'verify_cache', 'convert_cache',
-           'cache_info']
+           'AnchorLoader', 'build_anchor_dataloader', 'check_compatible', 'no_frames', 'answers_line', 'verify_cache',
+           'convert_cache', 'cache_info', 'sources']
 
 # %% ../nbs/05_anchors.ipynb #b6003785
 import collections
@@ -1149,6 +1149,8 @@ def build_anchor_dataloader(
     return AnchorLoader(ds, batch_size, seed, step, rank, world_size, num_workers, prefetch, pin_memory, shuffle)
 
 # %% ../nbs/05_anchors.ipynb #f06ae4e1
+_MEANS = {'dataset.fps': ' (frames a second: the same chunk of actions takes another time)', 'dataset.chunk': ' (actions of one chunk)'}
+
 def _dotted(x: dict, at: str = '') -> dict:
     out = {}
     for k, v in x.items(): out |= _dotted(v, f'{at}{k}.') if isinstance(v, dict) else {at + k: v}
@@ -1158,17 +1160,18 @@ def check_compatible(
     manifest: dict,  # of the cache
     found: dict,  # the same fields as the run has them, e.g. {'width': 2048, 'hashes': {'weights': …}}
     allow=(),  # names that may differ, 'weights' or 'hashes.weights': a list or a comma list
+    known=(),  # names that `allow` may hold though this run does not compare them
 ) -> dict:  # {'checked', 'allowed', 'unknown'}: lists of names; unknown is what the cache does not say
     "Compare a run with the cache it wants to use. Raises `AnchorCacheError` listing every mismatch with both values."
     allow = [a.strip() for a in (allow.split(',') if isinstance(allow, str) else allow) if a.strip()]
     want, got, short = _dotted(manifest), json.loads(_canonical(_dotted(found))), lambda k: k.rsplit('.', 1)[-1]
-    if typo := [a for a in allow if not any(a in (k, short(k)) for k in got)]:
-        raise AnchorCacheError(f'allow_mismatch: no such check {typo}; there are {sorted(map(short, got))}')
+    if typo := [a for a in allow if a not in known and not any(a in (k, short(k)) for k in got)]:
+        raise AnchorCacheError(f'allow_mismatch: no such check {typo}; there are {sorted({*map(short, got), *known})}')
     known = sorted(k for k in got if want.get(k) not in (None, '', [], 0))
     differ = [k for k in known if want[k] != got[k]]
     allowed = [k for k in differ if k in allow or short(k) in allow]
     if bad := [k for k in differ if k not in allowed]:
-        lines = '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}' for k in bad)
+        lines = '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}{_MEANS.get(k, "")}' for k in bad)
         raise AnchorCacheError(f'the anchor cache was made for another run:\n{lines}\nBuild one for this policy and '
                                f'data, or allow the difference: --craft.allow_mismatch={",".join(map(short, bad))}')
     return dict(checked=known, allowed=allowed, unknown=sorted(set(got) - set(known)))
@@ -1176,13 +1179,23 @@ def check_compatible(
 # %% ../nbs/05_anchors.ipynb #1fbec324
 def no_frames(i): raise AnchorCacheError('this cache refers to frames of a data set; give frames=callable')
 
+def answers_line(answers: dict | None) -> str:  # of a manifest
+    "What a cache says of the teacher's answers: how many could not be decoded, and where."
+    if not answers: return ''
+    bad, asked = answers['undecodable'], answers['asked']
+    if not bad: return f'all {asked:,} answers decodable'
+    what = dict(keep='kept', skip='other frames taken', dataset="the data set's action tokens taken").get(answers['mode'], answers['mode'])
+    worst = sorted(answers['by_instruction'].items(), key=lambda x: -x[1]['undecodable'] / x[1]['asked'])[:3]
+    where = '; '.join(f'{t!r} {x["undecodable"]} of {x["asked"]}' for t, x in worst if x['undecodable'])
+    return f'{bad:,} of {asked:,} answers undecodable ({bad / asked:.1%}), {what}: {where}'
+
 def verify_cache(
     cache_dir,  # a cache of any kind
     samples: int = 64,  # rows decoded, and recomputed if `recompute` is given
     recompute=None,  # recompute(batch) → {target: tensor}, compared with what is stored
     tolerance: float | None = None,  # largest absolute error allowed; None: report only
     frames=None,  # for caches of references; without it their pixels are not looked at
-) -> dict:  # {'anchors', 'shards', 'bytes', 'rows_decoded', 'errors': {tensor: largest absolute error}}
+) -> dict:  # {'anchors', 'shards', 'bytes', 'rows_decoded', 'errors': {tensor: largest absolute error}, 'answers'}
     "Check a whole cache in bounded memory. Raises `AnchorCacheError` naming every damaged file."
     if samples < 1: raise AnchorCacheError(f'samples: expected at least 1 row to decode, found {samples}')
     ds = AnchorCacheDataset(cache_dir, frames=frames or no_frames); m = ds.manifest
@@ -1200,7 +1213,14 @@ def verify_cache(
                                'another teacher, other statistics or another dtype')
     files = [ds.dir/s['file'] for s in m['shards']] if 'shards' in m else _pt_shards(ds.dir)
     size = sum(p.stat().st_size for p in files)
-    return dict(anchors=len(ds), shards=len(files), bytes=size, rows_decoded=len(rows), errors=errors)
+    return dict(anchors=len(ds), shards=len(files), bytes=size, rows_decoded=len(rows), errors=errors, answers=_check_answers(ds))
+
+def _check_answers(ds: AnchorCacheDataset) -> dict | None:
+    "What the manifest says of the teacher's answers; where they were all kept, the rows must say the same."
+    a, flags = ds.manifest.get('answers'), ds.column('undecodable')
+    if a and flags is not None and a['mode'] in ('keep', 'dataset') and 'announced' not in ds.manifest and int(flags.sum()) != a['undecodable']:
+        raise AnchorCacheError(f'{ds.dir}: {int(flags.sum())} rows are marked undecodable, the manifest counts {a["undecodable"]}; build the cache again')
+    return a
 
 def _damaged_shards(ds: AnchorCacheDataset) -> list[str]:
     wrong = []
@@ -1271,7 +1291,26 @@ def cache_info(cache_dir) -> dict:  # sizes in bytes; 'tensors' and 'parts' are 
                 shards=len(m.get('shards', files)), bytes=total, bytes_per_anchor=total / n,
                 tensors={k: b / n for k, b in by.most_common()}, parts={k: b / n for k, b in parts.most_common()},
                 shapes={k: list(f['shape']) for k, f in m.get('tensors', {}).items()}, prompts=m['prompts'][:8],
-                **{k: m[k] for k in _SHOWN})
+                **{k: m[k] for k in _SHOWN}, **_of_what(ds), answers=m.get('answers'))
+
+def sources(m: dict) -> list[dict]:  # of a manifest
+    "The data sets that the anchors are from: one, or several after a merge."
+    return m['dataset'].get('sources') or [m['dataset']]
+
+def _of_what(ds: AnchorCacheDataset) -> dict:  # lists and counts; None where the cache does not say
+    m, index = ds.manifest, {k: ds.column(k + '_index') for k in ('task', 'episode', 'frame', 'prompt', 'source')}
+    task, episode, frame, prompt, source = ([-1] * len(ds) if x is None else x.tolist() for x in index.values())
+    of, names = max(source, default=-1) > 0, m['dataset'].get('tasks', {})
+    def count(rows): return dict(anchors=len(rows), episodes=len({(source[i], episode[i]) for i in rows}), frames=len({(source[i], frame[i]) for i in rows}))
+    def group(keys):
+        out = {}
+        for i, k in enumerate(keys): out.setdefault(k, []).append(i)
+        return out
+    tasks = [dict(task=names.get(str(t), f'task {t}')) | count(r) for t, r in sorted(group(task).items())]
+    prompts = [dict(prompt=m['prompts'][p] if 0 <= p < len(m['prompts']) else f'prompt {p}', anchors=len(r)) for p, r in sorted(group(prompt).items())]
+    episodes = [dict(repo_id=s.get('repo_id', ''), episodes=sorted({e for e, k in zip(episode, source) if k == i or not of})) for i, s in enumerate(sources(m))]
+    return dict(tasks=None if index['task'] is None else tasks, asked=None if index['prompt'] is None else prompts,
+                episodes=None if index['episode'] is None else episodes, distinct=count(range(len(ds))))
 
 def _sizes(ds: AnchorCacheDataset) -> tuple:  # files, bytes by tensor, part by tensor
     shards, by = [ds.dir/s['file'] for s in ds.manifest['shards']], collections.Counter()

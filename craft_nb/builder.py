@@ -6,7 +6,7 @@
 __all__ = ['MUCH', 'TOO_MUCH', 'MODES', 'PACKED', 'DTYPES', 'sample_anchors', 'share', 'teacher_says', 'anchor_batch_targets',
            'teacher_targets', 'pad_targets', 'AnchorFrames', 'Deal', 'find_batch_size', 'Answers', 'Teacher',
            'anchors_that_fit', 'all_spans', 'build_anchor_cache', 'resumed_size', 'probe', 'write_anchors',
-           'undecodable_line', 'cache_plan', 'progress_bar']
+           'cache_plan', 'progress_bar']
 
 # %% ../nbs/07_builder.ipynb #8e170d15
 import functools
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anchors import BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, hash_tensors, read_manifest
+from .anchors import BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors, read_manifest
 from .losses import View, make_views
 from .policies import adapter_for, base_policy, decodable, eval_mode
 
@@ -384,16 +384,9 @@ def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: S
         if t.asks:
             if not allow: t.answers.refuse(t.answers.asked.total(), rest)
             writer.answers = a = t.answers.manifest()
-            if a["undecodable"] >= MUCH * a["asked"]: logging.getLogger(__name__).warning(undecodable_line(a))
+            if a["undecodable"] >= MUCH * a["asked"]: logging.getLogger(__name__).warning(answers_line(a))
     return read_manifest(out_dir)
 
-def undecodable_line(answers: dict) -> str:  # of a manifest
-    "What to say of a teacher's answers that are none, and where."
-    bad, asked = answers["undecodable"], answers["asked"]
-    what = dict(keep="kept", skip="other frames taken", dataset="the data set's action tokens taken")[answers["mode"]]
-    worst = sorted(answers["by_instruction"].items(), key=lambda x: -x[1]["undecodable"] / x[1]["asked"])[:3]
-    where = "; ".join(f"{t!r} {x['undecodable']} of {x['asked']}" for t, x in worst if x["undecodable"])
-    return f"undecodable answers: {bad} of {asked} ({bad / asked:.1%}), {what}" + (f": {where}" if where else "")
 
 # %% ../nbs/07_builder.ipynb #e66ea78e
 def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: Sequence[str] | None, given: dict) -> dict:

@@ -37,7 +37,7 @@ WAIVABLE = {  # word: what is then accepted
     "unused_cameras": "cameras of the data set that the policy has no place for",
     "split": "tasks that are only held out",
     "timestamps": "videos and times that do not fit their episodes"}
-OF_THE_CACHE = ("policy_type", "width", "depth", "dtype", "weights", "processors", "normalisation", "tokenizers", "fps")  # anchors compare these
+OF_THE_CACHE = ("policy_type", "width", "depth", "dtype", "weights", "processors", "normalisation", "tokenizers", "fps", "chunk")  # anchors compare these
 
 # %% ../nbs/10a_check.ipynb #e10505df
 USERS = (ValueError, OSError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)  # what a user can mend

@@ -141,9 +141,11 @@ def build_cache(argv: list[str] | None = None) -> None:
         ours = opened()
         cfg = with_path(parsed(ours.BuildCacheConfig, argv))
         m = ours.build_cache(cfg)
+        from craft_nb.anchors import answers_line
         size = sum(s["bytes"] for s in m["shards"])
+        said = f"; {answers_line(m['answers'])}" if "answers" in m else ""
         print(f"Wrote {m['num_anchors']} anchors ({', '.join(m['views'])}; {size / m['num_anchors'] / 1e3:.1f} kB each, "
-              f"cache_type={m['kind']}) to {cfg.out_dir}")
+              f"cache_type={m['kind']}) to {cfg.out_dir}{said}")
     refuse_clearly(main)
 
 def with_path(cfg):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CRAFT_STATE', 'CARRIED', 'CraftTrainConfig', 'is_path', 'missing_parts', 'require_local', 'require_parts', 'localise',
-           'make_processors', 'run_hashes', 'base_weights', 'instructions_of', 'state_size', 'heed', 'load_policy',
-           'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions', 'recompute_targets', 'open_cache',
-           'check_cache', 'cache_views', 'make_accelerator', 'main_first', 'make_loader', 'ready_batches',
+           'data_root', 'require_episodes', 'lost_files', 'or_say_what_is_lost', 'missing_files', 'make_processors',
+           'run_hashes', 'base_weights', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions',
+           'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes', 'recompute_targets',
+           'open_cache', 'check_cache', 'cache_views', 'make_accelerator', 'main_first', 'make_loader', 'ready_batches',
            'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link', 'read_craft_state', 'Checkpoints', 'Progress',
            'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts', 'make_trainer', 'go_on_from', 'check_resumed',
            'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'make_retention',
@@ -14,16 +15,19 @@ __all__ = ['CRAFT_STATE', 'CARRIED', 'CraftTrainConfig', 'is_path', 'missing_par
            'load_policy_alone', 'eval_table']
 
 # %% ../nbs/11_lerobot.ipynb #e0b04bf5
+import hashlib
 import itertools
 import json
 import logging
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub import constants
 from lerobot import envs, policies  # noqa: F401  they register the choices of --env.type and --policy.type
@@ -37,11 +41,10 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors
 from .builder import build_anchor_cache, teacher_targets
-from .check import refuse
+from .check import blocks
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .evaluate import measure_drift, rate
 from .features import resolve_layers
-from .instructions import Heeded, heed_instructions
 from .losses import make_views
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, extract_student_hidden_with_pooling
@@ -109,7 +112,78 @@ def localise(dataset: DatasetConfig) -> DatasetConfig:
     if dataset.root is None and is_path(dataset.repo_id): here = dataset.repo_id
     if here and not (Path(here) / "meta" / "info.json").is_file():
         raise FileNotFoundError(f"no data set at {here}: expected a LeRobot data set's folder, with meta/info.json")
+    require_episodes(dataset)
     return dataset
+
+# %% ../nbs/11_lerobot.ipynb #cb1aadad
+def data_root(cfg: DatasetConfig) -> Path | None:
+    "Where the data set of `cfg` lies on this machine; None if it does not."
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+    root = Path(cfg.root) if cfg.root else HF_LEROBOT_HOME / cfg.repo_id
+    return root if (root / "meta" / "info.json").is_file() else None
+
+def require_episodes(cfg: DatasetConfig) -> None:
+    "Refuse episodes that a data set on this machine does not have, and files that its metadata name and that are not there."
+    if (root := data_root(cfg)) is None: return
+    try: info = json.loads((root / "meta" / "info.json").read_text())
+    except ValueError as e: raise ValueError(f"{root / 'meta' / 'info.json'}: is not JSON ({e}); restore the file") from None
+    if not str(info.get("codebase_version", "")).startswith("v3"): return  # LeRobot says how to convert it
+    if not (total := info.get("total_episodes", 0)): raise ValueError(f"{root}: this data set has no episode: record some")
+    if wrong := [e for e in cfg.episodes or () if not 0 <= e < total]:
+        raise ValueError(f"dataset.episodes: {', '.join(map(str, wrong))} of {cfg.episodes} {'is' if len(wrong) == 1 else 'are'} not there: "
+                         f"{root} has episodes 0 … {total - 1}")
+    if cfg.episodes is not None and not cfg.episodes: raise ValueError("dataset.episodes: expected at least one episode, found []")
+    if cfg.streaming or not (lost := missing_files(root, info, cfg.episodes)): return
+    if cfg.repo_id.startswith("local/") or constants.HF_HUB_OFFLINE: raise FileNotFoundError(lost_files(root, lost))
+
+def lost_files(root: Path, lost: list[str]) -> str:
+    more = f"\n  and {len(lost) - 8} more" if len(lost) > 8 else ""
+    return f"the data set in {root} is not complete, missing are:\n  " + "\n  ".join(lost[:8]) + more + "\nRestore the files, or leave those episodes out with --dataset.episodes"
+
+def or_say_what_is_lost(cfg: DatasetConfig, load):
+    "`load()`; if it fails, and files of the data set are missing on this machine, these are named."
+    try: return load()
+    except Exception as e:
+        root = data_root(cfg)
+        lost = missing_files(root, json.loads((root / "meta" / "info.json").read_text()), cfg.episodes) if root and not cfg.streaming else []
+        if not lost: raise
+        raise FileNotFoundError(f"{lost_files(root, lost)}\n(a hub was asked for them: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+
+# %% ../nbs/11_lerobot.ipynb #7ccfdffd
+def missing_files(root: Path, info: dict, episodes: list[int] | None = None) -> list[str]:  # lines
+    "Metadata, data and videos of `episodes` (all: None) that are not in a data set's folder, or that hold no row of an episode."
+    import pyarrow.parquet as pq
+    def read(path, columns=None):
+        try: return pq.read_table(path, columns=columns)
+        except (OSError, ValueError) as e: raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0][:160]}); restore the file") from None
+    meta = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    out = [f"{p} (metadata)" for p in (["meta/tasks.parquet"] if not (root / "meta" / "tasks.parquet").is_file() else [])
+           + (["meta/episodes/*/*.parquet"] if not meta else [])]
+    if not meta: return out
+    videos = [k for k, f in info["features"].items() if f["dtype"] == "video"]
+    places = {"": ("data_path", "data"), **{v: ("video_path", f"videos/{v}") for v in videos}}
+    columns = ["episode_index", *(f"{p}/{x}_index" for _, p in places.values() for x in ("chunk", "file"))]
+    rows = [r for p in meta for r in read(p, columns).to_pylist()]
+    said, wanted = {r["episode_index"] for r in rows}, range(info["total_episodes"]) if episodes is None else episodes
+    out += [f"meta/episodes: no entry for episode {e}" for e in wanted if e not in said]
+    files = defaultdict(list)
+    for r in (r for r in rows if r["episode_index"] in set(wanted)):
+        for key, (pattern, place) in places.items():
+            name = info[pattern].format(video_key=key, chunk_index=r[f"{place}/chunk_index"], file_index=r[f"{place}/file_index"])
+            files[name, key].append(r["episode_index"])
+    for (name, key), which in sorted(files.items()):
+        if not (root / name).is_file(): out.append(f"{name} (episode{'s' * (len(which) > 1)} {_ranges(which)})")
+        elif not key:
+            has = set(read(root / name, ["episode_index"])["episode_index"].unique().to_pylist())
+            if gone := [e for e in which if e not in has]: out.append(f"{name}: no frame of episode{'s' * (len(gone) > 1)} {_ranges(gone)}")
+    return out
+
+def _ranges(numbers) -> str:  # 0 … 3, 7
+    out = []
+    for i in sorted(set(numbers)):
+        if out and out[-1][1] == i - 1: out[-1][1] = i
+        else: out.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a} … {b}" if b > a + 1 else f"{a}, {b}" for a, b in out)
 
 # %% ../nbs/11_lerobot.ipynb #e1a8eef5
 def make_processors(cfg: PreTrainedConfig, policy: nn.Module, device: str, stats: dict | None = None,
@@ -169,28 +243,6 @@ def _tokenizer_facts(t):
     return [sorted(inner.get_vocab().items()),
             {k: getattr(t, k) for k in ("scale", "min_token", "bos_token_id") if hasattr(t, k)}]
 
-# %% ../nbs/11_lerobot.ipynb #484031e1
-def instructions_of(dataset) -> list[str]:
-    "The instructions of a data set's episodes, as far as they are selected."
-    meta = dataset.meta
-    if dataset.episodes is None or "tasks" not in meta.episodes.column_names: return [str(t) for t in meta.tasks.index]
-    by_episode = meta.episodes["tasks"]
-    return list(dict.fromkeys(t for i in dataset.episodes for t in by_episode[int(i)]))
-
-def state_size(cfg: PreTrainedConfig, ds_meta=None, rename_map: dict | None = None) -> int:
-    "How many numbers the state has that a policy is told: the data set's, or those that the policy was made for."
-    column = next((a for a, b in (rename_map or {}).items() if b == "observation.state"), "observation.state")
-    if ds_meta is not None and column in ds_meta.features: return int(ds_meta.features[column]["shape"][0])
-    feature = (cfg.input_features or {}).get("observation.state")
-    return int(feature.shape[0]) if feature else 0
-
-def heed(pre, cfg: PreTrainedConfig, texts: Iterable[str], how: str, where: str = "the data set", flag: str = "--long_instructions", ds_meta=None, rename_map: dict | None = None) -> list[str]:
-    "Refuse instructions that the policy would read in part, or let `pre` shorten them, and say so. → the instructions as they are read."
-    found = heed_instructions(pre, state_size(cfg, ds_meta, rename_map), texts := list(texts), how, where, flag)
-    for f in refuse(found):
-        if f.level == "warn": logging.warning(f.text)
-    return [pre.to_transition.words(t) for t in texts] if isinstance(pre.to_transition, Heeded) else texts
-
 # %% ../nbs/11_lerobot.ipynb #7017646e
 def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):
     """Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. → policy, preprocessor, postprocessor.
@@ -208,15 +260,17 @@ class BuildCacheConfig:
     dataset: DatasetConfig
     policy: PreTrainedConfig | None = None  # the teacher: --policy.path or --policy.pretrained_path
     out_dir: str = "data/anchor_cache_hidden"  # new, or an interrupted build of the same call
-    num_anchors: int = 1000
+    num_anchors: str = ""  # a number, or all; 1000 unless max_bytes is given
+    max_bytes: str = ""  # e.g. 30MB: as many anchors as fit
     layers_to_save: str = "-2,-1"  # indices into hidden_states
     shard_size: int = 256
-    long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     prompts_file: str = ""  # one prompt a line, dealt in turn instead of the data set's
     views: str = "pooled"  # pooled | tokens | action_tokens | action_logits | token_ce, with commas between
     pooling: str = "vision_token_mean,text_token_last"
     top_k: int = 32  # of action_logits
     actions: str = "teacher"  # action tokens: the teacher's own greedy answer | dataset
+    undecodable: str = "keep"  # answers of the teacher that are no action chunk: keep | skip (other frames) | dataset (its action tokens)
+    allow_undecodable: bool = False  # build also if half of the answers or more are none
     images: str = "webp"  # webp | zlib | raw
     store_dtype: str = ""  # of hidden states: as computed | float32 | bfloat16
     batch_size: int = 0  # 0: found
@@ -242,37 +296,89 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     if cfg.images == "reference":
         raise ValueError("images: reference stores no pixels, and craft-train has no way to fetch frames: expected webp, zlib or raw "
                          "(AnchorWriter and AnchorCacheDataset(frames=…) take it from Python)")
+    room = parse_bytes(cfg.max_bytes)
+    number = parse_count(cfg.num_anchors or ("all" if room else "1000"))
     dataset = load_dataset(cfg.dataset, cfg.policy)
     policy, pre, _ = load_policy(cfg.policy, dataset.meta)
     check_features(pre, dataset.meta, actions=False)  # the teacher's own will do
     resolve_layers(layers, len(adapter_for(policy).decoder(policy).layers))
-    told = heed(pre, cfg.policy, prompts or instructions_of(dataset), cfg.long_instructions, cfg.prompts_file or "the data set", ds_meta=dataset.meta)
-    if prompts: prompts = told
     hashes = run_hashes(policy, pre)
+    index = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index", "index")}
+    facts = dataset_facts(dataset, cfg.dataset)
     return build_anchor_cache(
-        policy, pre, dataset, cfg.out_dir, episode_index=[int(i) for i in dataset.hf_dataset["episode_index"]],
-        task_index=[int(i) for i in dataset.hf_dataset["task_index"]], num_anchors=cfg.num_anchors, layers=layers,
+        policy, pre, dataset, cfg.out_dir, episode_index=index["episode_index"], task_index=index["task_index"], frame_index=index["index"],
+        tasks=facts["tasks"], num_anchors=number, max_bytes=room, undecodable=cfg.undecodable, allow_undecodable=cfg.allow_undecodable, layers=layers,
         views=[v.strip() for v in cfg.views.split(",")], pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k,
         actions=cfg.actions, prompts=prompts, batch_size=cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images,
         dtype=cfg.store_dtype, seed=cfg.seed, stratified=cfg.sampling == "stratified", num_workers=cfg.num_workers,
         progress=progress, manifest=dict(
             hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)),
-            dataset=dict(repo_id=cfg.dataset.repo_id, revision=str(cfg.dataset.revision or ""), frames=len(dataset),
-                         episodes=dataset.num_episodes)))
+            dataset=facts))
 
 def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
     "The LeRobot data set of `cfg` with the action chunks that `policy` is trained on."
     from lerobot.datasets.factory import resolve_delta_timestamps
     from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
     cfg = localise(cfg)
-    meta = LeRobotDatasetMetadata(cfg.repo_id, root=cfg.root, revision=cfg.revision)
-    return LeRobotDataset(cfg.repo_id, root=cfg.root, episodes=cfg.episodes,
-                          delta_timestamps=resolve_delta_timestamps(policy, meta), revision=cfg.revision,
-                          video_backend=cfg.video_backend)
+    def load():
+        meta = LeRobotDatasetMetadata(cfg.repo_id, root=cfg.root, revision=cfg.revision)
+        return LeRobotDataset(cfg.repo_id, root=cfg.root, episodes=cfg.episodes,
+                              delta_timestamps=resolve_delta_timestamps(policy, meta), revision=cfg.revision,
+                              video_backend=cfg.video_backend)
+    return or_say_what_is_lost(cfg, load)
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
+
+# %% ../nbs/11_lerobot.ipynb #6d513a2f
+def parse_count(text: str) -> int | str:
+    "`--num_anchors`: a number, or `all`."
+    if str(text).strip() == "all": return "all"
+    try: return int(str(text))
+    except ValueError: raise ValueError(f"num_anchors: expected a number or all, found {text!r}") from None
+
+def parse_bytes(text: str) -> int:  # 0 for no limit
+    "`--max_bytes`: 30MB, 1.5GiB, 200kB or a number of bytes."
+    import re
+    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    if not str(text).strip(): return 0
+    if not (m := re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]i?)?b?", str(text).strip().lower())) or not float(m[1]):
+        raise ValueError(f"max_bytes: expected a size such as 30MB, 1.5GiB or 200kB, found {text!r}")
+    return int(float(m[1]) * units[m[2] or ""])
+
+def dataset_facts(dataset, cfg: DatasetConfig) -> dict:  # `dataset` of a manifest
+    "Name, sizes, rate, chunk length, tasks (number: text) and episodes (number: what it holds, as 16 hex digits)."
+    tasks = dataset.hf_dataset.data["task_index"].unique().to_pylist()
+    return dict(repo_id=cfg.repo_id, revision=str(cfg.revision or ""), frames=len(dataset), episodes=dataset.num_episodes, fps=dataset.meta.fps,
+                chunk=chunk_length(dataset),
+                tasks={str(t): str(dataset.meta.tasks.iloc[t].name) for t in sorted(tasks)}, episode_hashes=episode_hashes(dataset))
+
+def chunk_length(dataset) -> int: return len((getattr(dataset, "delta_timestamps", None) or {}).get("action", [0]))
+
+def episode_hashes(dataset) -> dict[str, str]:
+    "Each episode's numbers (states, actions and the like) and the mean colours of its cameras, hashed."
+    table, features = dataset.hf_dataset.data, dataset.meta.features
+    own = {k: f["shape"][0] for k, f in features.items() if len(f["shape"]) == 1 and f["dtype"].startswith(("float", "int"))
+           and k not in ("timestamp", "frame_index", "episode_index", "index", "task_index")}
+    columns = {k: np.concatenate([*blocks(table[k], d)]) for k, d in sorted(own.items())}  # (frames, d)
+    episode = table["episode_index"].to_numpy()
+    starts = np.flatnonzero(np.r_[True, episode[1:] != episode[:-1]])
+    colours, out = _colours(Path(dataset.root), dataset.meta.camera_keys), {}
+    for a, b in zip(starts, [*starts[1:], len(episode)], strict=True):
+        h = hashlib.sha256(f"{b - a} {colours.get(int(episode[a]))}".encode())
+        for k, x in columns.items(): h.update(k.encode()); h.update(np.ascontiguousarray(x[a:b]).tobytes())
+        out[str(int(episode[a]))] = h.hexdigest()[:16]
+    return out
+
+def _colours(root: Path, cameras: list[str]) -> dict[int, list]:  # episode → three digits of each camera's channels
+    import pyarrow.parquet as pq
+    out = {}
+    for p in sorted((root / "meta" / "episodes").glob("*/*.parquet")):
+        have = [c for k in sorted(cameras) if (c := f"stats/{k}/mean") in pq.read_schema(p).names]
+        for r in pq.read_table(p, columns=["episode_index", *have]).to_pylist():
+            out[r["episode_index"]] = [f"{x:.3g}" for c in have for x in np.asarray(r[c], np.float64).ravel()]
+    return out
 
 # %% ../nbs/11_lerobot.ipynb #6441b48b
 def recompute_targets(policy_path: str, manifest: dict):  # → function of a batch of the cache: {target: tensor}
@@ -308,8 +414,8 @@ def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     return cache
 
 def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str],
-                resumed: bool = False) -> dict:
-    """Refuse a cache that was made for another policy, naming both values.
+                resumed: bool = False, dataset=None) -> dict:
+    """Refuse a cache that was made for another policy, or at another recording rate or chunk length than `dataset`, naming both values.
     A resumed student has moved, so its weights are not compared."""
     decoder, m = adapter_for(policy).decoder(policy), cache.manifest
     found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size,
@@ -317,7 +423,11 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
                  hashes={k: v for k, v in hashes.items() if not (resumed and k == "weights")})
     if m["hashes"]:  # old caches do not say the policy's dtype
         found["dtype"] = str(next(decoder.layers.parameters()).dtype).removeprefix("torch.")
-    out = check_compatible(m, found, craft.allow_mismatch)
+    if dataset is not None: found["dataset"] = dict(fps=dataset.meta.fps, chunk=chunk_length(dataset))
+    out = check_compatible(m, found, craft.allow_mismatch, known=("weights", "fps", "chunk"))
+    if "dataset.fps" in out["unknown"]:
+        logging.warning("%s does not say at which recording rate (fps) its anchors were made: compare it yourself with the %s fps of the data",
+                        cache.dir, dataset.meta.fps)
     if m["layers"]: resolve_layers(m["layers"], len(decoder.layers))
     return out
 
@@ -557,18 +667,16 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     if cfg.seed is not None: set_seed(cfg.seed, accelerator=acc)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cfg.cudnn_deterministic, not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
-    dataset, held_out = main_first(acc, lambda: make_train_eval_datasets(cfg))
+    dataset, held_out = main_first(acc, lambda: or_say_what_is_lost(cfg.dataset, lambda: make_train_eval_datasets(cfg)))
     policy = make_student(cfg, dataset.meta)
     keep = cfg.resume or keeps_statistics(cfg)
     pre, post = make_processors(cfg.policy, policy, acc.device.type, None if keep else dataset.meta.stats, cfg.rename_map)
     if keep: check_features(pre, dataset.meta, cfg.rename_map)
-    heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)], cfg.craft.long_instructions,
-         flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
     state, hashes = {}, {}
     if cache is not None:
         hashes = run_hashes(policy, pre)
-        check_cache(cache, cfg.craft, policy, hashes, resumed=cfg.resume)
+        check_cache(cache, cfg.craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
         route_forward(policy)
     sharded = "FSDP" in str(acc.distributed_type)
     if sharded and acc.is_fsdp2:
@@ -722,7 +830,6 @@ class CraftEvalConfig:
     out_dir: str = "outputs/eval"  # new
     eval: EvalConfig = field(default_factory=EvalConfig)  # n_episodes, batch_size
     batch_size: int = 32
-    long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     max_frames: int = 1024  # of the data set, spread over it
     max_videos: int = 0
     seed: int = 1000
@@ -772,7 +879,6 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env)
                          if dataset or cfg.env else load_policy_alone(cfg.policy))
     if dataset: check_features(pre, dataset.meta)
-    heed(pre, cfg.policy, instructions_of(dataset) if dataset else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None)
     if cfg.anchors:
         held, hashes = AnchorCacheDataset(cfg.anchors), run_hashes(policy, pre)
         check_cache(held, CraftConfig(allow_mismatch="dtype" if held.manifest["hashes"] else ""), policy,

@@ -29,7 +29,8 @@ def prepare(folder, work=None, seed=0):  # → work, folder of a cache
         policy = PreTrainedConfig.from_pretrained(work.policy_path)
         policy.pretrained_path, policy.push_to_hub = work.policy_path, False
         build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache),
-                                     num_anchors=24, views="pooled,action_logits", batch_size=8, seed=seed), progress=False)
+                                     num_anchors=24, views="pooled,action_logits", batch_size=8, seed=seed,
+                                     allow_undecodable=True), progress=False)
     return work, cache
 
 
