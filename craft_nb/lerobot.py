@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CRAFT_STATE', 'CARRIED', 'CraftTrainConfig', 'is_path', 'missing_parts', 'require_local', 'require_parts', 'localise',
            'data_root', 'require_episodes', 'lost_files', 'or_say_what_is_lost', 'missing_files', 'make_processors',
-           'run_hashes', 'base_weights', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions',
-           'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes', 'recompute_targets',
-           'open_cache', 'check_cache', 'cache_views', 'make_accelerator', 'main_first', 'make_loader', 'ready_batches',
-           'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link', 'read_craft_state', 'Checkpoints', 'Progress',
-           'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts', 'make_trainer', 'go_on_from', 'check_resumed',
-           'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'make_retention',
-           'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate',
-           'load_policy_alone', 'eval_table']
+           'run_hashes', 'base_weights', 'instructions_of', 'state_size', 'heed', 'load_policy', 'BuildCacheConfig',
+           'build_cache', 'load_dataset', 'versions', 'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length',
+           'episode_hashes', 'recompute_targets', 'open_cache', 'check_cache', 'cache_views', 'make_accelerator',
+           'main_first', 'make_loader', 'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link',
+           'read_craft_state', 'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts',
+           'make_trainer', 'go_on_from', 'check_resumed', 'keeps_statistics', 'check_features', 'require_writable',
+           'make_student', 'make_retention', 'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss',
+           'anchor_drift', 'evaluate', 'load_policy_alone', 'eval_table']
 
 # %% ../nbs/11_lerobot.ipynb #e0b04bf5
 import hashlib
@@ -41,10 +41,11 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors
 from .builder import build_anchor_cache, teacher_targets
-from .check import blocks
+from .check import blocks, refuse
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .evaluate import measure_drift, rate
 from .features import resolve_layers
+from .instructions import Heeded, heed_instructions
 from .losses import make_views
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, extract_student_hidden_with_pooling
@@ -243,6 +244,28 @@ def _tokenizer_facts(t):
     return [sorted(inner.get_vocab().items()),
             {k: getattr(t, k) for k in ("scale", "min_token", "bos_token_id") if hasattr(t, k)}]
 
+# %% ../nbs/11_lerobot.ipynb #484031e1
+def instructions_of(dataset) -> list[str]:
+    "The instructions of a data set's episodes, as far as they are selected."
+    meta = dataset.meta
+    if dataset.episodes is None or "tasks" not in meta.episodes.column_names: return [str(t) for t in meta.tasks.index]
+    by_episode = meta.episodes["tasks"]
+    return list(dict.fromkeys(t for i in dataset.episodes for t in by_episode[int(i)]))
+
+def state_size(cfg: PreTrainedConfig, ds_meta=None, rename_map: dict | None = None) -> int:
+    "How many numbers the state has that a policy is told: the data set's, or those that the policy was made for."
+    column = next((a for a, b in (rename_map or {}).items() if b == "observation.state"), "observation.state")
+    if ds_meta is not None and column in ds_meta.features: return int(ds_meta.features[column]["shape"][0])
+    feature = (cfg.input_features or {}).get("observation.state")
+    return int(feature.shape[0]) if feature else 0
+
+def heed(pre, cfg: PreTrainedConfig, texts: Iterable[str], how: str, where: str = "the data set", flag: str = "--long_instructions", ds_meta=None, rename_map: dict | None = None) -> list[str]:
+    "Refuse instructions that the policy would read in part, or let `pre` shorten them, and say so. → the instructions as they are read."
+    found = heed_instructions(pre, state_size(cfg, ds_meta, rename_map), texts := list(texts), how, where, flag)
+    for f in refuse(found):
+        if f.level == "warn": logging.warning(f.text)
+    return [pre.to_transition.words(t) for t in texts] if isinstance(pre.to_transition, Heeded) else texts
+
 # %% ../nbs/11_lerobot.ipynb #7017646e
 def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):
     """Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. → policy, preprocessor, postprocessor.
@@ -264,6 +287,7 @@ class BuildCacheConfig:
     max_bytes: str = ""  # e.g. 30MB: as many anchors as fit
     layers_to_save: str = "-2,-1"  # indices into hidden_states
     shard_size: int = 256
+    long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     prompts_file: str = ""  # one prompt a line, dealt in turn instead of the data set's
     views: str = "pooled"  # pooled | tokens | action_tokens | action_logits | token_ce, with commas between
     pooling: str = "vision_token_mean,text_token_last"
@@ -302,6 +326,8 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     policy, pre, _ = load_policy(cfg.policy, dataset.meta)
     check_features(pre, dataset.meta, actions=False)  # the teacher's own will do
     resolve_layers(layers, len(adapter_for(policy).decoder(policy).layers))
+    told = heed(pre, cfg.policy, prompts or instructions_of(dataset), cfg.long_instructions, cfg.prompts_file or "the data set", ds_meta=dataset.meta)
+    if prompts: prompts = told
     hashes = run_hashes(policy, pre)
     index = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index", "index")}
     facts = dataset_facts(dataset, cfg.dataset)
@@ -672,6 +698,8 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     keep = cfg.resume or keeps_statistics(cfg)
     pre, post = make_processors(cfg.policy, policy, acc.device.type, None if keep else dataset.meta.stats, cfg.rename_map)
     if keep: check_features(pre, dataset.meta, cfg.rename_map)
+    heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)], cfg.craft.long_instructions,
+         flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
     state, hashes = {}, {}
     if cache is not None:
@@ -830,6 +858,7 @@ class CraftEvalConfig:
     out_dir: str = "outputs/eval"  # new
     eval: EvalConfig = field(default_factory=EvalConfig)  # n_episodes, batch_size
     batch_size: int = 32
+    long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     max_frames: int = 1024  # of the data set, spread over it
     max_videos: int = 0
     seed: int = 1000
@@ -879,6 +908,7 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env)
                          if dataset or cfg.env else load_policy_alone(cfg.policy))
     if dataset: check_features(pre, dataset.meta)
+    heed(pre, cfg.policy, instructions_of(dataset) if dataset else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None)
     if cfg.anchors:
         held, hashes = AnchorCacheDataset(cfg.anchors), run_hashes(policy, pre)
         check_cache(held, CraftConfig(allow_mismatch="dtype" if held.manifest["hashes"] else ""), policy,
