@@ -41,22 +41,22 @@ OF_THE_CACHE = ("policy_type", "width", "depth", "dtype", "weights", "processors
 
 # %% ../nbs/10a_check.ipynb #e10505df
 USERS = (ValueError, OSError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)  # what a user can mend
-_gathered: ContextVar[list | None] = ContextVar("findings", default=None)
+_gathered: ContextVar[tuple[list, bool] | None] = ContextVar("findings", default=None)
 
 @contextmanager
-def gathered() -> Iterator[list[Finding]]:
-    "Inside, `refuse` and `attempt` write into this list what they would raise, and what is only said."
-    token = _gathered.set(found := [])
+def gathered(stop: bool = False) -> Iterator[list[Finding]]:
+    "Inside, `refuse` and `attempt` write into this list what they would raise, and what is only said; with `stop` they raise too."
+    token = _gathered.set((found := [], stop))
     try: yield found
     finally: _gathered.reset(token)
 
-def gathering() -> bool: return _gathered.get() is not None
+def gathering() -> bool: return bool(now := _gathered.get()) and not now[1]
 
 def attempt(what: str, make: Callable, *args, **more):
     "`make(*args, **more)`. Inside of `gathered` an error of `USERS` becomes a refusal, a finding `what`, and the answer None."
     if not gathering(): return make(*args, **more)
     try: return make(*args, **more)
-    except USERS as e: _gathered.get().append(Finding("refuse", what, str(e) or type(e).__name__, dict(error=type(e).__name__)))
+    except USERS as e: _gathered.get()[0].append(Finding("refuse", what, str(e) or type(e).__name__, dict(error=type(e).__name__)))
 
 # %% ../nbs/10a_check.ipynb #2b336f79
 def waivers(allow: str | Iterable[str]) -> set[str]:
@@ -74,9 +74,9 @@ def refuse(findings: Iterable[Finding], waived: str | Iterable[str] = "", flag: 
     `cameras` waives `unused_cameras` too."""
     words, findings = waivers(waived), list(findings)
     if "cameras" in words: words.add("unused_cameras")
-    if (into := _gathered.get()) is not None:
-        into += [Finding("warn", f.what, f"waived: {f.text}", f.data) if f.level == "refuse" and f.what in words else f for f in findings]
-        return []
+    if now := _gathered.get():
+        now[0].extend(Finding("warn", f.what, f"waived: {f.text}", f.data) if f.level == "refuse" and f.what in words else f for f in findings)
+        if gathering(): return []
     if bad := [f for f in findings if f.level == "refuse" and f.what not in words]:
         can = list(dict.fromkeys(f.what for f in bad if f.what in WAIVABLE))
         way = f"\nMend it, or accept it: {flag}={','.join([*sorted(waivers(waived)), *can])}" if can and len(can) == len({f.what for f in bad}) else ""

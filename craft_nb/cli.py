@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'today', 'expanded', 'flags', 'refuse_clearly', 'opened', 'parsed', 'kinds', 'quoted', 'as_written',
-           'build_cache', 'with_path', 'train', 'no_cache', 'summary', 'evaluate', 'cache', 'recompute', 'demo']
+           'build_cache', 'with_path', 'train', 'look', 'no_cache', 'summary', 'check', 'evaluate', 'cache',
+           'recompute', 'demo']
 
 # %% ../nbs/13_cli.ipynb #07fe53fd
 import functools
@@ -173,15 +174,30 @@ def train(argv: list[str] | None = None) -> None:
     def main():
         ours = opened()
         from lerobot.utils.utils import init_logging
+        from craft_nb.check import gathered
         if path := given.get("--policy.path"): ours.require_local(path)
         cfg = parsed(ours.CraftTrainConfig, argv)
         init_logging()
-        trainer = ours.make_trainer(cfg)
+        with gathered(stop=True) as found: trainer = ours.make_trainer(cfg)
+        if trainer.accelerator.is_main_process: look(trainer, found)
         record = trainer.fit()
         ours.finish(trainer)
         if trainer.accelerator.is_main_process: print(summary(trainer, record))
         if trainer.ended in signal.Signals.__members__: raise SystemExit(128 + signal.Signals[trainer.ended])
     refuse_clearly(main)
+
+def look(trainer, found: list) -> None:
+    "Print what `craft-check` would; without `--craft.check=false` keep it beside the records of the run."
+    from craft_nb.check import gathered
+    from craft_nb.preflight import report_of
+    cfg, out = trainer.parts.cfg, Path(trainer.parts.cfg.output_dir)
+    slow = cfg.craft.check and not cfg.resume
+    with gathered() as more: r = report_of(trainer, found, slow, out / "check.png" if slow else None)
+    r.findings += more
+    print(r.text())
+    if slow:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "check.json").write_text(json.dumps(r.json(), indent=1))
 
 def no_cache(folder: str) -> str:
     return (f"CRaFT is on, but there is no anchor cache at {folder}: build one with craft-build-cache --out_dir={folder}, "
@@ -198,6 +214,24 @@ def summary(trainer, r: dict) -> str:
     why = f" ({trainer.ended})" if trainer.ended != "done" else ""
     return (f"Trained to step {trainer.step}/{trainer.steps}{why}{loss}. Records in {out / 'metrics.jsonl'}, "
             + (f"checkpoint in {last}" if last.exists() else "no checkpoint"))
+
+# %% ../nbs/13_cli.ipynb #84ab1bc9
+def check(argv: list[str] | None = None) -> None:
+    "Entry point of `craft-check`: what `craft-train` would do with the same flags, and all that speaks against it. Exit code 0, 1 (refused) or 2 (warnings, with `--strict`)."
+    argv = today(sys.argv[1:] if argv is None else argv, training=True)
+    given = flags(argv)
+    strict, as_json = (given.get(n, "false").lower() in ("", "true") for n in ("--strict", "--json"))
+    rest = [a for a, before in zip(argv, ["", *argv], strict=False) if a.partition("=")[0] not in ("--strict", "--json", "--sheet") and before != "--sheet"]
+    def main():
+        ours = opened()
+        from craft_nb.preflight import preflight
+        if path := given.get("--policy.path"): ours.require_local(path)
+        cfg = parsed(ours.CraftTrainConfig, rest)
+        sheet = given.get("--sheet") or (f"{cfg.output_dir}.check.png" if cfg.output_dir else "outputs/craft-check.png")
+        r = preflight(cfg, cfg.craft.check, Path(sheet))
+        print(json.dumps(r.json(), indent=1) if as_json else f"craft-check: {r.text()}")
+        return r.code(strict)
+    sys.exit(refuse_clearly(main))
 
 # %% ../nbs/13_cli.ipynb #8745151c
 def evaluate(argv: list[str] | None = None) -> None:

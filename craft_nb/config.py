@@ -98,6 +98,7 @@ class CraftConfig:
     gradient_accumulation_steps: int = 1  # micro-batches of the task per optimizer step; of anchors: see anchor_micro_batch
     long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     max_nonfinite_steps: int = 10  # stop after so many non-finite steps in a row
+    check: bool = True  # measure memory, time and disk and draw what the policy sees, before the first step
     allow_mismatch: str = ""  # cache checks to waive, e.g. "normalisation,weights"
 
     def __post_init__(self): check_config(self)

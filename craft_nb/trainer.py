@@ -451,6 +451,7 @@ class CraftTrainer:
         self.callbacks = sorted(callbacks, key=lambda c: getattr(c, "order", 0))
         self.control, self.record, self.nonfinite, self.nonfinite_run = Control(), None, 0, 0
         self.retained = None  # the last record of a retention step
+        self.expected = None  # of `estimate_memory`, once somebody has asked
         self.agreed, self.ended = False, ""  # all ranks know that one was told to stop; why training ended
         self.params = [p for p in policy.parameters() if p.requires_grad]
         self.method.attach(self)
@@ -761,7 +762,7 @@ class Memory(Callback):
     "Says before the first step what memory will be needed, and at the end what was used."
     order = 10
     def before_fit(self, trainer):
-        self.device, self.expected = next(trainer.policy.parameters()).device, estimate_memory(trainer)
+        self.device, self.expected = next(trainer.policy.parameters()).device, trainer.expected or estimate_memory(trainer)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
         else: self.start = resident(forget_peak=True) - self.expected["weights"]
         print("memory: " + ", ".join(f"{k.replace('_', ' ')} {v / 2**30:.3g}" for k, v in self.expected.items()) + " GiB")
