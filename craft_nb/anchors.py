@@ -1161,6 +1161,7 @@ def check_compatible(
     found: dict,  # the same fields as the run has them, e.g. {'width': 2048, 'hashes': {'weights': …}}
     allow=(),  # names that may differ, 'weights' or 'hashes.weights': a list or a comma list
     known=(),  # names that `allow` may hold though this run does not compare them
+    flag='--craft.allow_mismatch',  # how a user names them
 ) -> dict:  # {'checked', 'allowed', 'unknown'}: lists of names; unknown is what the cache does not say
     "Compare a run with the cache it wants to use. Raises `AnchorCacheError` listing every mismatch with both values."
     allow = [a.strip() for a in (allow.split(',') if isinstance(allow, str) else allow) if a.strip()]
@@ -1173,7 +1174,7 @@ def check_compatible(
     if bad := [k for k in differ if k not in allowed]:
         lines = '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}{_MEANS.get(k, "")}' for k in bad)
         raise AnchorCacheError(f'the anchor cache was made for another run:\n{lines}\nBuild one for this policy and '
-                               f'data, or allow the difference: --craft.allow_mismatch={",".join(map(short, bad))}')
+                               f'data, or allow the difference: {flag}={",".join(map(short, bad))}')
     return dict(checked=known, allowed=allowed, unknown=sorted(set(got) - set(known)))
 
 # %% ../nbs/05_anchors.ipynb #1fbec324

@@ -135,7 +135,7 @@ def hidden_drift(
     layers: Sequence[int],  # names of the l layers
     vectors: Sequence[str],  # names of the v pooled vectors
 ) -> dict:  # {layers, vectors, n, relative_l2: [[l×v]], cosine: [[l×v]], cka: [[l×v]]}, JSON-able
-    "Mean ‖h'−h‖/‖h‖, mean 1−cos and debiased linear CKA by layer and vector: `report['drift'][arm]`."
+    "Mean ‖h'−h‖/‖h‖, mean 1−cos and debiased linear CKA (None for fewer than 4 anchors) by layer and vector: `report['drift'][arm]`."
     want = (len(teacher), len(layers), len(vectors), teacher.shape[-1])
     if student.shape != teacher.shape or tuple(teacher.shape) != want:
         found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
@@ -143,7 +143,7 @@ def hidden_drift(
     s, t = student.double(), teacher.double()
     l2 = ((s - t).norm(dim=-1) / t.norm(dim=-1).clamp(min=1e-12)).mean(0)
     cosine = (1 - torch.cosine_similarity(s, t, dim=-1)).mean(0)
-    cka = [[linear_cka(s[:, i, j], t[:, i, j]) for j in range(len(vectors))] for i in range(len(layers))]
+    cka = [[linear_cka(s[:, i, j], t[:, i, j]) if len(t) >= 4 else None for j in range(len(vectors))] for i in range(len(layers))]
     names = dict(layers=list(layers), vectors=list(vectors), n=len(t))
     return names | dict(relative_l2=l2.tolist(), cosine=cosine.tolist(), cka=cka)
 

@@ -12,7 +12,7 @@ __all__ = ['CRAFT_STATE', 'CARRIED', 'CraftTrainConfig', 'is_path', 'missing_par
            'read_craft_state', 'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'once', 'rollouts', 'RunParts',
            'make_trainer', 'go_on_from', 'check_resumed', 'keeps_statistics', 'check_features', 'require_writable',
            'make_student', 'make_retention', 'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss',
-           'anchor_drift', 'evaluate', 'load_policy_alone', 'eval_table']
+           'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
 
 # %% ../nbs/11_lerobot.ipynb #e0b04bf5
 import hashlib
@@ -43,7 +43,7 @@ from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatib
 from .builder import build_anchor_cache, teacher_targets
 from .check import blocks, refuse
 from .config import CraftConfig, as_path, at_home, parse_weights
-from .evaluate import measure_drift, rate
+from .evaluate import hidden_drift, rate
 from .features import resolve_layers
 from .instructions import Heeded, heed_instructions
 from .losses import make_views
@@ -440,7 +440,7 @@ def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
     return cache
 
 def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str],
-                resumed: bool = False, dataset=None) -> dict:
+                resumed: bool = False, dataset=None, flag: str = "--craft.allow_mismatch") -> dict:
     """Refuse a cache that was made for another policy, or at another recording rate or chunk length than `dataset`, naming both values.
     A resumed student has moved, so its weights are not compared."""
     decoder, m = adapter_for(policy).decoder(policy), cache.manifest
@@ -450,7 +450,7 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
     if m["hashes"]:  # old caches do not say the policy's dtype
         found["dtype"] = str(next(decoder.layers.parameters()).dtype).removeprefix("torch.")
     if dataset is not None: found["dataset"] = dict(fps=dataset.meta.fps, chunk=chunk_length(dataset))
-    out = check_compatible(m, found, craft.allow_mismatch, known=("weights", "fps", "chunk"))
+    out = check_compatible(m, found, craft.allow_mismatch, known=("weights", "fps", "chunk"), flag=flag)
     if "dataset.fps" in out["unknown"]:
         logging.warning("%s does not say at which recording rate (fps) its anchors were made: compare it yourself with the %s fps of the data",
                         cache.dir, dataset.meta.fps)
@@ -862,6 +862,7 @@ class CraftEvalConfig:
     max_frames: int = 1024  # of the data set, spread over it
     max_videos: int = 0
     seed: int = 1000
+    allow_mismatch: str = ""  # what may differ between data and policy, by name, with commas between
 
     @classmethod
     def __get_path_fields__(cls): return ["policy"]
@@ -877,19 +878,28 @@ def task_loss(policy: nn.Module, pre, dataset, batch_size: int, max_frames: int)
 
 @torch.no_grad()
 def anchor_drift(policy: nn.Module, folder: str, batch_size: int) -> dict:
-    "Loss of each view of a cache, and the drift of pooled hidden states by layer and vector where it holds them."
-    cache = AnchorCacheDataset(folder)
-    adapter, views = adapter_for(policy), cache_views(cache, CraftConfig(enabled=False))
-    losses, terms, n = dict.fromkeys(views, 0.0), dict.fromkeys(views, 0), len(cache)
-    for b in build_anchor_dataloader(cache, min(batch_size, n), shuffle=False):
-        for name, x in AnchorPass(adapter, views, b)(policy).items():
-            losses[name], terms[name] = losses[name] + (k := views[name].terms(b)) * x.item(), terms[name] + k
-    out = dict(anchors=n, losses={name: x / terms[name] for name, x in losses.items()})
-    if "pooled" in views:
-        m = cache.manifest
-        out |= measure_drift(lambda b: extract_student_hidden_with_pooling(policy, b, m["layers"], m),
-                             build_anchor_dataloader(cache, min(batch_size, n), shuffle=False), m["layers"], m["pooling"])
-    return out
+    """Loss of each view of a cache, and the drift of pooled hidden states by layer and vector where it holds them;
+    `by_instruction` the same for the anchors of each, where the cache says which that are."""
+    cache, groups, found = AnchorCacheDataset(folder), defaultdict(list), {}
+    adapter, views, m = adapter_for(policy), cache_views(cache, CraftConfig(enabled=False)), cache.manifest
+    told = cache.instructions()
+    for i in range(len(cache)): groups[told[i] if told else ""].append(i)
+    for text, rows in groups.items():
+        sums, hidden = {name: [0.0, 0] for name in views}, []
+        for k in range(0, len(rows), batch_size):
+            b = cache.batch(rows[k : k + batch_size])
+            for name, x in AnchorPass(adapter, views, b)(policy).items():
+                terms = views[name].terms(b)
+                sums[name] = [sums[name][0] + terms * x.item(), sums[name][1] + terms]
+            if "pooled" in views:
+                hidden.append((extract_student_hidden_with_pooling(policy, b, m["layers"], m).float().cpu(), b["teacher_hidden"].float().cpu()))
+        found[text] = len(rows), sums, hidden
+    def all_of(parts):  # (anchors, {view: [sum, terms]}, pairs of hidden states) of some instructions
+        out = dict(anchors=sum(n for n, *_ in parts), losses={
+            v: sum(s[v][0] for _, s, _ in parts) / max(1, sum(s[v][1] for _, s, _ in parts)) for v in views})
+        pairs = [p for *_, hidden in parts for p in hidden]
+        return out | (hidden_drift(*map(torch.cat, zip(*pairs)), m["layers"], m["pooling"]) if pairs else {})
+    return all_of([*found.values()]) | (dict(by_instruction={t: all_of([x]) for t, x in found.items()}) if told else {})
 
 # %% ../nbs/11_lerobot.ipynb #884e1802
 def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
@@ -911,18 +921,34 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     heed(pre, cfg.policy, instructions_of(dataset) if dataset else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None)
     if cfg.anchors:
         held, hashes = AnchorCacheDataset(cfg.anchors), run_hashes(policy, pre)
-        check_cache(held, CraftConfig(allow_mismatch="dtype" if held.manifest["hashes"] else ""), policy,
-                    {k: hashes[k] for k in ("tokenizers",) if k in hashes})
-    result = dict(policy=str(cfg.policy.pretrained_path))
-    if cfg.env:
+        waived = ",".join(filter(None, [cfg.allow_mismatch, "dtype" if held.manifest["hashes"] else ""]))
+        check_cache(held, CraftConfig(allow_mismatch=waived), policy, {k: hashes[k] for k in ("tokenizers",) if k in hashes},
+                    dataset=dataset, flag="--allow_mismatch")
+    def success():
         seen = rollouts(policy, pre, post, cfg.env, cfg.eval, cfg.seed, nullcontext, out / "videos", cfg.max_videos)
-        result["success"] = {t: rate(sum(s), len(s)) for t, s in seen.items()}
-    if dataset: result["task_loss"] = task_loss(policy, pre, dataset, cfg.batch_size, cfg.max_frames)
-    if cfg.anchors: result["drift"] = anchor_drift(policy, cfg.anchors, cfg.batch_size)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "eval.json").write_text(json.dumps(result, indent=1))
-    (out / "eval.md").write_text(table := eval_table(result))
-    return table, out
+        return {t: rate(sum(s), len(s)) for t, s in seen.items()}
+    parts = [(cfg.dataset, "task_loss", lambda: task_loss(policy, pre, dataset, cfg.batch_size, cfg.max_frames)),
+             (cfg.anchors, "drift", lambda: anchor_drift(policy, cfg.anchors, cfg.batch_size)), (cfg.env, "success", success)]
+    return measured({name: part for wanted, name, part in parts if wanted}, dict(policy=str(cfg.policy.pretrained_path)), out), out
+
+def measured(parts: dict, result: dict, out: Path) -> str:
+    """Run one part after the other and write `eval.json` and `eval.md` after each, so that what fails takes nothing with it:
+    it then stands there under `error`. → the table."""
+    def write():
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in (("eval.json", json.dumps(result, indent=1)), ("eval.md", eval_table(result))):
+            (fresh := out / f".{name}.new").write_text(text)
+            os.replace(fresh, out / name)
+    for i, (name, part) in enumerate(parts.items()):
+        try: result[name] = part()
+        except BaseException as e:
+            result["error"] = dict(part=name, message=f"{type(e).__name__}: {e}")
+            if i:
+                write()
+                logging.warning("what was measured before %s failed is in %s", name, out)
+            raise
+        write()
+    return eval_table(result)
 
 def load_policy_alone(cfg: PreTrainedConfig):
     "A policy without a data set or environment to tell its features: those of its checkpoint."
@@ -936,10 +962,18 @@ def eval_table(result: dict) -> str:
     "The result as a Markdown table."
     rows = [f"| success {t} | {c['rate']:.0%} | {c['low']:.0%} – {c['high']:.0%}, {c['n']} episodes |"
             for t, c in result.get("success", {}).items()]
-    if x := result.get("task_loss"): rows.append(f"| task loss | {x['loss']:.4f} | {x['frames']} frames |")
+    if x := result.get("task_loss"):
+        rows.append(f"| task loss | {x['loss']:.4f} | {x['frames']} frames |")
+        rows += [f"| task loss: {t} | {y['loss']:.4f} | {y['frames']} frames |" for t, y in x.get("tasks", {}).items()]
     if d := result.get("drift"):
         rows += [f"| retention loss {n} | {v:.3e} | {d['anchors']} held-out anchors |" for n, v in d["losses"].items()]
+        cka = lambda x: "CKA needs 4 anchors" if x is None else f"CKA {x:.3f}"
         rows += [f"| drift layer {i} {v} | {d['relative_l2'][a][b]:.4f} | "
-                 f"relative L2; cosine {d['cosine'][a][b]:.1e}, CKA {d['cka'][a][b]:.3f} |"
+                 f"relative L2; cosine {d['cosine'][a][b]:.1e}, {cka(d['cka'][a][b])} |"
                  for a, i in enumerate(d.get("layers", [])) for b, v in enumerate(d["vectors"])]
+        for told, x in d.get("by_instruction", {}).items():
+            plain = told.replace("|", "\\|")
+            rows += [f"| retention loss {n}: {plain} | {v:.3e} | {x['anchors']} anchors |" for n, v in x["losses"].items()]
+            if "relative_l2" in x: rows.append(f"| drift: {plain} | {np.mean(x['relative_l2']):.4f} | relative L2, mean of layers and vectors |")
+    if e := result.get("error"): rows.append(f"| {e['part']} | not measured | {' '.join(e['message'].split())[:200]} |".replace("\n", " "))
     return "\n".join(["| measure | value | |", "|---|---|---|", *rows]) + "\n"

@@ -111,6 +111,10 @@ def test_another_recording_rate_is_refused_unless_waived(inside, work, capsys):
     says = refused(train, work, "run", "at80", data=slow)
     assert "dataset.fps: cache 80, this run 40" in says and "--craft.allow_mismatch=fps" in says and not Path("run").exists()
     train(work, "run", "at80", "--craft.allow_mismatch=fps", data=slow)
+    says = refused(evaluate, work, "ev", f"--dataset.repo_id={slow}", "--anchors=at80")
+    assert "dataset.fps: cache 80, this run 40" in says and "--allow_mismatch=fps" in says and not Path("ev").exists()
+    evaluate(work, "ev", f"--dataset.repo_id={slow}", "--anchors=at80", "--allow_mismatch=fps")
+    evaluate(work, "ev", "--anchors=at80", "--allow_mismatch=fps")  # nothing to compare with, and nothing to complain about
     says = refused(train, work, "run", "at80", "--policy.chunk_size=5", "--policy.n_action_steps=5")
     assert "dataset.chunk: cache 10, this run 5" in says
     old = read_manifest("at80")["dataset"] | {}
@@ -227,3 +231,46 @@ def test_sizes_and_numbers_of_a_build(inside, work):
     for flag, says in (("--max_bytes=1kB", "expected at least"), ("--max_bytes=lots", "expected a size"), ("--num_anchors=many", "expected a number or all"),
                        ("--num_anchors=0", "expected 1 to")):
         assert says in refused(build, work, "none", flag) and not Path("none").exists()
+
+
+# what eval tells, and keeps
+
+def test_drift_by_instruction_and_caches_of_a_few_anchors(inside, work):
+    for n in (1, 3, 9):
+        shutil.rmtree("few", ignore_errors=True)
+        ds = build(work, "few", f"--num_anchors={n}", "--views=pooled,tokens")
+        evaluate(work, "ev", "--anchors=few", f"--dataset.repo_id={work.root}", "--batch_size=2")
+        found = json.loads(Path("ev/eval.json").read_text())
+        d, told = found["drift"], ds.instructions()
+        assert d["anchors"] == n and set(d["by_instruction"]) == set(told) and "error" not in found
+        for text, x in d["by_instruction"].items():
+            assert x["anchors"] == told.count(text) and (x["cka"][0][0] is None) == (x["anchors"] < 4) and set(x["losses"]) == {"pooled", "tokens"}
+        assert (d["cka"][0][0] is None) == (n < 4)
+        assert all(t in Path("ev/eval.md").read_text() for t in told) and ("CKA needs 4 anchors" in Path("ev/eval.md").read_text()) == (n < 4)
+
+
+def test_parts_add_up(inside, work, monkeypatch):
+    "A student that has moved: the whole is the mean of its instructions, weighted by anchors."
+    from craft_nb.lerobot import anchor_drift
+    ds = build(work, "nine", "--num_anchors=9", "--views=pooled,tokens")
+    policy = work.policy()
+    with torch.no_grad():
+        for p in policy.parameters(): p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    d, other = anchor_drift(policy, "nine", 2), anchor_drift(policy, "nine", 9)
+    parts = d["by_instruction"].values()
+    assert d["losses"]["pooled"] > 0 and len(parts) == 2 and len({x["losses"]["pooled"] for x in parts}) == 2
+    for get in (lambda x: x["losses"]["pooled"], lambda x: x["relative_l2"][1][0], lambda x: x["cosine"][0][1]):
+        assert get(d) == pytest.approx(sum(x["anchors"] * get(x) for x in parts) / 9, rel=1e-5) == pytest.approx(get(other), rel=1e-4)
+
+
+def test_what_eval_measured_is_kept_when_a_later_part_fails(inside, work, monkeypatch, caplog):
+    import craft_nb.lerobot as ours
+    build(work, "eight", "--num_anchors=8") if not Path("eight").exists() else None
+    def fails(*a, **kw): raise RuntimeError("the disk | went\naway")
+    monkeypatch.setattr(ours, "anchor_drift", fails)
+    says = refused(evaluate, work, "part", "--anchors=eight", f"--dataset.repo_id={work.root}")
+    found = json.loads(Path("part/eval.json").read_text())
+    assert "the disk | went" in says and found["task_loss"]["loss"] > 0 and found["error"] == dict(part="drift", message="RuntimeError: the disk | went\naway")
+    assert "| drift | not measured |" in Path("part/eval.md").read_text() and "drift" not in found
+    refused(evaluate, work, "part", "--anchors=eight")  # nothing was measured, so nothing is in the way of the next try
+    assert not Path("part").exists()
