@@ -47,7 +47,9 @@ def sound(tmp_path_factory):
 def repo(sound, tmp_path): return Path(shutil.copytree(sound, tmp_path/'repo', symlinks=True))
 
 
-def run(repo, *args): subprocess.run([sys.executable, *args], cwd=repo, check=True, capture_output=True)
+def run(repo, *args):
+    done = subprocess.run([sys.executable, *args], cwd=repo, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
 
 
 def edit(path, old, new):
@@ -123,3 +125,26 @@ def test_readme_pictures(repo):
     assert '![](README_files/figure-1.png)' in text and 'secret' not in text and (repo/'README_files/figure-1.png').exists()
     (repo/'README_files/old.png').write_text('')
     assert 'old.png' in load('checks', repo).readme()[0]
+
+
+@pytest.mark.parametrize('out', [
+    dict(output_type='display_data', data={'application/vnd.jupyter.widget-view+json': dict(model_id='a'), 'text/plain': "VBox(children=(HTML(value='x'),))"}),
+    dict(output_type='display_data', data={'text/plain': ["VBox(children=(HTML(value='<b>x</b>'),), layout=Layout(width='9px'))"]}),
+    dict(output_type='execute_result', data={'text/plain': "IntProgress(value=3, max=9)"}, execution_count=None),
+    dict(output_type='display_data', data={'application/vnd.jupyter.widget-state+json': {}})])
+def test_a_page_has_no_saved_widget(repo, out):
+    "nbdev_clean leaves widgets in a notebook; a site that is built then does not show `VBox(children=…`."
+    kept = dict(output_type='display_data', metadata={}, data={'text/plain': "Report(findings=[], value_of=2)"})
+    picture = dict(output_type='display_data', metadata={}, data={'image/png': 'iVBORw0=', **out['data']})
+    shown = cell('code', 'show()', outputs=[dict(metadata={}) | out, kept, picture])
+    notebook(repo/'nbs/index.ipynb', cell('markdown', '# small\n\n> A project.'), shown)
+    nb = json.loads((repo/'nbs/index.ipynb').read_text())
+    nb['metadata']['widgets'] = {'application/vnd.jupyter.widget-state+json': dict(state={}, version_major=2)}
+    (repo/'nbs/index.ipynb').write_text(json.dumps(nb))
+    assert any('saved a widget' in f for f in load('checks', repo).clean()) and any('widget state' in f for f in load('checks', repo).clean())
+    run(repo, '-c', "import sys; sys.path.insert(0, 'tools'); import docs; from pathlib import Path; docs.process(Path('_proc'))")
+    page = json.loads((repo/'_proc/index.ipynb').read_text())
+    said = json.dumps(page)
+    assert 'children=' not in said and 'IntProgress' not in said and 'widget' not in said and 'findings=[]' in said and 'iVBORw0=' in said
+    run(repo, 'tools/prepare.py')
+    assert not any('widget' in f for f in load('checks', repo).clean()) and 'iVBORw0=' in (repo/'nbs/index.ipynb').read_text()

@@ -27,6 +27,25 @@ def exported():
     return found
 
 
+def of_widgets(out):
+    "What of an output is a widget, or the words that stand for one where there is no front end: keys of its data."
+    data = out.get('data', {})
+    text = ''.join(data.get('text/plain', ''))
+    views = [k for k in data if 'widget' in k]
+    return views + ['text/plain'] * bool(views or re.match(r'[A-Z]\w+\((\w+=.*)?\b(children|layout|value|outputs)=', text))
+
+
+def without_widgets(nb):
+    "Take saved widgets out of a notebook; a picture beside one stays. → how many there were."
+    count = bool(nb['metadata'].pop('widgets', None))
+    for c in nb['cells']:
+        for out in c.get('outputs') or []:
+            for k in (gone := of_widgets(out)): out['data'].pop(k, None)
+            count += bool(gone)
+        if 'outputs' in c: c['outputs'] = [o for o in c['outputs'] if 'data' not in o or o['data']]
+    return count
+
+
 def odd(cell, here):
     "What nbdev_clean leaves in a cell and a reader should not meet."
     src, outs = source(cell), cell.get('outputs', [])
@@ -34,7 +53,7 @@ def odd(cell, here):
     title = re.match(r'# .*\n+>.*((?s:.*))', src) if cell['cell_type'] == 'markdown' else None
     if title and re.sub(r'(?m)^- .*', '', title[1]).strip(): yield 'nbdev drops what follows the title and its sentence'
     if any(o['output_type'] == 'error' for o in outs): yield 'saved an error'
-    if any('widget-view' in k for o in outs for k in o.get('data', {})): yield 'saved a widget'
+    if any(of_widgets(o) for o in outs): yield 'saved a widget'
     yield from (f'its output names {h}' for h in here if h in json.dumps(outs))
 
 

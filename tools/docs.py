@@ -1,6 +1,7 @@
 """Build the site into _docs: notebooks -> _proc (nbdev's processors), then Quarto when it is installed, else smalldocs."""
 import re, shutil, subprocess, sys
 from pathlib import Path
+from checks import without_widgets
 from execnb.nbio import read_nb, write_nb
 from nbdev.processors import FilterDefaults, exec_show_docs
 
@@ -60,7 +61,8 @@ def process(proc):
         dst.parent.mkdir(parents=True, exist_ok=True)
         if src.suffix != '.ipynb': shutil.copy(src, dst)
         else:
-            Pages()(nb := read_nb(src))
+            if n := without_widgets(nb := read_nb(src)): print(f'{inside}: {n} saved widgets are left out of its page; tools/prepare.py takes them out of the notebook')
+            Pages()(nb)
             write_nb(nb, dst)
 
 
