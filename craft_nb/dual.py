@@ -150,10 +150,11 @@ class Dual(Budget):
         retention_loss: float,  # L_ret, averaged over ranks
         lr_scale: float = 1.0,  # multiplies lambda_lr, e.g. lr / peak lr; `landing` has no gain to scale
         grad_norms: tuple[float, float] | None = None,  # (‖g‖, ‖r‖); `landing` needs them
-        cosine: float = -1.0,  # of g and r; where it is not known, `landing` takes them to oppose
+        cosine: float | None = None,  # of g and r; where it is not known, `landing` takes them to oppose
     ) -> dict:  # lambda, epsilon, violation, control, clipped (λ is at lambda_max), pinned (at a limit for long)
         "Move λ after a retention step; call it once for each."
         c, eps, control = self.config, self.epsilon(step), 0.0
+        cosine = -1.0 if cosine is None or math.isnan(cosine) else cosine
         if math.isfinite(retention_loss):
             self.pending = [*self.pending, retention_loss][-c.lambda_update_every:]
             if step >= c.lambda_warmup_steps and len(self.pending) >= c.lambda_update_every:

@@ -819,7 +819,7 @@ def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset, policy: nn.
     views = cache_views(cache, craft)
     spreads = {n: cache.spread(n) for n in views} if craft.epsilon_unit == "relative" else {}
     stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
-    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads,
+    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads, teacher_dtype=cache.manifest["dtype"],
                      all_reduce=sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None, stream=stream)
 
 def sum_over_shards(policy: nn.Module):

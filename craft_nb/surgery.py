@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MERGES', 'CHUNK', 'BLOCK', 'GATES', 'TINY', 'compute_dot', 'project_if_conflict', 'merge_grads',
-           'surgery_coefficients', 'merged_square', 'chunk_pairs', 'read_sums', 'write_merge_', 'scope_groups',
-           'SurgeryResult', 'surgery_result', 'Scopes', 'Surgery', 'moved_gradients', 'retention_grads', 'graph_leaves',
-           'StreamingSurgery']
+           'surgery_coefficients', 'merged_square', 'directed_scopes', 'chunk_pairs', 'read_sums', 'write_merge_',
+           'scope_groups', 'SurgeryResult', 'surgery_result', 'Scopes', 'Surgery', 'moved_gradients', 'retention_grads',
+           'graph_leaves', 'StreamingSurgery']
 
 # %% ../nbs/03_surgery.ipynb #6f1695d8
 import math
@@ -47,18 +47,19 @@ def project_if_conflict(
     return [_axpy(g, r, 1.0, c) for g, r in zip(grad_task, grad_retain)], list(grad_retain), True
 
 # %% ../nbs/03_surgery.ipynb #093b833c
-MERGES = {"weighted": lambda lam: lam, "equal": lambda lam: 1.0, "task_priority": lambda lam: min(lam, 1.0)}
+MERGES = {  # λ → weights of g and of r
+    "weighted": lambda lam: (1.0, lam), "equal": lambda lam: (0.5, 0.5), "task_priority": lambda lam: (1.0, min(lam, 1.0))}
 
 def merge_grads(
     grad_task: Sequence[Tensor | None],  # g, projected or not
     grad_retain: Sequence[Tensor | None],  # r
     lambda_weight: float,  # λ ≥ 0
-    mode: str = "weighted",  # weighted g+λr | equal g+r | task_priority g+min(λ,1)r
+    mode: str = "weighted",  # weighted g+λr | equal ½(g+r) | task_priority g+min(λ,1)r
 ) -> list[Tensor | None]:
     "The gradient that the optimizer sees. Raises `ValueError` for an unknown mode."
     if mode not in MERGES: raise ValueError(f"mode: expected one of {', '.join(MERGES)}; found {mode!r}")
-    w = MERGES[mode](lambda_weight)
-    return [_axpy(g, r, 1.0, w) for g, r in zip(grad_task, grad_retain, strict=True)]
+    a, w = MERGES[mode](lambda_weight)
+    return [_axpy(g, r, a, w) for g, r in zip(grad_task, grad_retain, strict=True)]
 
 # %% ../nbs/03_surgery.ipynb #26b5ed59
 def surgery_coefficients(
@@ -67,20 +68,32 @@ def surgery_coefficients(
     project: bool,  # is the gate open
     mode: str = "weighted",  # a key of `MERGES`
     conflict_threshold: float = -0.1,  # a cosine
-) -> tuple[Tensor, Tensor, Tensor]:  # (s,) c of merged = g + c·r, (s,) cosine, (s,) bool conflict
-    "One scalar a scope, on the device of `sums`, without looking at it from the host."
+    directed: Tensor | None = None,  # (s,) bool, see `directed_scopes`; None: all whose norms are above 0
+) -> tuple[Tensor, Tensor, Tensor]:  # (s,) c of merged = a·g + c·r, (s,) cosine, NaN without a direction, (s,) bool conflict
+    "One scalar a scope, on the device of `sums`, without looking at it from the host; `a` is `MERGES[mode](lam)[0]`."
     dot, gg, rr = sums.unbind(-1)
-    norms = gg.sqrt() * rr.sqrt()
-    cosine = torch.where(norms == 0, 0.0, dot / norms).clamp(-1, 1)
-    conflict = (norms > 0) & (cosine < conflict_threshold)
-    c = torch.full_like(dot, MERGES[mode](lam))
-    if project: c = torch.where(conflict, c - dot / rr, c)
+    norms, (a, weight) = gg.sqrt() * rr.sqrt(), MERGES[mode](lam)
+    directed = norms > 0 if directed is None else directed & (norms > 0)
+    cosine = torch.where(directed, (dot / norms).clamp(-1, 1), math.nan)
+    conflict = cosine < conflict_threshold  # never where it is NaN
+    c = torch.full_like(dot, weight)
+    if project: c = torch.where(conflict, c - a * dot / rr, c)
     return c, cosine, conflict
 
-def merged_square(sums: Tensor, c: Tensor) -> Tensor:  # (s, 3), (s,) → ()
-    "‖g + c·r‖² over all scopes, never below zero."
+def merged_square(sums: Tensor, c: Tensor, a: float = 1.0) -> Tensor:  # (s, 3), (s,) → ()
+    "‖a·g + c·r‖² over all scopes, never below zero."
     dot, gg, rr = sums.unbind(-1)
-    return (gg + 2 * c * dot + c * c * rr).clamp(min=0).sum()
+    return (a * a * gg + 2 * a * c * dot + c * c * rr).clamp(min=0).sum()
+
+# %% ../nbs/03_surgery.ipynb #282a7f28
+def directed_scopes(
+    sums: Tensor,  # (s, 5) float64: ⟨g,r⟩, ‖g‖², ‖r‖², numbers in g, numbers in r
+    rounding: float,  # share of the whole's root mean square up to which a scope's g or r is rounding
+    whole: Tensor | None = None,  # (5,) sums of the whole; None: of these scopes
+) -> Tensor:  # (s,) bool: both of its gradients have a direction
+    "Which scopes have a cosine."
+    whole = sums.sum(0) if whole is None else whole
+    return (sums[:, 1:3] / sums[:, 3:] > rounding**2 * whole[1:3] / whole[3:]).all(1)
 
 # %% ../nbs/03_surgery.ipynb #da182116
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements: two float32 chunks are 4 MiB, for a CPU's cache; few launches on a GPU
@@ -157,19 +170,19 @@ class SurgeryResult:
     dot: float = 0.0  # ⟨g,r⟩
     norm_task: float = 0.0  # ‖g‖
     norm_retain: float = 0.0  # ‖r‖
-    cosine: float = 0.0  # 0 where a norm is 0
+    cosine: float = math.nan  # NaN where no scope has a direction, see `directed_scopes`
     conflict: bool = False  # some scope's cosine was below the threshold
     projected: bool = False  # and the gate was open
     merged_norm: float = 0.0  # before clipping
     clipped: bool = False
     finite: bool = True  # False: skip this step; nothing was written, except by streaming
     names: tuple[str, ...] = ()  # of the scopes
-    table: Tensor | None = field(default=None, repr=False)  # (s, 5) float64: ⟨g,r⟩, ‖g‖², ‖r‖², cosine, c
+    table: Tensor | None = field(default=None, repr=False)  # (s, 5) float64: ⟨g,r⟩, ‖g‖², ‖r‖², cosine or NaN, c
 
     def rows(self) -> list[dict]:
-        "One dict a scope: name, dot, norm_task, norm_retain, cosine, c."
+        "One dict a scope: name, dot, norm_task, norm_retain, cosine (None without a direction), c."
         cols = ("dot", "norm_task", "norm_retain", "cosine", "c")
-        return [dict(name=n) | dict(zip(cols, (d, gg**0.5, rr**0.5, cos, c)))
+        return [dict(name=n) | dict(zip(cols, (d, gg**0.5, rr**0.5, None if math.isnan(cos) else cos, c)))
                 for n, (d, gg, rr, cos, c) in zip(self.names, self.table.tolist())]
 
 # %% ../nbs/03_surgery.ipynb #e9d5fb56
@@ -181,15 +194,16 @@ def surgery_result(
     conflict: Tensor,  # (s,) bool
     project: bool,  # was the gate open
     max_norm: float | None = None,
+    a: float = 1.0,  # merged = a·g + c·r
 ) -> tuple[SurgeryResult, float]:  # the report and the factor that clips
     """Read the scalars on the host, once.
     The factor is that of `torch.nn.utils.clip_grad_norm_`: min(1, max_norm / (norm + 1e-6))."""
     table = torch.cat([sums, cosine[:, None], c[:, None], conflict[:, None].double()], 1).cpu()
     dot, gg, rr = table[:, :3].sum(0).tolist()
-    norm = merged_square(table[:, :3], table[:, 4]).sqrt().item()
-    norms, conflict = gg**0.5 * rr**0.5 if min(gg, rr) > 0 else 0.0, bool(table[:, 5].any())
+    norm = merged_square(table[:, :3], table[:, 4], a).sqrt().item()
+    conflict, cosine = bool(table[:, 5].any()), math.nan if table[:, 3].isnan().all() else dot / (gg**0.5 * rr**0.5)
     scale = 1.0 if max_norm is None or not norm + 1e-6 > max_norm else max_norm / (norm + 1e-6)
-    return SurgeryResult(dot, gg**0.5, rr**0.5, dot / norms if norms else 0.0, conflict, conflict and project, norm, scale < 1,
+    return SurgeryResult(dot, gg**0.5, rr**0.5, cosine, conflict, conflict and project, norm, scale < 1,
                          math.isfinite(norm) and math.isfinite(dot), tuple(names), table[:, :5]), scale
 
 # %% ../nbs/03_surgery.ipynb #1028ec15
@@ -222,17 +236,22 @@ class Scopes:
         "Is the gate open?"
         return self.use_projection and (self.gate == "always" or self.gate == "violated" and violated)
 
+    def decide(self, sums: Tensor, lam: float, project: bool, rounding: float, whole: Tensor | None = None) -> tuple:
+        "→ a, c, cosine, conflict, as `surgery_coefficients` has them, of scopes with the sums (s, 5)."
+        return MERGES[self.mode](lam)[0], *surgery_coefficients(
+            sums[:, :3], lam, project, self.mode, self.conflict_threshold, directed_scopes(sums, rounding, whole))
+
 # %% ../nbs/03_surgery.ipynb #4104bcce
 TINY = 1e-20  # a float32 sum of squares below this may have lost terms to underflow
 
 def _local(t): return t.to_local() if hasattr(t, "to_local") else t  # the shard of a DTensor
 
-def _scope_sums(g, r, groups, all_reduce, exact=False):  # (s, 5) float64: three sums, then how many tensors g and r have
+def _scope_sums(g, r, groups, all_reduce, exact=False):  # (s, 5) float64: three sums, then how many numbers g and r have
     rows = []
     for index in groups:
         gs, rs = ([None if t[i] is None else _local(t[i]) for i in index] for t in (g, r))
         s = read_sums(gs, rs, exact)
-        rows.append(torch.cat([s] + [s.new_full((1,), sum(t is not None for t in ts)) for ts in (gs, rs)]))
+        rows.append(torch.cat([s] + [s.new_full((1,), sum(t.numel() for t in ts if t is not None)) for ts in (gs, rs)]))
     device = next((s.device for s in rows if s.device.type != "cpu"), rows[0].device)
     sums = torch.stack([s.to(device) for s in rows])
     total = sums if all_reduce is None else all_reduce(sums)
@@ -270,6 +289,7 @@ class Surgery(Scopes):
         lam: float,  # λ on this step (`Dual.weight`)
         violated: bool,  # L_ret > ε
         max_norm: float | None = None,  # clip the merged gradient to this norm in the same pass
+        rounding: float = 0.0,  # see `directed_scopes`
     ) -> SurgeryResult:
         """g ← clip(project(g) + λr).
         Entries of `g` that are None, shared or expanded are replaced in the list: assign `p.grad` from it."""
@@ -280,11 +300,11 @@ class Surgery(Scopes):
         sums = _scope_sums(g, r, groups, self.all_reduce).cpu()  # the one host synchronisation
         again = _out_of_range(sums)
         if again: sums[again] = _scope_sums(g, r, [groups[i] for i in again], self.all_reduce, exact=True).cpu()
-        c, cosine, conflict = surgery_coefficients(sums[:, :3], lam, project, self.mode, self.conflict_threshold)
-        result, scale = surgery_result(tuple(self.groups), sums[:, :3], c, cosine, conflict, project, max_norm)
+        a, c, cosine, conflict = self.decide(sums, lam, project, rounding)
+        result, scale = surgery_result(tuple(self.groups), sums[:, :3], c, cosine, conflict, project, max_norm, a)
         if result.finite:
             for s, (index, cs) in enumerate(zip(groups, c.tolist())):
-                _write_scope_(g, r, index, self.params, scale, scale * cs, s in again)
+                _write_scope_(g, r, index, self.params, scale * a, scale * cs, s in again)
         return result
 
 # %% ../nbs/03_surgery.ipynb #63d7c35c
@@ -359,10 +379,11 @@ class StreamingSurgery(Scopes):
             for h in hooks: h.remove()
 
     @contextmanager
-    def merge_(self, loss: Tensor, lam: float, violated: bool, max_norm: float | None = None) -> Iterator[SurgeryResult]:
+    def merge_(self, loss: Tensor, lam: float, violated: bool, max_norm: float | None = None,
+               rounding: float = 0.0) -> Iterator[SurgeryResult]:
         """Inside, run the task's backward pass once. Afterwards `.grad` is merged and clipped and the yielded result
-        is filled. If it is not finite, drop the gradients."""
-        pass_, result = _Stream(self, loss, lam, self.projects(violated)), SurgeryResult()
+        is filled. If it is not finite, drop the gradients. `rounding` measures a scope against those merged so far."""
+        pass_, result = _Stream(self, loss, lam, self.projects(violated), rounding), SurgeryResult()
         self.cuts = []
         hooks = [p.register_post_accumulate_grad_hook(pass_.task_grad_ready) for p in self.params if p.requires_grad]
         try:
@@ -373,8 +394,9 @@ class StreamingSurgery(Scopes):
 
 # %% ../nbs/03_surgery.ipynb #0978815e
 class _Stream:
-    def __init__(self, scopes, loss, lam, project):
+    def __init__(self, scopes, loss, lam, project, rounding):
         self.scopes, self.lam, self.project, self.groups = scopes, lam, project, list(scopes.groups.values())
+        self.rounding, self.whole = rounding, 0.0
         self.place = {id(scopes.params[i]): (s, i) for s, index in enumerate(self.groups) for i in index}
         self.left = [sum(scopes.params[i].requires_grad for i in index) for index in self.groups]  # task gradients to come
         self.uses, self.r, self.done = [0] * len(self.groups), {}, {}
@@ -413,16 +435,17 @@ class _Stream:
         sums = _scope_sums(g, r, [range(len(index))], None, exact=not on_host)
         exact = not on_host or bool(_out_of_range(sums))
         if on_host and exact: sums = _scope_sums(g, r, [range(len(index))], None, exact=True)
-        c, cosine, conflict = surgery_coefficients(sums[:, :3], self.lam, self.project, sc.mode, sc.conflict_threshold)
+        self.whole = self.whole + sums[0]
+        self.a, c, cosine, conflict = sc.decide(sums, self.lam, self.project, self.rounding, self.whole)
         self.done[s] = (sums[:, :3], c, cosine, conflict)
-        if on_host and not merged_square(sums[:, :3], c).isfinite(): return
-        _write_scope_(g, r, range(len(index)), [sc.params[i] for i in index], 1.0, c.item() if on_host else c[0], exact)
+        if on_host and not merged_square(sums[:, :3], c, self.a).isfinite(): return
+        _write_scope_(g, r, range(len(index)), [sc.params[i] for i in index], self.a, c.item() if on_host else c[0], exact)
         for i, t in zip(index, g): sc.params[i].grad = t
 
     def finish(self, result, max_norm):
         for s in range(len(self.groups)): self.settle(s)
         parts = [torch.cat(p) for p in zip(*(self.done[s] for s in range(len(self.groups))))]
-        found, scale = surgery_result(tuple(self.scopes.groups), *parts, self.project, max_norm)
+        found, scale = surgery_result(tuple(self.scopes.groups), *parts, self.project, max_norm, self.a)
         vars(result).update(vars(found))
         grads = [p.grad for p in self.scopes.params if p.grad is not None]
         if scale < 1: torch._foreach_mul_(grads, scale)
