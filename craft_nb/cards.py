@@ -20,6 +20,7 @@ import torch
 from .anchors import (MANIFEST, AnchorCacheDataset, AnchorCacheError, _bytes, _pil, answers_line, cache_info, convert_cache,
                               read_manifest, verify_cache)
 from .config import as_path
+from .tools import anchors_twice, merge_caches, shared_episodes, split_cache, thin_cache
 
 # %% ../nbs/05b_cards.ipynb #5641bea0
 def _size(b: float) -> str:
@@ -211,12 +212,12 @@ def pull_cache(
 
 # %% ../nbs/05b_cards.ipynb #49e8bff3
 def _parser() -> argparse.ArgumentParser:
-    about = 'Look at, check, convert and share anchor caches.'
+    about = 'Look at, check, convert, combine and share anchor caches.'
     top = argparse.ArgumentParser('craft-cache', description=about, allow_abbrev=False)
     sub = top.add_subparsers(dest='verb', required=True)
     def verb(name, about, *args, **flags):
         p = sub.add_parser(name, help=about, description=about, allow_abbrev=False)
-        for a in args: p.add_argument(a)
+        for a in args: p.add_argument(a) if isinstance(a, str) else p.add_argument(a[0], **a[1])
         for k, v in flags.items(): p.add_argument(f'--{k}', **v)
     verb('info', 'what a cache holds', 'cache_dir', json=dict(action='store_true', help='as JSON'),
          images=dict(metavar='PNG', help='write example images with their prompts'))
@@ -225,6 +226,13 @@ def _parser() -> argparse.ArgumentParser:
          tolerance=dict(type=float, help='largest absolute error allowed'))
     verb('convert', 'rewrite an old .pt cache in the present format', 'src', 'out_dir',
          images=dict(choices=('webp', 'zlib', 'raw'), default='webp'), shard_size=dict(type=int, default=256))
+    verb('merge', 'all anchors of some caches in a new one', 'out_dir', ('caches', dict(nargs='+', metavar='cache_dir')),
+         allow=dict(default='', metavar='NAMES', help='what may differ, e.g. weights for the anchors of a later teacher'))
+    verb('split', 'part a cache by episode: for training, and held out', 'cache_dir', 'train_dir', 'heldout_dir',
+         heldout=dict(type=float, required=True, metavar='FRACTION', help="share of each task's episodes, e.g. .1"), seed=dict(type=int, default=0))
+    verb('thin', 'keep some anchors, evenly over tasks and episodes', 'cache_dir', 'out_dir',
+         to=dict(type=int, required=True, metavar='N', help='anchors'), seed=dict(type=int, default=0))
+    verb('disjoint', 'prove that two caches share no episode; exit code 0: none, 1: some, 2: a cache does not say', 'a', 'b')
     verb('push', 'publish to a data-set repository of the hub (user/name), or to a folder (./name)',
          'cache_dir', 'remote', private=dict(action='store_true'), revision=dict(help='branch'))
     verb('pull', 'fetch, verify, put in place', 'remote', 'out_dir', revision=dict(help='branch or commit'))
@@ -250,6 +258,33 @@ def _convert(a, recompute):
     before, after = (cache_info(d)['bytes'] for d in (a.src, a.out_dir))
     print(f'{a.out_dir}: {m["num_anchors"]:,} anchors, cache_type {m["kind"]}, {_size(before)} → {_size(after)}')
 
+def _written(d, m) -> str: return f'{d}: {m["num_anchors"]:,} anchors, {_size(sum(s["bytes"] for s in m["shards"]))}'
+
+def _merge(a, recompute):
+    m = merge_caches(a.out_dir, a.caches, a.allow, _bar)
+    teachers = {p['weights'] for p in m['extra']['merged_from']}
+    print(_written(a.out_dir, m) + f' of {len(a.caches)} caches' + (f' and {len(teachers)} teachers; a run starts from the last one' if len(teachers) > 1 else ''))
+    if n := anchors_twice(a.out_dir): print(f'{n:,} of them stand there more than once: the same frame under the same instruction')
+
+def _split(a, recompute):
+    train, held, alone = split_cache(a.cache_dir, a.train_dir, a.heldout_dir, a.heldout, a.seed, _bar)
+    print(f'{_written(a.train_dir, train)} for training; {_written(a.heldout_dir, held)} held out, of other episodes')
+    if alone: print(f'not held out, since all their anchors are of one episode: {", ".join(_many(alone))}')
+
+def _thin(a, recompute): print(_written(a.out_dir, thin_cache(a.cache_dir, a.out_dir, a.to, a.seed, _bar)))
+
+def _disjoint(a, recompute):
+    try: r = shared_episodes(a.a, a.b)
+    except AnchorCacheError as e: print(f'craft-cache: {e}', file=sys.stderr); return 2
+    how = 'what they hold' if r['by'] == 'content' else 'the name of their data set and their number'
+    if not r['shared']:
+        print(f'disjoint: {r["episodes"][0]:,} and {r["episodes"][1]:,} episodes, none in common (compared by {how})'); return 0
+    pairs = [s['a'] if s['a'] == s['b'] else f'{s["a"]} is {s["b"]}' for s in r['shared']]
+    print(f'not disjoint: {len(pairs):,} episodes in common (compared by {how}): {"; ".join(_many(pairs))}'); return 1
+
+def _bar(done, total):
+    if sys.stderr.isatty() and (done == total or done % 256 == 0): print(f'\r{done:,} of {total:,} anchors', end='\n' if done == total else '', file=sys.stderr)
+
 def _push(a, recompute): print(f'pushed {a.cache_dir} to {push_cache(a.cache_dir, a.remote, a.private, a.revision)}')
 def _pull(a, recompute): print(f'pulled {a.remote} to {pull_cache(a.remote, a.out_dir, a.revision)}')
 
@@ -259,6 +294,6 @@ def cache_main(
 ) -> int:  # exit code
     "The command `craft-cache`."
     a = _parser().parse_args(argv)
-    try: dict(info=_info, verify=_verify, convert=_convert, push=_push, pull=_pull)[a.verb](a, recompute)
+    verbs = dict(info=_info, verify=_verify, convert=_convert, merge=_merge, split=_split, thin=_thin, disjoint=_disjoint, push=_push, pull=_pull)
+    try: return verbs[a.verb](a, recompute) or 0
     except (AnchorCacheError, OSError, ImportError) as e: print(f'craft-cache: {e}', file=sys.stderr); return 1
-    return 0
