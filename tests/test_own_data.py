@@ -274,3 +274,63 @@ def test_what_eval_measured_is_kept_when_a_later_part_fails(inside, work, monkey
     assert "| drift | not measured |" in Path("part/eval.md").read_text() and "drift" not in found
     refused(evaluate, work, "part", "--anchors=eight")  # nothing was measured, so nothing is in the way of the next try
     assert not Path("part").exists()
+
+
+# caches of more than one task
+
+def moved(work, folder):
+    "The same policy after some training: the teacher of the next task."
+    shutil.copytree(work.policy_path, folder)
+    from safetensors.torch import load_file, save_file
+    w = load_file(f"{folder}/model.safetensors")
+    save_file({k: x * 1.01 if x.is_floating_point() else x for k, x in w.items()}, f"{folder}/model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_later_tasks_anchors_are_appended(inside, work, monkeypatch):
+    first = build(work, "first", "--num_anchors=8", "--dataset.episodes=[0, 1]")
+    both = build(work, "both", "--num_anchors=6", "--dataset.episodes=[2, 3]", "--append=first")
+    m = both.manifest
+    assert len(both) == 14 and set(both.column("episode_index").tolist()) == {0, 1, 2, 3} and len(m["dataset"]["episode_hashes"]) == 4
+    assert torch.equal(both.batch(range(8))["teacher_hidden"], first.batch(range(8))["teacher_hidden"]) and not Path(".both.new").exists()
+    train(work, "run", "both")
+    later = moved(work, "student")
+    again = [f"--policy.path={later}", f"--dataset.repo_id={work.root}", "--num_anchors=6", "--append=first", "--batch_size=8"]
+    says = refused(cli.build_cache, [*again, "--out_dir=seq"])
+    assert "hashes.weights: cache" in says and "--allow_mismatch=weights" in says and not Path("seq").exists() and not Path(".seq.new").exists()
+    for flag, says in (("--layers_to_save=-1", "layers: cache [-2, -1]"), ("--views=tokens", "the same --views"), ("--out_dir=both", "holds a finished"), ("--append=gone", "no such folder")):
+        flags = [f for f in [*again, "--out_dir=seq", "--allow_mismatch=weights"] if f.split("=")[0] != flag.split("=")[0]] + [flag]
+        assert says in refused(cli.build_cache, flags), flag
+    import craft_nb.lerobot as ours
+    whole, merge = [], ours.merge_caches
+    monkeypatch.setattr(ours, "merge_caches", lambda *a, **kw: (_ for _ in ()).throw(OSError("killed here")))
+    refused(cli.build_cache, [*again, "--out_dir=seq", "--allow_mismatch=weights"])
+    monkeypatch.setattr(ours, "merge_caches", merge)
+    monkeypatch.setattr(ours, "build_anchor_cache", lambda *a, **kw: pytest.fail("was built already"))
+    cli.build_cache([*again, "--out_dir=seq", "--allow_mismatch=weights"])
+    m = read_manifest("seq")
+    assert m["num_anchors"] == 14 and [s["teacher"] for s in m["dataset"]["sources"]] == [first.manifest["hashes"]["weights"], m["hashes"]["weights"]]
+    assert not Path(".seq.new").exists()
+
+
+def test_the_tools_from_the_command_line(inside, work, capsys):
+    build(work, "mine", "--num_anchors=20") if not Path("mine").exists() else None
+    def run(*argv):
+        with pytest.raises(SystemExit) as stop: cli.cache(list(argv))
+        return stop.value.code or 0, "".join(capsys.readouterr())
+    assert run("split", "mine", "t", "h", "--heldout=.5")[0] == 0 and run("disjoint", "t", "h") == (0, "disjoint: 2 and 2 episodes, none in common (compared by what they hold)\n")
+    code, out = run("disjoint", "mine", "h")
+    assert code == 1 and "2 episodes in common" in out and "of local/dataset" in out
+    foreign("blind", "mine", dataset={})
+    assert run("disjoint", "mine", "blind")[0] == 2
+    assert run("thin", "t", "thin", "--to=4")[0] == 0 and run("merge", "m", "h", "thin")[0] == 0 and run("verify", "m")[0] == 0
+    assert "more than once" in run("merge", "m2", "mine", "h")[1]
+    train(work, "run", "m")
+    foreign("other", "mine", hashes={"weights": "f" * 64})
+    code, out = run("merge", "m3", "mine", "other")
+    assert code == 1 and "hashes.weights" in out and "--allow=weights" in out and not Path("m3").exists()
+    code, out = run("merge", "m3", "mine", "other", "--allow=weights")
+    assert code == 0 and "2 teachers" in out
+    for argv in (("thin", "mine", "x", "--to=21"), ("split", "mine", "x", "y", "--heldout=2"), ("merge", "x", "mine"), ("thin", "mine", "t", "--to=4")):
+        code, out = run(*argv)
+        assert code == 1 and out.startswith("craft-cache: ") and len(out.splitlines()) == 1 and not Path("x").exists(), out
