@@ -11,6 +11,7 @@ __all__ = ['WAIVABLE', 'OF_THE_CACHE', 'USERS', 'READS', 'FAR', 'SHARE', 'FARTHE
 
 # %% ../nbs/10a_check.ipynb #79a09ea9
 import difflib
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -154,26 +155,27 @@ READS = {"MIN_MAX": ("min", "max"), "MEAN_STD": ("mean", "std"), "QUANTILES": ("
 
 def recompute_line(repo_id: str, root: str, images: bool = False, relative: str = "") -> str:  # LeRobot's command
     "What computes a data set's statistics anew, in place."
-    return (f"lerobot-edit-dataset --repo_id {repo_id} --root {root} --operation.type recompute_stats --operation.overwrite true"
+    root = shlex.quote(str(root))
+    return (f"lerobot-edit-dataset --repo_id {shlex.quote(repo_id)} --root {root} --new_root {root} --operation.type recompute_stats --operation.overwrite true"
             + " --operation.skip_image_video false" * images + relative)
 
 def check_statistics(modes: dict[str, str], stats: dict | None, whose: str, mend: str, sizes: dict[str, int] = {}) -> list[Finding]:
     """Refuse statistics that a mode reads and that are absent, not finite, of another length than `sizes` says, or upside down.
     `modes` is {feature: mode} of what the policy uses, `whose` and `mend` are words for the message."""
     out = []
-    def no(name, stat, why):
-        out.append(Finding("refuse", "statistics", f"{name}: {modes[name]} normalises with '{stat}', which {whose} {why}: {mend}",
-                           dict(feature=name, statistic=stat, mode=modes[name])))
     for name, mode in modes.items():
         if mode not in READS: raise ValueError(f"{name}: expected a normalisation of {', '.join(READS)}; found {mode}")
-        have = {k: np.asarray(v, np.float64).ravel() for k, v in ((stats or {}).get(name) or {}).items() if k in READS[mode]}
-        for s in READS[mode]:
-            if s not in have: no(name, s, "do not have")
-            elif not np.isfinite(have[s]).all(): no(name, s, f"have as {have[s][~np.isfinite(have[s])][0]} in dimension {np.flatnonzero(~np.isfinite(have[s]))[0]}")
-            elif sizes.get(name, len(have[s])) != len(have[s]): no(name, s, f"have for {len(have[s])} numbers, not {sizes[name]}")
-        if len(have) == 2 and mode != "MEAN_STD":
-            low, high = (have[s] for s in READS[mode])
-            if low.shape == high.shape and (low > high).any(): no(name, READS[mode][0], f"have above '{READS[mode][1]}' in dimension {np.flatnonzero(low > high)[0]}")
+        have, wrong = (stats or {}).get(name) or {}, {}
+        values = {s: np.asarray(have[s], np.float64).ravel() for s in READS[mode] if s in have}
+        if absent := [s for s in READS[mode] if s not in have]: wrong["do not have"] = absent
+        for s, v in values.items():
+            if not np.isfinite(v).all(): wrong.setdefault(f"have as {v[~np.isfinite(v)][0]} in dimension {np.flatnonzero(~np.isfinite(v))[0]}", []).append(s)
+            if len(v) != sizes.get(name, len(v)): wrong.setdefault(f"have for {len(v)} numbers, not {sizes[name]}", []).append(s)
+        if len(values) == 2 and mode != "MEAN_STD" and not wrong:
+            low, high = values.values()
+            if (low > high).any(): wrong[f"have upside down in dimension {np.flatnonzero(low > high)[0]}"] = [*READS[mode]]
+        out += [Finding("refuse", "statistics", f"{name}: {mode} normalises with {' and '.join(map(repr, which))}, which {whose} {why}: {mend}",
+                        dict(feature=name, statistics=which, mode=mode)) for why, which in wrong.items()]
     return out
 
 # %% ../nbs/10a_check.ipynb #7869939c
@@ -305,8 +307,8 @@ def check_cameras(
     place = {a: rename_map.get(a, a) for a in have}
     missing, lost = [w for w in wanted if w not in {*place.values(), *blank}], [a for a, b in place.items() if b not in wanted]
     facts, out = dict(policy=sorted(wanted), data=sorted(have), rename_map=dict(rename_map), blank=missing, unused=lost), []
-    how = f" Name each one's place: --rename_map='{{\"{(lost or ['DATA'])[0]}\": \"{(missing or ['POLICY'])[0]}\"}}'"
     if missing:
+        how = f" Name each one's place: --rename_map='{{\"{lost[0]}\": \"{missing[0]}\"}}'" if lost else ""
         text = (f"the policy's {' and '.join(missing)} would see no picture, the data set's {' and '.join(lost) or 'cameras'} "
                 f"{'would not be seen' if lost else 'have other places'}: the policy takes {', '.join(wanted)}, the data set has {', '.join(have) or 'no camera'}.")
         nothing = not set(wanted) & set(place.values())
