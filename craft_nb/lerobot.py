@@ -8,14 +8,14 @@ __all__ = ['CRAFT_STATE', 'CARRIED', 'CraftTrainConfig', 'is_path', 'missing_par
            'run_hashes', 'base_weights', 'rename_of', 'camera_findings', 'normaliser', 'used_features', 'sizes_of',
            'statistics_findings', 'table_of', 'numbers_of', 'file_findings', 'data_findings', 'require_fit',
            'instructions_of', 'state_size', 'heed', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset',
-           'versions', 'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes',
-           'recompute_targets', 'open_cache', 'check_cache', 'cache_views', 'make_accelerator', 'main_first',
-           'train_and_held_out', 'make_loader', 'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync',
-           'move_link', 'read_craft_state', 'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'once', 'rollouts',
-           'loader_by_task', 'loss_by_task', 'RunParts', 'make_trainer', 'go_on_from', 'check_resumed',
-           'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'make_retention',
-           'sum_over_shards', 'train', 'finish', 'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate', 'measured',
-           'load_policy_alone', 'eval_table']
+           'versions', 'new_part', 'joinable', 'require_appendable', 'finished_part', 'append_part', 'parse_count',
+           'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes', 'recompute_targets', 'open_cache',
+           'check_cache', 'cache_views', 'make_accelerator', 'main_first', 'train_and_held_out', 'make_loader',
+           'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync', 'move_link', 'read_craft_state',
+           'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'once', 'rollouts', 'loader_by_task', 'loss_by_task',
+           'RunParts', 'make_trainer', 'go_on_from', 'check_resumed', 'keeps_statistics', 'check_features',
+           'require_writable', 'make_student', 'make_retention', 'sum_over_shards', 'train', 'finish',
+           'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
 
 # %% ../nbs/11_lerobot.ipynb #e0b04bf5
 import hashlib
@@ -44,7 +44,7 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.processor import rename_stats
 from torch import nn
 
-from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors
+from .anchors import MANIFEST, AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors, read_manifest
 from .builder import build_anchor_cache, teacher_targets
 from .check import (OF_THE_CACHE, WAIVABLE, Finding, Numbers, blocks, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
                             check_times, check_videos, gathering, image_shape, recompute_line, refuse, tasks_of, waivers)
@@ -55,6 +55,7 @@ from .instructions import Heeded, heed_instructions
 from .losses import make_views
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, extract_student_hidden_with_pooling
+from .tools import MAY, merge_caches, open_whole
 from .trainer import AnchorPass, Callback, CraftTrainer, Memory, Retention, route_forward
 
 # %% ../nbs/11_lerobot.ipynb #5b23f709
@@ -435,6 +436,7 @@ class BuildCacheConfig:
     seed: int = 0
     rename_map: dict[str, str] = field(default_factory=dict)  # {"camera of the data": "camera of the policy"}; default: the checkpoint's own
     allow_mismatch: str = ""  # what may differ between data and policy, by name, with commas between
+    append: str = ""  # a cache whose anchors come first in the new one: of an earlier task
 
     @classmethod
     def __get_path_fields__(cls): return ["policy"]
@@ -468,15 +470,18 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     hashes = run_hashes(policy, pre)
     index = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index", "index")}
     facts = dataset_facts(dataset, cfg.dataset)
-    return build_anchor_cache(
-        policy, pre, dataset, cfg.out_dir, episode_index=index["episode_index"], task_index=index["task_index"], frame_index=index["index"],
+    about = dict(hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)), dataset=facts)
+    if cfg.append: require_appendable(cfg, policy, about, layers)
+    where = new_part(cfg) if cfg.append else Path(cfg.out_dir)
+    made = finished_part(where, about) if cfg.append else None
+    made = made or build_anchor_cache(
+        policy, pre, dataset, where, episode_index=index["episode_index"], task_index=index["task_index"], frame_index=index["index"],
         tasks=facts["tasks"], num_anchors=number, max_bytes=room, undecodable=cfg.undecodable, allow_undecodable=cfg.allow_undecodable, layers=layers,
         views=[v.strip() for v in cfg.views.split(",")], pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k,
         actions=cfg.actions, prompts=prompts, batch_size=cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images,
         dtype=cfg.store_dtype, seed=cfg.seed, stratified=cfg.sampling == "stratified", num_workers=cfg.num_workers,
-        progress=progress, manifest=dict(
-            hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)),
-            dataset=facts))
+        progress=progress, manifest=about)
+    return append_part(cfg, where) if cfg.append else made
 
 def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
     "The LeRobot data set of `cfg` with the action chunks that `policy` is trained on."
@@ -493,6 +498,40 @@ def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
 def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
+
+# %% ../nbs/11_lerobot.ipynb #6ba895a9
+def new_part(cfg: BuildCacheConfig) -> Path: return Path(cfg.out_dir).with_name(f".{Path(cfg.out_dir).name}.new")
+
+def joinable(cfg: BuildCacheConfig) -> list[str]:
+    "What `--allow_mismatch` lets differ between two caches."
+    may = {*MAY, *(k.rsplit(".", 1)[-1] for k in MAY)}
+    return [w for w in (w.strip() for w in cfg.allow_mismatch.split(",")) if w in may]
+
+def require_appendable(cfg: BuildCacheConfig, policy: nn.Module, about: dict, layers: list[int]) -> None:
+    "Refuse an earlier cache that the new anchors could not join."
+    out, m = Path(cfg.out_dir), open_whole(cfg.append).manifest
+    if out.exists(): raise FileExistsError(f"{out} exists: --append writes a new cache, the earlier one stays as it is; give another --out_dir")
+    decoder, views = adapter_for(policy).decoder(policy), sorted(v.strip() for v in cfg.views.split(","))
+    if views != sorted(m["views"]): raise ValueError(f"append: {cfg.append} has the views {', '.join(sorted(m['views']))}, the new anchors {', '.join(views)}: give the same --views")
+    made = make_views(m["views"], layers=layers, pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k)
+    view = next(iter(made.values()))
+    found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size, layers=list(view.layers), pooling=list(view.pooling), hashes=about["hashes"],
+                 dtype=str(next(decoder.layers.parameters()).dtype).removeprefix("torch."), dataset={k: about["dataset"][k] for k in ("fps", "chunk")},
+                 extra=about["extra"] | (dict(top_k=cfg.top_k) if "action_logits" in made else {}))
+    check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch")
+
+def finished_part(where: Path, about: dict) -> dict | None:
+    "The new anchors, if an earlier call built them and was killed while it joined them."
+    if not (where / MANIFEST).is_file(): return None
+    m = read_manifest(where)
+    if any(m[k] != json.loads(json.dumps(about[k])) for k in ("hashes", "dataset")):
+        raise FileExistsError(f"{where} holds anchors of another call with this --out_dir: delete it, or give another --out_dir")
+    return m
+
+def append_part(cfg: BuildCacheConfig, where: Path) -> dict:  # the manifest
+    merge_caches(cfg.out_dir, [cfg.append, where], joinable(cfg))
+    shutil.rmtree(where)
+    return read_manifest(cfg.out_dir)
 
 # %% ../nbs/11_lerobot.ipynb #6d513a2f
 def parse_count(text: str) -> int | str:
