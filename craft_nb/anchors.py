@@ -140,7 +140,7 @@ def read_header(
         n = struct.unpack('<Q', f.read(8))[0] if size >= 8 else 0
         if not 2 <= n <= min(limit, size - 8): raise bad(f'header claims {n} bytes in a file of {size} bytes')
         try: raw = json.loads(f.read(n)); meta = raw.pop('__metadata__', {})
-        except (ValueError, RecursionError, AttributeError) as e:
+        except (ValueError, RecursionError, AttributeError, TypeError) as e:
             raise bad(f'header is no JSON object ({e})') from None
     out, data, start = {}, size - 8 - n, 8 + n
     for name, x in raw.items():
@@ -232,8 +232,8 @@ INDEX = ('frame_index', 'episode_index', 'task_index', 'prompt_index', 'source_i
 PACKED = {'tokens_hidden': ('tokens_mask', 1), 'action_hidden': ('action_mask', 1),        # (l,t,d) where mask (t,)
           'action_logp': ('action_mask', 0), 'action_topk': ('action_mask', 0)}              # (ta,k) where mask (ta,)
 CODES = ('plain', 'packed', 'reference', *IMAGE_CODES)
-_RESTORE = {'unit': lambda u: u.float() / 255, 'signed': lambda u: u.float() / 255 * 2 - 1,      # float pixels that
-            'mean': lambda u: (u.float() / 255 - .5) / .5, 'byte': lambda u: u.float()}          # are uint8 in disguise
+_RESTORE = {'unit': lambda u: u.float() / 255, 'signed': lambda u: u.float() / 255 * 2 - 1,      # float pixels that are
+            'byte': lambda u: u.float()}                       # uint8 in disguise; (u / 255 - .5) / .5 is `signed` to the bit
 
 # %% ../nbs/05_anchors.ipynb #47f1dfb5
 @dataclass(frozen=True)
@@ -1239,8 +1239,7 @@ def _largest_error(t: str, x: Tensor, batch: dict, where) -> float:
     return (x.cpu().double() - batch[t].double()).abs().nan_to_num(float('inf')).max().item()
 
 # %% ../nbs/05_anchors.ipynb #6698708b
-_INVERSE = {'unit': lambda x: x * 255, 'signed': lambda x: (x + 1) * 127.5, 'mean': lambda x: (x + 1) * 127.5,
-            'byte': lambda x: x}
+_INVERSE = {'unit': lambda x: x * 255, 'signed': lambda x: (x + 1) * 127.5, 'byte': lambda x: x}
 
 def _to_byte(x: Tensor, how: str) -> Tensor: return _INVERSE[how](x).round().clamp(0, 255).to(torch.uint8)
 
