@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from .config import as_path
+from .machine import LOCK, Lock, Watched
 
 # %% ../nbs/05_anchors.ipynb #3afabda9
 class AnchorCacheError(ValueError):
@@ -527,33 +528,24 @@ class _BuildFolder:
         self.dir, self.plan, self.fields, self.shards, self.position = as_path(out_dir), plan, {}, [], 0
         d, building = self.dir, self.dir/BUILDING
         if (d/MANIFEST).exists():
+            with contextlib.suppress(OSError): Lock(d).take().release()  # removes what a build leaves that is killed behind its last rename
             raise FileExistsError(f'{d}: holds a finished anchor cache; give another out_dir, or delete it yourself')
-        d.mkdir(parents=True, exist_ok=True)
+        self._take()
+        try: self._look(d, building)
+        except BaseException: self.release(); raise
+
+    def _look(self, d: Path, building: Path):
         ours = re.compile(r'(anchors-\d{5}\.safetensors|anchors(\.building)?\.json)(\.tmp)?')
-        files = sorted(d.iterdir())
+        files = sorted(p for p in d.iterdir() if p.name != LOCK)
         strange = [p.name for p in files if not ours.fullmatch(p.name) or not building.exists() and p.suffix != '.tmp']
         if strange:
             raise FileExistsError(f'{d}: no interrupted anchor build (holds {strange[:3]}); give a new out_dir')
-        self._take()
-        try:
-            for p in files:
-                if p.suffix == '.tmp': p.unlink()
-            if building.exists(): self._go_on(json.loads(building.read_bytes()))
-        except BaseException: self.release(); raise
+        for p in files:
+            if p.suffix == '.tmp': p.unlink()
+        if building.exists(): self._go_on(json.loads(building.read_bytes()))
 
-    def _take(self):
-        try: import fcntl
-        except ImportError: self._lock = None; return                                # Windows has no such lock
-        self._lock = os.open(self.dir, os.O_RDONLY)
-        try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.release()
-            why = f'{self.dir}: another process is building here; wait for it or give another out_dir'
-            raise FileExistsError(why) from None
-
-    def release(self):
-        if self._lock is not None: os.close(self._lock)
-        self._lock = None
+    def _take(self): self._lock = Lock(self.dir, 'out_dir').take()
+    def release(self): self._lock.release()
 
 # %% ../nbs/05_anchors.ipynb #eca05d2f
 def _fields(m: dict) -> dict:
@@ -1070,11 +1062,10 @@ def _decoded(ds: AnchorCacheDataset, batches, how: dict):  # yields batches
     send = _bundle if how['pin_memory'] else _by_value  # a thread of its own pins ahead, and has the handshake
     how = how | dict(collate_fn=send if work else _as_it_is, worker_init_fn=_give_way, generator=torch.Generator())
     loader = torch.utils.data.DataLoader(ds, batch_sampler=_Batches(batches), **how)
-    try: yield from map(_unbundle, loader) if work else loader
-    except RuntimeError as e:
-        if 'DataLoader worker' not in str(e): raise
-        raise RuntimeError(f'an anchor loader worker died ({str(e).splitlines()[0]}); '
-                           'check free memory and /dev/shm, or set anchor_num_workers=0') from e
+    if not work: yield from loader
+    else:
+        yield from map(_unbundle, Watched(loader, 'an anchor worker', f'anchor_num_workers (now {how["num_workers"]}; 0 decodes in the training '
+                                          'process) or anchor_batch_size'))
 
 # %% ../nbs/05_anchors.ipynb #0d844165
 class AnchorLoader:

@@ -14,6 +14,7 @@ import logging
 import math
 import platform
 import random
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from .anchors import BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors, read_manifest
 from .losses import View, make_views
+from .machine import Watched, watched
 from .policies import adapter_for, base_policy, decodable, eval_mode
 from .tools import sample_anchors
 
@@ -330,7 +332,8 @@ def probe(t: Teacher, size: int, few: int = 64, some: int = 16) -> None:
 def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: Sequence[int], allow: bool, num_workers: int,
                   progress: bool, **how) -> dict:
     "The loop of a build, from where an interrupted one stopped. → the manifest."
-    with AnchorWriter(out_dir, n, **how) as writer:
+    workers = "a data worker", f"--num_workers (now {num_workers}) or --batch_size (now {size})"
+    with AnchorWriter(out_dir, n, **how) as writer, watched(*workers):
         spans, done = all_spans(n, size, how["shard_size"]), writer.position
         if t.asks and t.answers.mode == "skip": k, there = t.replay(spans, done, set(writer.stored("frame_index") or ()), name)
         else:
@@ -339,7 +342,7 @@ def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: S
         rest = f". What was built so far stays in {out_dir}, and the same call with that goes on from it"
         source = AnchorFrames(t.source.dataset, t.deal.picked, spans[k:], t.source.prompts)
         frames = torch.utils.data.DataLoader(source, batch_size=None, num_workers=num_workers)
-        for (lo, hi), batch in zip(spans[k:], progress_bar(frames, spans[k:], n, progress), strict=True):
+        for (lo, hi), batch in zip(spans[k:], progress_bar(Watched(frames, *workers), spans[k:], n, progress), strict=True):
             out = row(t, lo, hi, batch)
             rows = len(out["frame_index"])
             if there < rows: writer.add({k: v[there:] for k, v in out.items()})
@@ -353,7 +356,6 @@ def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: S
             writer.answers = a = t.answers.manifest()
             if a["undecodable"] >= MUCH * a["asked"]: logging.getLogger(__name__).warning(answers_line(a))
     return read_manifest(out_dir)
-
 
 # %% ../nbs/07_builder.ipynb #e66ea78e
 def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: Sequence[str] | None, given: dict) -> dict:
@@ -376,3 +378,4 @@ def progress_bar(items, spans, total: int, show: bool):
         for (lo, hi), x in zip(spans, items, strict=True):
             yield x
             bar.update(hi - lo)
+    sys.stderr.flush()  # what is said next begins a line

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import UnionType
 
 from .config import FIELD_NAMES, unknown_field
+from .machine import follow
 
 # %% ../nbs/13_cli.ipynb #11bcf955
 def today(argv: list[str], training: bool = False) -> list[str]:
@@ -44,10 +45,10 @@ def today(argv: list[str], training: bool = False) -> list[str]:
     return out
 
 def expanded(argv: list[str]) -> list[str]:
-    "`~` at the beginning of a value, or of an argument, is the user's home."
+    "`~` at the beginning of a value, or of an argument, is the user's home; a pointer file on a path is what it names."
     def home(a):
         name, equals, value = a.partition("=")
-        return f"{name}={os.path.expanduser(value)}" if equals and name.startswith("--") else os.path.expanduser(a)
+        return f"{name}={follow(os.path.expanduser(value))}" if equals and name.startswith("--") else str(follow(os.path.expanduser(a)))
     return [home(a) for a in argv]
 
 def flags(argv: list[str]) -> dict[str, str]:  # {"--name": "value"}, "" where there is none
@@ -206,7 +207,7 @@ def no_cache(folder: str) -> str:
 def summary(trainer, r: dict) -> str:
     "The line a run ends with; what it says of retention is of the last step that had any."
     out = Path(trainer.parts.cfg.output_dir)
-    last = (out / "checkpoints" / "last").resolve()
+    last = Path(follow(out / "checkpoints" / "last")).resolve()
     k = trainer.retained
     kept = (f", L_ret {k['retention_loss']:.3g} for ε {k['epsilon']:.3g}, λ {k['lambda']:.3g}" + f" (step {k['step']})" * (k["step"] != trainer.step)
             if k and k["retention_loss"] is not None else "")

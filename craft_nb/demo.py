@@ -12,11 +12,13 @@ __all__ = ['SIZES', 'ARMS', 'SCHEDULE', 'SEED', 'DATA', 'TEACH', 'TUNE', 'STAGES
 # %% ../nbs/12_demo.ipynb #ed54baff
 import argparse, itertools, json, os, shutil, sys, threading, time, traceback
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 from .config import as_path
+from .machine import Lock, follow, give_way
 
 # %% ../nbs/12_demo.ipynb #220f2246
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Run:
 
     def __init__(self, folder, settings:Settings=Settings(), workers:int=2, say=print):
         self.folder, self.settings, self.workers, self.say, self._pool = as_path(folder).resolve(), settings, workers, say, None
+        self.lock = Lock(self.folder, "--folder")
 
     @property
     def pool(self):
@@ -99,6 +102,7 @@ class Run:
     def close(self):
         if self._pool: self._pool.shutdown(cancel_futures=True)
         self._pool = None
+        self.lock.release()
 
     def marker(self, name): return self.folder/"stages"/f"{name}.json"
 
@@ -109,7 +113,13 @@ class Run:
         return json.loads(self.marker(name).read_text())["result"]
 
     def stage(self, name):
-        "Run one stage unless it is done with these settings."
+        "Run one stage unless it is done with these settings. The folder is this process's until `close`."
+        give_way(self.folder)
+        self.lock.take().idle = False
+        try: self._stage(name)
+        finally: self.lock.idle = True
+
+    def _stage(self, name):
         func, needs = STAGES[name]
         used, start, path = {k: getattr(self.settings, k) for k in needs}, time.time(), self.marker(name)
         if path.exists():
@@ -162,7 +172,9 @@ def run_jobs(
                 if f.exception():
                     run.close()
                     log = logs[futures.index(f)]
-                    raise RuntimeError(f"{name} failed: {f.exception()}\nthe whole story is in {log}") from f.exception()
+                    why = f.exception()
+                    if isinstance(why, BrokenProcessPool): why = "a worker process was killed, most often because the machine ran out of memory. Lower --workers"
+                    raise RuntimeError(f"{name} failed: {why}\nthe whole story is in {log}") from f.exception()
     return [f.result() for f in futures]
 
 # %% ../nbs/12_demo.ipynb #ac098d24
@@ -219,13 +231,14 @@ def train_config(run:Run, arm:str, blind:bool=False):
 def train_job(run_args, arm, blind=False):
     register()
     import torch
-    from craft_nb.lerobot import train
+    from craft_nb.lerobot import refuse_held, train
     run = Run(*run_args)
     config = train_config(run, arm, blind)
+    refuse_held(config.output_dir)
     shutil.rmtree(config.output_dir, ignore_errors=True)
     torch.set_num_threads(1)  # the other core loads data, or trains another arm
     train(config, quiet=True)
-    return str((Path(config.output_dir)/"checkpoints"/"last"/"pretrained_model").resolve())
+    return str(Path(follow(config.output_dir/"checkpoints"/"last"/"pretrained_model")).resolve())
 
 def train_arms(run:Run, stage:str, arms, steps:int, **kw): # {arm: checkpoint path}
     args = (str(run.folder), run.settings, run.workers)
@@ -452,6 +465,7 @@ def demo_main(argv=None):
     args, settings = parse(argv)
     os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     run, start = Run(args.folder, settings, args.workers), time.time()
+    run.lock.take()
     todo = args.stages or list(STAGES)
     if args.again:
         names = [n for n in todo if n in STAGES]

@@ -26,7 +26,7 @@ def test_full_disk_leaves_a_resumable_build(tmp_path):
 
 def test_one_builder_a_folder(tmp_path):
     first = A.AnchorWriter(tmp_path/'c', 40, VIEWS, **INFO); first.add(anchors(0, 8))
-    with pytest.raises(FileExistsError, match='another process is building'): A.AnchorWriter(tmp_path/'c', 40, VIEWS, **INFO)
+    with pytest.raises(FileExistsError, match='this very process .* writes here; wait for it, stop it, or give another out_dir'): A.AnchorWriter(tmp_path/'c', 40, VIEWS, **INFO)
     first.close()
 
 def test_damage_in_an_unfinished_build_is_found_on_resume(tmp_path):
@@ -46,7 +46,7 @@ class Dying:
 def test_a_worker_that_dies_ends_clearly(tmp_path):
     build(tmp_path/'c', images='reference')
     dl = A.build_anchor_dataloader(tmp_path/'c', 4, num_workers=1, frames=Dying())
-    with pytest.raises(RuntimeError, match='an anchor loader worker died.*anchor_num_workers=0'): next(dl.forever())
+    with pytest.raises(RuntimeError, match=r'an anchor worker \(process \d+\) was killed by SIGKILL, most often .* Lower anchor_num_workers \(now 1; 0 decodes'): next(dl.forever())
 
 def test_errors_of_a_worker_name_the_file(tmp_path):
     d = build(tmp_path/'c'); p = d/'anchors-00001.safetensors'

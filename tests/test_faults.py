@@ -175,11 +175,124 @@ def test_a_callback_that_fails_on_the_error_does_not_hide_it():
     assert e.value.__notes__ == ["Fails: second"]
 
 
+LOST = "was killed by SIGKILL, most often because the machine ran out of memory. Lower "
+
+
+def workers(flags, n): return [f for f in flags if not f.startswith("--num_workers")] + [f"--num_workers={n}"]
+
+
+def kill_workers(number=signal.SIGKILL): return [os.kill(p.pid, number) for p in multiprocessing.active_children()]
+
+
 def test_a_dead_worker_ends_clearly(place, whole):
     work, cache, folder = place
     out = folder / "worker"
-    flags = [f for f in K.first_line(work, cache, out) if not f.startswith("--num_workers")] + ["--num_workers=1"]
-    kill = Late(3, lambda: [os.kill(p.pid, signal.SIGKILL) for p in multiprocessing.active_children()])
-    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(flags, "one", [kill]), codes=(70,))
-    assert "DataLoader worker" in Path(f"{out}.log.0").read_text() and os.readlink(out / "checkpoints/last") == "000002"
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 1), "one", [Late(3, kill_workers)]), codes=(70,))
+    said = Path(f"{out}.log.0").read_text().splitlines()[-1]
+    assert "a data worker (process " in said and LOST + "--num_workers (now 1), --batch_size (now 2) or --prefetch_factor" in said
+    assert os.readlink(out / "checkpoints/last") == "000002" and not (out / ".craft.lock").exists()
+    rows = [json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["event"] == "error" and LOST in rows[-1]["error"]
     assert not K.difference(resumed(out, place), whole)
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_written(place, whole, monkeypatch):
+    "The checkpoint is whole; only then the run ends, with the true reason."
+    from lerobot.common import train_utils
+    work, cache, folder = place
+    out = folder / "writing"
+    own = train_utils.save_training_state
+    def save(*args, **kw):
+        kill_workers()
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end: sum(range(100))  # the signal arrives
+        return own(*args, **kw)
+    monkeypatch.setattr(train_utils, "save_training_state", save)
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 2), "one"), codes=(70,))
+    assert LOST in Path(f"{out}.log.0").read_text().splitlines()[-1]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000002", "last"]
+    monkeypatch.undo()
+    assert not K.difference(resumed(out, place), whole)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(32, "Broken pipe"), EOFError(),
+                                   RuntimeError("DataLoader timed out after 9 seconds")])
+def test_whichever_way_a_lost_worker_shows(place, monkeypatch, error):
+    "PyTorch's handler is silenced, and its queue gives the error instead."
+    from torch.utils.data import dataloader
+    work, cache, folder = place
+    out = folder / f"way-{type(error).__name__}"
+    monkeypatch.setattr(dataloader._utils.signal_handling, "_set_SIGCHLD_handler", lambda: None)
+    own = dataloader._MultiProcessingDataLoaderIter._try_get_data
+    def get(self, *args, **kw):
+        if any(map(ended, self._workers)): raise error
+        return own(self, timeout=0.1)
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_try_get_data", get)
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 2), "one", [Late(3, kill_workers)]), codes=(70,))
+    said = Path(f"{out}.log.0").read_text().splitlines()[-1]
+    assert "a data worker (process " in said and LOST + "--num_workers (now 2)" in said
+
+
+def ended(process): return not os.path.exists(f"/proc/{process.pid}") or Path(f"/proc/{process.pid}/stat").read_text().split(")")[1].split()[0] == "Z"
+
+
+def test_a_dead_anchor_worker_is_not_taken_for_a_data_worker(place):
+    work, cache, folder = place
+    out = folder / "anchor-worker"
+    before = []
+    class Kill(Late):
+        def before_fit(self, trainer):
+            next(trainer.retention.line)  # its worker starts
+            before.extend(multiprocessing.active_children())
+    kill = Kill(3, lambda: [os.kill(p.pid, signal.SIGKILL) for p in before])
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(
+        workers(K.first_line(work, cache, out, anchor_num_workers=1), 1), "one", [kill]), codes=(70,))
+    said = Path(f"{out}.log.0").read_text().splitlines()[-1]
+    assert "an anchor worker (process " in said and LOST + "anchor_num_workers (now 1; 0 decodes in the training process)" in said
+
+
+def test_a_dead_worker_of_a_build_ends_clearly(place, monkeypatch):
+    from craft_nb import builder, cli
+    work, cache, folder = place
+    own, log = builder.teacher_targets, folder / "build.log"
+    calls = []
+    def targets(*args):
+        if len(calls) == 3: kill_workers()
+        calls.append(1)
+        return own(*args)
+    monkeypatch.setattr(builder, "teacher_targets", targets)
+    flags = [f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}", f"--out_dir={folder / 'build'}", "--num_anchors=24",
+             "--batch_size=2", "--shard_size=4", "--num_workers=2"]
+    R.on_ranks(1, log, lambda rank: cli.build_cache(flags), codes=(1,))
+    said = Path(f"{log}.0").read_text()
+    assert "a data worker (process " in said and LOST + "--num_workers (now 2) or --batch_size (now 2)" in said
+    monkeypatch.undo()
+    R.on_ranks(1, log, lambda rank: cli.build_cache(flags))
+    assert (folder / "build/anchors.json").exists() and not (folder / "build/.craft.lock").exists()
+
+
+def test_a_dead_simulator_ends_clearly(work, monkeypatch):
+    from contextlib import nullcontext
+    from craft_nb.machine import HelperLost
+    from lerobot.envs import factory
+    from lerobot.scripts import lerobot_eval
+    import craft_nb.lerobot as ours
+    class Envs: batch_size, use_async_envs = 2, True
+    class Config: max_parallel_tasks = 1
+    def evaluate(**kw):
+        kill_workers()
+        raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(factory, "make_env_pre_post_processors", lambda **kw: (None, None))
+    monkeypatch.setattr(factory, "make_env", lambda *args, **kw: start_sleeper())
+    monkeypatch.setattr("lerobot.envs.utils.close_envs", lambda made: None)
+    monkeypatch.setattr(lerobot_eval, "eval_policy_all", evaluate)
+    Envs.n_episodes = 2
+    class Policy: config = None
+    with pytest.raises(HelperLost, match="a simulator .*SIGKILL.*--eval.batch_size"):
+        ours.rollouts(Policy, None, None, Config, Envs, 0, nullcontext)
+
+
+def start_sleeper():
+    p = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    p.start()
+    return p
