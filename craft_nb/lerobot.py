@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['LEAST', 'CRAFT_STATE', 'CARRIED', 'CraftTrainConfig', 'check_numbers', 'is_path', 'missing_parts', 'require_local',
            'require_parts', 'localise', 'data_root', 'require_episodes', 'lost_files', 'or_say_what_is_lost',
-           'missing_files', 'make_processors', 'run_hashes', 'base_weights', 'instructions_of', 'state_size', 'heed',
-           'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset', 'versions', 'parse_count', 'parse_bytes',
-           'dataset_facts', 'chunk_length', 'episode_hashes', 'recompute_targets', 'open_cache', 'check_cache',
-           'cache_views', 'make_accelerator', 'main_first', 'FrameOrder', 'Redrawn', 'make_order', 'make_loader',
-           'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync', 'move_last', 'read_craft_state',
-           'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'same_draws', 'once', 'rollouts', 'refuse_held', 'claim',
-           'Locked', 'RunParts', 'make_trainer', 'assemble', 'go_on_from', 'check_resumed', 'keeps_statistics',
+           'missing_files', 'make_processors', 'run_hashes', 'base_weights', 'rename_of', 'camera_findings',
+           'normaliser', 'used_features', 'sizes_of', 'statistics_findings', 'table_of', 'numbers_of', 'file_findings',
+           'data_findings', 'require_fit', 'instructions_of', 'state_size', 'heed', 'load_policy', 'BuildCacheConfig',
+           'build_cache', 'load_dataset', 'versions', 'new_part', 'joinable', 'require_appendable', 'finished_part',
+           'append_part', 'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes',
+           'recompute_targets', 'open_cache', 'check_cache', 'cache_views', 'make_accelerator', 'main_first',
+           'train_and_held_out', 'FrameOrder', 'Redrawn', 'make_order', 'make_loader', 'ready_batches',
+           'write_checkpoint', 'whole_or_nothing', 'sync', 'move_last', 'read_craft_state', 'Checkpoints', 'Progress',
+           'Wandb', 'Evaluations', 'same_draws', 'once', 'rollouts', 'loader_by_task', 'loss_by_task', 'refuse_held',
+           'claim', 'Locked', 'RunParts', 'make_trainer', 'assemble', 'go_on_from', 'check_resumed', 'keeps_statistics',
            'check_features', 'require_writable', 'make_student', 'make_retention', 'sum_over_shards', 'train', 'finish',
            'CraftEvalConfig', 'task_loss', 'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
 
@@ -43,11 +46,13 @@ from lerobot.configs.policies import PreTrainedConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets.factory import make_train_eval_datasets
 from lerobot.policies.factory import make_policy, make_pre_post_processors
+from lerobot.processor import rename_stats
 from torch import nn
 
-from .anchors import AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors
+from .anchors import MANIFEST, AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors, read_manifest
 from .builder import build_anchor_cache, teacher_targets
-from .check import blocks, refuse
+from .check import (OF_THE_CACHE, WAIVABLE, Finding, Numbers, blocks, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
+                            check_times, check_videos, gathering, image_shape, recompute_line, refuse, tasks_of, waivers)
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .evaluate import hidden_drift, rate
 from .features import resolve_layers
@@ -56,6 +61,7 @@ from .losses import make_views
 from .machine import Lock, Watched, follow, give_way, holder, point, undisturbed, watched
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, extract_student_hidden_with_pooling
+from .tools import MAY, merge_caches, open_whole
 from .trainer import AnchorPass, Callback, CraftTrainer, Memory, Retention, route_forward
 
 # %% ../nbs/11_lerobot.ipynb #5b23f709
@@ -67,6 +73,7 @@ class CraftTrainConfig(TrainPipelineConfig):
     def validate(self) -> None:
         check_numbers(self)
         super().validate()
+        waivers(self.craft.allow_mismatch)
         for name, here in (("reward_model", self.reward_model is not None),
                            ("sample_weighting", self.sample_weighting is not None), ("job.target", self.job.is_remote)):
             if here:
@@ -234,8 +241,7 @@ def run_hashes(policy: nn.Module, preprocessor) -> dict[str, str]:
     "SHA-256 of weights, processors, normalisation statistics and tokenizers as they are in memory."
     base = base_policy(policy)
     out = {"weights": hash_tensors(base_weights(policy)), "processors": hash_json([_step_config(s) for s in preprocessor.steps])}
-    norm = next((s for s in preprocessor.steps if hasattr(s, "norm_map") and hasattr(s, "stats")), None)
-    if norm is not None: out["normalisation"] = hash_json(_used_stats(norm))
+    if (norm := normaliser(preprocessor)) is not None: out["normalisation"] = hash_json(_used_stats(norm))
     tokenizers = {n: getattr(base, n) for n in ("_paligemma_tokenizer", "action_tokenizer") if hasattr(base, n)}
     if tokenizers: out["tokenizers"] = hash_json({n: _tokenizer_facts(t) for n, t in tokenizers.items()})
     return out
@@ -258,13 +264,139 @@ def _modes(norm): return {f: getattr(norm.norm_map.get(x.type, "IDENTITY"), "val
 def _used_stats(norm):
     reads = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
     mode = _modes(norm)
-    return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ()))]
+    return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ()) if s in norm.stats[f])]
             for f, m in sorted(mode.items()) if m != "IDENTITY" and f in norm.stats}
 
 def _tokenizer_facts(t):
     inner = getattr(t, "bpe_tokenizer", t)
     return [sorted(inner.get_vocab().items()),
             {k: getattr(t, k) for k in ("scale", "min_token", "bos_token_id") if hasattr(t, k)}]
+
+# %% ../nbs/11_lerobot.ipynb #a839ea6f
+def rename_of(cfg: PreTrainedConfig, given: dict | None, features: Iterable[str]) -> dict[str, str]:
+    "The rename map in force: the one given, else what of the checkpoint's own finds its source among a data set's `features`."
+    if given: return dict(given)
+    file = Path(str(cfg.pretrained_path)) / "policy_preprocessor.json"
+    steps = json.loads(file.read_text()).get("steps", []) if file.is_file() else []
+    saved = next((s["config"].get("rename_map") for s in steps if s.get("registry_name") == "rename_observations_processor"), None)
+    return {a: b for a, b in (saved or {}).items() if a in features}
+
+def camera_findings(cfg: PreTrainedConfig, ds_meta, rename_map: dict | None = None) -> list[Finding]:
+    "Cameras of a data set against those of a policy, and the rename map between them."
+    inputs, outputs = cfg.input_features or {}, cfg.output_features or {}
+    wanted = {n: tuple(f.shape) for n, f in inputs.items() if f.type.value == "VISUAL"}
+    blank = [f"observation.images.empty_camera_{i}" for i in range(getattr(cfg, "empty_cameras", 0))]
+    sizes = [getattr(cfg, a, None) for a in ("image_resolution", "resize_imgs_with_padding", "resize_shape", "image_resize_shape")]
+    resizes = next(("×".join(map(str, s)) for s in sizes if s), "")
+    if not inputs: return []  # a new policy takes what the data have
+    return [*check_rename(rename_map or {}, ds_meta.features, [*inputs, *outputs]),
+            *check_cameras(wanted, {k: image_shape(ds_meta.features[k]) for k in ds_meta.camera_keys}, rename_map, blank, resizes)]
+
+# %% ../nbs/11_lerobot.ipynb #c0e84e01
+def normaliser(pipeline):  # None where there is none
+    "The step of a processor that normalises, or undoes it."
+    return next((s for s in pipeline.steps if hasattr(s, "norm_map") and hasattr(s, "stats")), None)
+
+def used_features(cfg: PreTrainedConfig, ds_meta, rename_map: dict | None = None) -> dict[str, tuple[str, dict]]:
+    "{the policy's name: (column, feature)} of what the policy takes from the data set."
+    back = {b: a for a, b in (rename_map or {}).items()}
+    wanted = {**(cfg.input_features or {}), **(cfg.output_features or {})}
+    return {n: (c, ds_meta.features[c]) for n in wanted if (c := back.get(n, n)) in ds_meta.features}
+
+def sizes_of(cfg: PreTrainedConfig) -> dict[str, int | None]:
+    "What a policy takes without a data set: {feature: None}, since it may be padded; pictures that it wants blank are left out."
+    return dict.fromkeys(n for n in {**(cfg.input_features or {}), **(cfg.output_features or {})} if ".empty_camera_" not in n)
+
+def statistics_findings(pre, post, cfg: PreTrainedConfig, sizes: dict[str, int | None], dataset=None) -> list[Finding]:
+    """Statistics that processors read and do not have. `sizes`: features in use, and how many numbers each has (None: not said);
+    `dataset`: the one whose own statistics they are, where they are not those of the policy's checkpoint."""
+    whose, mend, out = f"the statistics in the policy's checkpoint ({cfg.pretrained_path})", "use a policy whose processors are whole", []
+    if dataset is None: mend += ", or train it on the new data's statistics with --craft.allow_mismatch=normalisation"
+    else:
+        whose, relative = f"the data set's statistics ({Path(dataset.root) / 'meta/stats.json'})", ""
+        if getattr(cfg, "use_relative_actions", False):
+            relative = (f" --operation.relative_action true --operation.chunk_size {cfg.chunk_size} "
+                        f'--operation.relative_exclude_joints "{list(cfg.relative_exclude_joints)}"')
+    for step in filter(None, map(normaliser, (pre, post))):
+        modes = {n: m for n, m in _modes(step).items() if n in sizes}
+        stats = step.stats if dataset is None or dataset.meta.stats else {}  # of none at all LeRobot makes the checkpoint's
+        if dataset is not None:
+            images = any(step.features[n].type.value == "VISUAL" and m != "IDENTITY" for n, m in modes.items())
+            mend = f"compute them with {recompute_line(dataset.repo_id, dataset.root, images, relative)}"
+        out += [f for f in check_statistics(modes, stats, whose, mend, {n: d for n, d in sizes.items() if d is not None}) if f not in out]
+    return out
+
+# %% ../nbs/11_lerobot.ipynb #3c7a6deb
+def table_of(dataset):  # None: the data are streamed and not on this machine
+    "The numbers of a data set as an Arrow table, without its pictures."
+    wanted = [n for n, f in dataset.meta.features.items() if f["dtype"] not in ("image", "video", "string")]
+    if hasattr(getattr(dataset, "hf_dataset", None), "data"): return dataset.hf_dataset.data.table.select(wanted)
+    import pyarrow.dataset
+    if not (files := sorted((Path(dataset.root) / "data").glob("*/*.parquet"))): return None
+    only = None if dataset.episodes is None else pyarrow.dataset.field("episode_index").isin(list(dataset.episodes))
+    return pyarrow.dataset.dataset(files).to_table(columns=wanted, filter=only)
+
+def numbers_of(pre, used: dict) -> list[Numbers]:
+    "What `check_numbers` has to know of each numeric feature."
+    step, out = normaliser(pre), []
+    change = next((s for s in pre.steps if hasattr(s, "exclude_joints") and s.enabled), None)
+    for name, (column, f) in used.items():
+        if f["dtype"] in ("image", "video", "string"): continue
+        names, d = f.get("names"), math.prod(f["shape"])
+        if isinstance(names, dict): names = [str(x) for v in names.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
+        relative = None
+        if change and name == "action" and "observation.state" in used:
+            states, s = used["observation.state"]
+            relative = states, math.prod(s["shape"]), change._build_mask(d)[:math.prod(s["shape"])]
+        out.append(Numbers(name, column, d, names, _modes(step).get(name, "IDENTITY") if step else "IDENTITY", (step.stats or {}).get(name, {}) if step else {}, relative))
+    return out
+
+def file_findings(dataset, table, used: dict, tolerance: float = 1e-4) -> list[Finding]:
+    "Episodes against their rows, timestamps and videos, as far as their metadata are on this machine."
+    e, meta = dataset.meta.episodes, dataset.meta
+    episodes = range(len(e)) if dataset.episodes is None else [int(i) for i in dataset.episodes]
+    length, video = e["length"], [c for c, f in used.values() if f["dtype"] == "video"]
+    clips = []
+    for k in video:
+        chunk, file, start = (e[f"videos/{k}/{x}"] for x in ("chunk_index", "file_index", "from_timestamp"))
+        clips += [dict(episode=i, frames=length[i], camera=k, start=start[i],
+                       file=Path(dataset.root) / meta.video_path.format(video_key=k, chunk_index=chunk[i], file_index=file[i])) for i in episodes]
+    return [*check_rows(table, {i: length[i] for i in episodes}), *check_times(table, meta.fps, tolerance, "refuse" if video else "warn"), *check_videos(clips, meta.fps)]
+
+# %% ../nbs/11_lerobot.ipynb #e64f0023
+def data_findings(
+    cfg: PreTrainedConfig,  # of the policy
+    pre, post,  # its processors
+    dataset,  # as it will be used, that is without episodes that are filtered away or held out
+    rename_map: dict | None = None,
+    actions: bool = True,  # are the data set's actions used? Without, their statistics are looked at, their numbers are not
+    held_out=None,  # a second data set, for the loss while training
+    own: bool = False,  # normalised with the data set's statistics, not with those of the policy's checkpoint
+    tolerance: float = 1e-4,  # of timestamps, seconds
+) -> list[Finding]:
+    "All that can be known of the data before the first step, but the cameras: statistics, numbers, ranges, tasks, files."
+    used, whose = used_features(cfg, dataset.meta, rename_map), "the data set's statistics" if own else "the policy's statistics"
+    sizes = {n: None if f["dtype"] in ("image", "video") else math.prod(f["shape"]) for n, (_, f) in used.items()}
+    found, tables = [], []
+    if not actions: used = {n: x for n, x in used.items() if n not in (cfg.output_features or {})}
+    for d, where in ((dataset, "the data set" if held_out is None else "the training data"), (held_out, "the held-out data")):
+        if d is None: continue
+        tables.append(table := table_of(d))
+        if table is None: found.append(Finding("warn", "stream", f"{where}: streamed from elsewhere, so the numbers were not looked at"))
+        else: found += [*check_numbers(table, numbers_of(pre, used), whose, where), *file_findings(d, table, used, tolerance)]
+    found += statistics_findings(pre, post, cfg, sizes, dataset if own else None)
+    if tables[0] is not None:
+        names = {int(i): t for t, i in dataset.meta.tasks["task_index"].items()}
+        found += check_split(*(tasks_of(t, names) if t is not None else {} for t in (tables + [None])[:2]))
+    return found
+
+def require_fit(findings: Iterable[Finding], waived: str = "", flag: str = "--craft.allow_mismatch") -> list[Finding]:
+    "Raise what is refused and not waived; say the rest. → the rest."
+    rest = refuse(findings, waived, flag)
+    for f in rest:
+        if f.level == "warn": logging.warning(f.text)
+        elif f.what == "split" and f.data["held_out"]: logging.info(f.text)
+    return rest
 
 # %% ../nbs/11_lerobot.ipynb #484031e1
 def instructions_of(dataset) -> list[str]:
@@ -296,7 +428,7 @@ def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict 
     policy = make_policy(cfg=cfg, ds_meta=ds_meta, env_cfg=env, rename_map=rename_map or {})
     if Path(cfg.pretrained_path).is_dir() and not getattr(cfg, "use_peft", False):
         check_loaded_weights(policy, cfg.pretrained_path)
-    return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
+    return policy.eval(), *make_processors(cfg, policy, str(cfg.device), rename_map=rename_map or None)
 
 # %% ../nbs/11_lerobot.ipynb #aebceabe
 @dataclass
@@ -323,6 +455,9 @@ class BuildCacheConfig:
     num_workers: int = 0
     sampling: str = "stratified"  # over tasks and episodes | uniform
     seed: int = 0
+    rename_map: dict[str, str] = field(default_factory=dict)  # {"camera of the data": "camera of the policy"}; default: the checkpoint's own
+    allow_mismatch: str = ""  # what may differ between data and policy, by name, with commas between
+    append: str = ""  # a cache whose anchors come first in the new one: of an earlier task
 
     @classmethod
     def __get_path_fields__(cls): return ["policy"]
@@ -345,23 +480,29 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     room = parse_bytes(cfg.max_bytes)
     number = parse_count(cfg.num_anchors or ("all" if room else "1000"))
     dataset = load_dataset(cfg.dataset, cfg.policy)
-    policy, pre, _ = load_policy(cfg.policy, dataset.meta)
-    check_features(pre, dataset.meta, actions=False)  # the teacher's own will do
+    rename, actions = rename_of(cfg.policy, cfg.rename_map, dataset.meta.features), cfg.actions == "dataset"  # else the teacher's own will do
+    require_fit(camera_findings(cfg.policy, dataset.meta, rename), cfg.allow_mismatch, "--allow_mismatch")
+    policy, pre, post = load_policy(cfg.policy, dataset.meta, rename_map=rename)
+    check_features(pre, dataset.meta, rename, actions)
+    require_fit(data_findings(cfg.policy, pre, post, dataset, rename, actions), cfg.allow_mismatch, "--allow_mismatch")
     resolve_layers(layers, len(adapter_for(policy).decoder(policy).layers))
-    told = heed(pre, cfg.policy, prompts or instructions_of(dataset), cfg.long_instructions, cfg.prompts_file or "the data set", ds_meta=dataset.meta)
+    told = heed(pre, cfg.policy, prompts or instructions_of(dataset), cfg.long_instructions, cfg.prompts_file or "the data set", ds_meta=dataset.meta, rename_map=rename)
     if prompts: prompts = told
     hashes = run_hashes(policy, pre)
     index = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index", "index")}
     facts = dataset_facts(dataset, cfg.dataset)
-    return build_anchor_cache(
-        policy, pre, dataset, cfg.out_dir, episode_index=index["episode_index"], task_index=index["task_index"], frame_index=index["index"],
+    about = dict(hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)), dataset=facts)
+    if cfg.append: require_appendable(cfg, policy, about, layers)
+    where = new_part(cfg) if cfg.append else Path(cfg.out_dir)
+    made = finished_part(where, about) if cfg.append else None
+    made = made or build_anchor_cache(
+        policy, pre, dataset, where, episode_index=index["episode_index"], task_index=index["task_index"], frame_index=index["index"],
         tasks=facts["tasks"], num_anchors=number, max_bytes=room, undecodable=cfg.undecodable, allow_undecodable=cfg.allow_undecodable, layers=layers,
         views=[v.strip() for v in cfg.views.split(",")], pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k,
         actions=cfg.actions, prompts=prompts, batch_size=cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images,
         dtype=cfg.store_dtype, seed=cfg.seed, stratified=cfg.sampling == "stratified", num_workers=cfg.num_workers,
-        progress=progress, manifest=dict(
-            hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)),
-            dataset=facts))
+        progress=progress, manifest=about)
+    return append_part(cfg, where) if cfg.append else made
 
 def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
     "The LeRobot data set of `cfg` with the action chunks that `policy` is trained on."
@@ -378,6 +519,40 @@ def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig):
 def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
+
+# %% ../nbs/11_lerobot.ipynb #6ba895a9
+def new_part(cfg: BuildCacheConfig) -> Path: return Path(cfg.out_dir).with_name(f".{Path(cfg.out_dir).name}.new")
+
+def joinable(cfg: BuildCacheConfig) -> list[str]:
+    "What `--allow_mismatch` lets differ between two caches."
+    may = {*MAY, *(k.rsplit(".", 1)[-1] for k in MAY)}
+    return [w for w in (w.strip() for w in cfg.allow_mismatch.split(",")) if w in may]
+
+def require_appendable(cfg: BuildCacheConfig, policy: nn.Module, about: dict, layers: list[int]) -> None:
+    "Refuse an earlier cache that the new anchors could not join."
+    out, m = Path(cfg.out_dir), open_whole(cfg.append).manifest
+    if out.exists(): raise FileExistsError(f"{out} exists: --append writes a new cache, the earlier one stays as it is; give another --out_dir")
+    decoder, views = adapter_for(policy).decoder(policy), sorted(v.strip() for v in cfg.views.split(","))
+    if views != sorted(m["views"]): raise ValueError(f"append: {cfg.append} has the views {', '.join(sorted(m['views']))}, the new anchors {', '.join(views)}: give the same --views")
+    made = make_views(m["views"], layers=layers, pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k)
+    view = next(iter(made.values()))
+    found = dict(policy_type=base_policy(policy).config.type, width=decoder.config.hidden_size, layers=list(view.layers), pooling=list(view.pooling), hashes=about["hashes"],
+                 dtype=str(next(decoder.layers.parameters()).dtype).removeprefix("torch."), dataset={k: about["dataset"][k] for k in ("fps", "chunk")},
+                 extra=about["extra"] | (dict(top_k=cfg.top_k) if "action_logits" in made else {}))
+    check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch")
+
+def finished_part(where: Path, about: dict) -> dict | None:
+    "The new anchors, if an earlier call built them and was killed while it joined them."
+    if not (where / MANIFEST).is_file(): return None
+    m = read_manifest(where)
+    if any(m[k] != json.loads(json.dumps(about[k])) for k in ("hashes", "dataset")):
+        raise FileExistsError(f"{where} holds anchors of another call with this --out_dir: delete it, or give another --out_dir")
+    return m
+
+def append_part(cfg: BuildCacheConfig, where: Path) -> dict:  # the manifest
+    merge_caches(cfg.out_dir, [cfg.append, where], joinable(cfg))
+    shutil.rmtree(where)
+    return read_manifest(cfg.out_dir)
 
 # %% ../nbs/11_lerobot.ipynb #6d513a2f
 def parse_count(text: str) -> int | str:
@@ -472,7 +647,7 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
     if m["hashes"]:  # old caches do not say the policy's dtype
         found["dtype"] = str(next(decoder.layers.parameters()).dtype).removeprefix("torch.")
     if dataset is not None: found["dataset"] = dict(fps=dataset.meta.fps, chunk=chunk_length(dataset))
-    out = check_compatible(m, found, craft.allow_mismatch, known=("weights", "fps", "chunk"), flag=flag)
+    out = check_compatible(m, found, craft.allow_mismatch, known=(*WAIVABLE, *OF_THE_CACHE), flag=flag)
     if "dataset.fps" in out["unknown"]:
         logging.warning("%s does not say at which recording rate (fps) its anchors were made: compare it yourself with the %s fps of the data",
                         cache.dir, dataset.meta.fps)
@@ -513,6 +688,19 @@ def main_first(accelerator, make):
     out = make()
     if accelerator.is_main_process: accelerator.wait_for_everyone()
     return out
+
+# %% ../nbs/11_lerobot.ipynb #acd42927
+def train_and_held_out(cfg: CraftTrainConfig):  # the second is None without --dataset.eval_split
+    "LeRobot's data sets of a run."
+    from lerobot.utils.constants import IMAGENET_STATS
+    imagenet, cfg.dataset.use_imagenet_stats = cfg.dataset.use_imagenet_stats, False
+    try: made = make_train_eval_datasets(cfg)
+    finally: cfg.dataset.use_imagenet_stats = imagenet
+    for ds in filter(None, made):
+        ds.meta.stats = ds.meta.stats or {}
+        for k in set(ds.meta.camera_keys) - set(ds.meta.depth_keys) if imagenet and ds.meta.stats else ():
+            ds.meta.stats.setdefault(k, {}).update({s: torch.tensor(v, dtype=torch.float32) for s, v in IMAGENET_STATS.items()})
+    return made
 
 # %% ../nbs/11_lerobot.ipynb #fd95eb8a
 class FrameOrder(torch.utils.data.Sampler):
@@ -717,11 +905,12 @@ class Evaluations(Callback):
     def measure(self, trainer):
         cfg, acc, p = self.parts.cfg, trainer.accelerator, self.parts
         if p.eval_loader is not None and cfg.eval_steps > 0 and trainer.step % cfg.eval_steps == 0:
-            with torch.no_grad(), acc.autocast():
-                trainer.policy.eval()
-                losses = [trainer.policy(b)[0] for b in once(p.eval_loader, p.cameras, p.pre)]
-                trainer.policy.train()
-            trainer.event("eval_loss", value=float(acc.reduce(torch.stack(losses).mean(), reduction="mean")))
+            trainer.policy.eval()
+            with acc.autocast(): found = loss_by_task(trainer.policy, p.eval_loader, p.cameras, p.pre)
+            trainer.policy.train()
+            trainer.event("eval_loss", value=found["loss"], frames=found["frames"], tasks=found["tasks"])
+            if acc.is_main_process: logging.info("step %d, held-out loss %.4g: %s", trainer.step, found["loss"], "; ".join(
+                f"{t} {x['loss']:.4g} ({x['frames']} frames)" for t, x in found["tasks"].items()))
         if cfg.env is not None and cfg.env_eval_freq > 0 and trainer.step % cfg.env_eval_freq == 0:
             if acc.is_main_process:
                 trainer.event("success", **rollouts(acc.unwrap_model(trainer.policy), p.pre, p.post, cfg.env, cfg.eval,
@@ -737,8 +926,7 @@ def same_draws() -> Iterator[None]:
     finally: set_rng_state(state)
 
 def once(loader, cameras, preprocessor):
-    from itertools import islice
-    yield from islice(ready_batches(loader, cameras, preprocessor), len(loader))
+    yield from itertools.islice(ready_batches(loader, cameras, preprocessor), len(loader))
 
 def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path | None = None,
              max_videos: int = 0) -> dict:  # task → [bool, …]
@@ -759,6 +947,30 @@ def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path 
         finally: close_envs(made)
     return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]]
             for t in info["per_task"]}
+
+# %% ../nbs/11_lerobot.ipynb #5273cd61
+def loader_by_task(dataset, batch_size: int, rows: Iterable[int] | None = None):  # its `tasks`: (task, frames) of each batch
+    "A loader that goes once over `rows` of a data set (None: all), each batch of one task."
+    from lerobot.utils.collate import lerobot_collate_fn
+    of, names = dataset.hf_dataset.data["task_index"].to_pylist(), {int(i): t for t, i in dataset.meta.tasks["task_index"].items()}
+    groups = {}
+    for i in range(len(dataset)) if rows is None else rows: groups.setdefault(of[i], []).append(i)
+    batches = [(t, g[k:k + batch_size]) for t, g in sorted(groups.items()) for k in range(0, len(g), batch_size)]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=[b for _, b in batches],
+                                         collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None)
+    loader.tasks = [(names.get(t, f"task {t}"), len(b)) for t, b in batches]
+    return loader
+
+@torch.no_grad()
+def loss_by_task(policy: nn.Module, loader, cameras, preprocessor) -> dict:  # loader: of loader_by_task
+    "The mean loss over frames, and that of each task. → {loss, frames, tasks: {task: {loss, frames}}}."
+    tasks = {}
+    for batch, (task, n) in zip(once(loader, cameras, preprocessor), loader.tasks, strict=True):
+        t = tasks.setdefault(task, dict(loss=0.0, frames=0))
+        t["loss"], t["frames"] = t["loss"] + n * policy(batch)[0].item(), t["frames"] + n
+    total = sum(t["frames"] for t in tasks.values())
+    loss = sum(t["loss"] for t in tasks.values()) / total
+    return dict(loss=loss, frames=total, tasks={k: dict(loss=t["loss"] / t["frames"], frames=t["frames"]) for k, t in tasks.items()})
 
 # %% ../nbs/11_lerobot.ipynb #32551e35
 def refuse_held(folder: str | Path) -> None:
@@ -833,11 +1045,13 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     if cfg.seed is not None: set_seed(cfg.seed, accelerator=acc)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cfg.cudnn_deterministic, not cfg.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = True
-    dataset, held_out = main_first(acc, lambda: or_say_what_is_lost(cfg.dataset, lambda: make_train_eval_datasets(cfg)))
+    dataset, held_out = main_first(acc, lambda: or_say_what_is_lost(cfg.dataset, lambda: train_and_held_out(cfg)))
+    require_fit(camera_findings(cfg.policy, dataset.meta, cfg.rename_map), cfg.craft.allow_mismatch)
     policy = make_student(cfg, dataset.meta)
     keep = cfg.resume or keeps_statistics(cfg)
-    pre, post = make_processors(cfg.policy, policy, acc.device.type, None if keep else dataset.meta.stats, cfg.rename_map)
-    if keep: check_features(pre, dataset.meta, cfg.rename_map)
+    pre, post = make_processors(cfg.policy, policy, acc.device.type, None if keep else rename_stats(dataset.meta.stats, cfg.rename_map), cfg.rename_map)
+    check_features(pre, dataset.meta, cfg.rename_map)
+    require_fit(data_findings(cfg.policy, pre, post, dataset, cfg.rename_map, True, held_out, not keep, cfg.tolerance_s), cfg.craft.allow_mismatch)
     heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)], cfg.craft.long_instructions,
          flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
@@ -859,7 +1073,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     pin = acc.device.type == "cuda"
     order = make_order(cfg, dataset, state, acc.num_processes)
     loader = make_loader(cfg, dataset, order, pin)
-    eval_loader = None if held_out is None else torch.utils.data.DataLoader(held_out, batch_size=cfg.batch_size)
+    eval_loader = None if held_out is None else loader_by_task(held_out, cfg.batch_size)
     adapter = adapter_for(policy) if cache is not None else None
     policy, optimizer, loader, scheduler = acc.prepare(policy, optimizer, loader, scheduler)
     if cfg.resume and sharded: train_utils.load_fsdp_optimizer_state(policy, optimizer, cfg.checkpoint_path)
@@ -919,17 +1133,14 @@ def keeps_statistics(cfg: CraftTrainConfig) -> bool:
     return cfg.craft.enabled and bool(cfg.policy.pretrained_path) and not waived
 
 def check_features(preprocessor, ds_meta, rename_map: dict | None = None, actions: bool = True) -> None:
-    "Refuse a data set without the policy's states or actions, or with other lengths than the statistics that it normalises with, or none there."
-    norm = next((s for s in preprocessor.steps if hasattr(s, "norm_map") and hasattr(s, "stats")), None)
+    "Refuse a data set without the policy's states or actions, or with other lengths than the statistics that it normalises with."
+    norm = normaliser(preprocessor)
     if norm is None: return
     features = {(rename_map or {}).get(n, n): f for n, f in ds_meta.features.items()}
     needed = ("STATE", "ACTION") if actions else ("STATE",)
     if absent := [n for n, f in norm.features.items() if f.type.value in needed and n not in features]:
         raise ValueError(f"the policy needs {' and '.join(absent)}; the data set has {', '.join(sorted(features))}: "
                          "use a data set of the same robot, or name its features with --rename_map")
-    if without := [n for n, mode in _modes(norm).items() if mode != "IDENTITY" and n in features and n not in (norm.stats or {})]:
-        raise ValueError(f"the policy's checkpoint has no statistics of {', '.join(without)}, so it would see numbers that are not normalised: "
-                         "use a policy that was trained on this robot's data")
     for name, feature in features.items():
         known = (norm.stats or {}).get(name)
         if known is None or len(feature["shape"]) != 1: continue
@@ -948,7 +1159,8 @@ def require_writable(folder: Path, flag: str = "--output_dir") -> None:
 # %% ../nbs/11_lerobot.ipynb #641db3c3
 def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     "The policy that is trained: pretrained weights verified, adapters of peft put on."
-    policy = make_policy(cfg=cfg.policy, ds_meta=ds_meta, rename_map=cfg.rename_map)
+    waived = {"cameras": ""} if gathering() or "cameras" in waivers(cfg.craft.allow_mismatch) else {}  # any map silences LeRobot's own check
+    policy = make_policy(cfg=cfg.policy, ds_meta=ds_meta, rename_map=cfg.rename_map or waived)
     path = cfg.policy.pretrained_path
     if path and Path(path).is_dir() and not getattr(cfg.policy, "use_peft", False): check_loaded_weights(policy, path)
     if cfg.peft is None or hasattr(policy, "get_base_model"): return policy
@@ -963,7 +1175,7 @@ def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset, policy: nn.
     views = cache_views(cache, craft)
     spreads = {n: cache.spread(n) for n in views} if craft.epsilon_unit == "relative" else {}
     stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
-    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads,
+    return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads, teacher_dtype=cache.manifest["dtype"],
                      all_reduce=sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None, stream=stream)
 
 def sum_over_shards(policy: nn.Module):
@@ -1006,6 +1218,7 @@ class CraftEvalConfig:
     max_frames: int = 1024  # of the data set, spread over it
     max_videos: int = 0
     seed: int = 1000
+    rename_map: dict[str, str] = field(default_factory=dict)  # {"camera of the data": "camera of the policy"}; default: the checkpoint's own
     allow_mismatch: str = ""  # what may differ between data and policy, by name, with commas between
 
     @classmethod
@@ -1013,12 +1226,9 @@ class CraftEvalConfig:
 
 @torch.no_grad()
 def task_loss(policy: nn.Module, pre, dataset, batch_size: int, max_frames: int) -> dict:
-    "Mean loss over frames spread evenly over a data set. → {loss, frames}."
-    every = torch.utils.data.Subset(dataset, range(0, len(dataset), -(-len(dataset) // max_frames)))
-    loader = torch.utils.data.DataLoader(every, batch_size=batch_size)
-    losses = [(policy(b)[0].item(), len(b["task"]) if "task" in b else batch_size)
-              for b in once(loader, dataset.meta.camera_keys, pre)]
-    return dict(loss=sum(x * n for x, n in losses) / sum(n for _, n in losses), frames=len(every))
+    "Mean loss over frames spread evenly over a data set, and by task. → {loss, frames, tasks}."
+    rows = range(0, len(dataset), -(-len(dataset) // max_frames))
+    return loss_by_task(policy, loader_by_task(dataset, batch_size, rows), dataset.meta.camera_keys, pre)
 
 @torch.no_grad()
 def anchor_drift(policy: nn.Module, folder: str, batch_size: int) -> dict:
@@ -1059,10 +1269,15 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
         if x < 1: raise ValueError(f"{name}: expected at least 1, found {x}")
     if cfg.anchors: AnchorCacheDataset(cfg.anchors)
     dataset = load_dataset(cfg.dataset, cfg.policy) if cfg.dataset else None
-    policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env)
+    rename = rename_of(cfg.policy, cfg.rename_map, dataset.meta.features) if dataset else cfg.rename_map
+    if dataset: require_fit(camera_findings(cfg.policy, dataset.meta, rename), cfg.allow_mismatch, "--allow_mismatch")
+    policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env, rename)
                          if dataset or cfg.env else load_policy_alone(cfg.policy))
-    if dataset: check_features(pre, dataset.meta)
-    heed(pre, cfg.policy, instructions_of(dataset) if dataset else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None)
+    if dataset:
+        check_features(pre, dataset.meta, rename)
+        require_fit(data_findings(cfg.policy, pre, post, dataset, rename), cfg.allow_mismatch, "--allow_mismatch")
+    elif cfg.env: require_fit(statistics_findings(pre, post, cfg.policy, sizes_of(cfg.policy)), cfg.allow_mismatch, "--allow_mismatch")
+    heed(pre, cfg.policy, instructions_of(dataset) if dataset else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None, rename_map=rename)
     if cfg.anchors:
         held, hashes = AnchorCacheDataset(cfg.anchors), run_hashes(policy, pre)
         waived = ",".join(filter(None, [cfg.allow_mismatch, "dtype" if held.manifest["hashes"] else ""]))

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HOOKS', 'METHOD_HOOKS', 'FIRST_MEASURED', 'METHOD_WORDS', 'RECORD', 'PROBE_BATCHES', 'MOMENTS', 'Callback', 'Control',
            'stop_on_signals', 'AnchorPass', 'route_forward', 'make_duals', 'Method', 'AnchorMethod', 'endless',
-           'Constraint', 'anchor_losses', 'enough_memory', 'retention_backward', 'pressed', 'stacked', 'violations',
-           'merge_weight', 'surgery_row', 'update_multipliers', 'added_gradients', 'take_grad', 'retention_taken',
-           'refuse_pieces', 'Retention', 'CraftTrainer', 'task_backward', 'clip_gradients', 'across_ranks',
-           'step_gradients', 'one_step', 'agree', 'make_record', 'finite_or_none', 'calibrate_budget', 'apply_changes',
-           'loop', 'fit', 'PeakMemory', 'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'ahead',
-           'measure_passes', 'Memory', 'resident', 'Run']
+           'Constraint', 'anchor_error', 'rounding_losses', 'anchor_losses', 'enough_memory', 'retention_backward',
+           'pressed', 'stacked', 'violations', 'merge_weight', 'surgery_row', 'update_multipliers', 'added_gradients',
+           'take_grad', 'retention_taken', 'refuse_pieces', 'Retention', 'CraftTrainer', 'task_backward',
+           'clip_gradients', 'across_ranks', 'step_gradients', 'one_step', 'agree', 'make_record', 'finite_or_none',
+           'calibrate_budget', 'apply_changes', 'loop', 'fit', 'PeakMemory', 'pass_bytes', 'gradient_pass', 'moments',
+           'nbytes', 'estimate_memory', 'ahead', 'measure_passes', 'Memory', 'resident', 'Run']
 
 # %% ../nbs/08_trainer.ipynb #1f04817a
 import itertools
@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from .config import CraftConfig, parse_weights
 from .dual import Dual, no_trace
-from .losses import View
+from .losses import View, rounding_error
 from .machine import lost_helper
 from .surgery import StreamingSurgery, Surgery, moved_gradients, read_sums
 
@@ -200,8 +200,11 @@ class AnchorMethod(Method):
         views: dict[str, View],  # name → what is compared
         adapter,  # of `06_policies`
         config: CraftConfig,
+        teacher_dtype: str = "",  # that the teacher computed in, as the cache states it; empty: no coarser than the student
     ):
         self.anchors, self.views, self.adapter, self.config = anchors, views, adapter, config
+        dtypes = [p.dtype for p in policy.parameters()] + [getattr(torch, teacher_dtype or "float32")]
+        self.dtypes = {d for d in dtypes if d.is_floating_point}
         self.line = endless(anchors)
         self.weights_of = parse_weights(config.views) or dict.fromkeys(views, 1.0)
         if not any(self.weights_of.values()): raise ValueError(f"views: expected a weight above 0, found {config.views}")
@@ -235,15 +238,16 @@ class Constraint(AnchorMethod):
         spreads: dict[str, float] | None = None,  # view → teacher's spread over the cache
         all_reduce: Callable[[Tensor], Tensor] | None = None,  # sums over ranks that hold shards (FSDP)
         stream: bool = False,  # merge block by block during the task's backward pass; layer scope, one process, whole batches
+        teacher_dtype: str = "",  # see `AnchorMethod`
     ):
-        super().__init__(policy, anchors, views, adapter, config)
+        super().__init__(policy, anchors, views, adapter, config, teacher_dtype)
         if config.epsilon_unit == "relative" and (odd := {n: v.distance for n, v in views.items() if v.distance != "mse"}):
             raise ValueError(f"epsilon_unit=relative counts in the teacher's variance, the unit of mse; found {odd}: "
                              "set distance=mse, or epsilon_unit=raw or auto")
         self.duals = make_duals(config, steps, self.weights_of, spreads or {})
         how = dict(gate=config.projection_gate, conflict_threshold=config.conflict_threshold,
                    use_projection=config.use_grad_projection,
-                   mode=config.projection_mode if config.shared_lambda else "weighted")
+                   mode=config.projection_mode if config.shared_lambda or config.projection_mode == "equal" else "weighted")
         self.surgery = (StreamingSurgery(policy, self.named, **how) if stream
                         else Surgery(self.named, scope=config.projection_scope, all_reduce=all_reduce, **how))
 
@@ -260,7 +264,7 @@ class Constraint(AnchorMethod):
 
     def pressures(self) -> list[float]:
         if self.config.shared_lambda: return super().pressures()
-        press = {"weighted": lambda d: d.weight, "equal": lambda d: 1.0,
+        press = {"weighted": lambda d: d.weight, "equal": lambda d: 1.0,  # the ½ comes with the merge
                  "task_priority": lambda d: min(d.weight, 1.0)}[self.config.projection_mode]
         return [w * press(self.duals[n]) for n, w in self.weights_of.items()]
 
@@ -272,13 +276,32 @@ class Constraint(AnchorMethod):
         for n, d in self.duals.items(): d.load_state_dict(state["duals"][n])
         self.surgery.gate = state["gate"]
 
+# %% ../nbs/08_trainer.ipynb #0fd6bfe4
+def anchor_error(ret: "AnchorMethod", autocast: Callable = nullcontext) -> float:
+    "By which share of itself a number of the anchor pass may be off through rounding alone: see `rounding_error`."
+    device, dtypes = ret.named[0][1].device.type, set(ret.dtypes)
+    with autocast():
+        if torch.is_autocast_enabled(device): dtypes.add(torch.get_autocast_dtype(device))
+    if device == "cuda":  # TF32 has as many bits as float16
+        dtypes.add({"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}[torch.get_float32_matmul_precision()])
+    return rounding_error(*dtypes)
+
+def rounding_losses(ret: "AnchorMethod", anchors: dict, autocast: Callable = nullcontext) -> list[Tensor]:  # scalars, of the views
+    "What each view shows where all that it compares is off by `anchor_error`, or by the rounding of its storage."
+    error = anchor_error(ret, autocast)
+    def of(view):
+        stored = [anchors[t].dtype for t in view.tensors if anchors[t].is_floating_point()]
+        return view.rounding(anchors, max([error, *(torch.finfo(d).eps / 2 for d in stored)]))
+    return [of(v) for v in ret.views.values()]
+
 # %% ../nbs/08_trainer.ipynb #ecac41c6
 def anchor_losses(ret: AnchorMethod, policy: nn.Module, anchors: dict, autocast: Callable = nullcontext) -> dict[str, Tensor]:
-    """One anchor forward pass → view → loss; a wrapped policy goes through its own `forward`.
+    """One anchor forward pass → view → loss, 0 where it is rounding; a wrapped policy goes through its own `forward`.
     Running out of memory says what to lower."""
     anchor_pass = AnchorPass(ret.adapter, ret.views, {k: v for k, v in anchors.items() if isinstance(v, Tensor)})
     with enough_memory(ret, len(anchors["input_ids"])), autocast():
-        return policy(anchor_pass) if hasattr(policy, "routes_anchors") or hasattr(policy, "module") else anchor_pass(policy)
+        losses = policy(anchor_pass) if hasattr(policy, "routes_anchors") or hasattr(policy, "module") else anchor_pass(policy)
+    return {n: x * (x.detach() > limit.to(x.device)) for (n, x), limit in zip(losses.items(), rounding_losses(ret, anchors, autocast))}
 
 @contextmanager
 def enough_memory(ret: AnchorMethod, n: int) -> Iterator[None]:
@@ -324,7 +347,7 @@ def merge_weight(ret: Constraint) -> float: return ret.duals["shared"].weight if
 
 def surgery_row(out) -> dict:
     "A `SurgeryResult` in the words of the record."
-    return dict(dot=out.dot, cosine=out.cosine, conflict=out.conflict, projected=out.projected, grad_norm_task=out.norm_task,
+    return dict(dot=out.dot, cosine=None if math.isnan(out.cosine) else out.cosine, conflict=out.conflict, projected=out.projected, grad_norm_task=out.norm_task,
                 grad_norm_retain=out.norm_retain, grad_norm=out.merged_norm, clipped=out.clipped, finite=out.finite)
 
 def update_multipliers(ret: Constraint, step: int, row: dict) -> None:
@@ -353,7 +376,7 @@ def added_gradients(
         if x is not None: sums.append(read_sums([x], [None])); p.grad = x
     dot, gg, rr = torch.stack(sums).sum(0).tolist()
     norms = (gg * rr) ** 0.5
-    found |= dict(dot=dot, cosine=dot / norms if norms else 0.0, grad_norm_task=gg**0.5, grad_norm_retain=rr**0.5)
+    found |= dict(dot=dot, cosine=dot / norms if norms else None, grad_norm_task=gg**0.5, grad_norm_retain=rr**0.5)
 
 def take_grad(p: Tensor) -> Tensor | None:
     "The gradient of `p`, which no longer has it."
@@ -391,6 +414,8 @@ class Retention(Constraint):
         n = step // self.config.retention_freq
         return n < FIRST_MEASURED or n % self.config.measure_every == 0
 
+    def remainder(self, trainer) -> float: return anchor_error(self, trainer.autocast) / 8  # `rounding` of surgery: u, in float32 8 u
+
     def one_pass(self, trainer) -> bool: return trainer.alone and not self.config.anchor_micro_batch  # is r whole as it comes?
 
     def apart(self, trainer) -> bool:
@@ -405,7 +430,7 @@ class Retention(Constraint):
         with self.surgery.record(): losses = anchor_losses(self, trainer.policy, next(self.line), trainer.autocast)
         row |= violations(self, stacked(self, losses).tolist(), trainer.step)
         clip = trainer.grad_clip_norm or None
-        with self.surgery.merge_(pressed(self, losses), merge_weight(self), row["violation"] > 0, clip) as out: yield
+        with self.surgery.merge_(pressed(self, losses), merge_weight(self), row["violation"] > 0, clip, self.remainder(trainer)) as out: yield
         row |= surgery_row(out)
 
     def terms(self, trainer, row: dict) -> list | None:
@@ -414,13 +439,14 @@ class Retention(Constraint):
         if self.apart(trainer): losses, r = retention_taken(self, trainer)
         elif self.measured(trainer.step):
             with added_gradients(trainer.params, weight) as found: losses = retention_backward(self, trainer)
-            row |= found | {"conflict": found["cosine"] < self.config.conflict_threshold}
+            row |= found | {"conflict": found["cosine"] is not None and found["cosine"] < self.config.conflict_threshold}
         else: losses = retention_backward(self, trainer, weight)
         row |= violations(self, across_ranks(trainer, losses).tolist(), trainer.step)
         return r
 
     def merge(self, trainer, g: list, r: list, row: dict):
-        row |= surgery_row(self.surgery.merge_(g, r, merge_weight(self), row["violation"] > 0, trainer.grad_clip_norm or None))
+        row |= surgery_row(self.surgery.merge_(g, r, merge_weight(self), row["violation"] > 0, trainer.grad_clip_norm or None,
+                                               self.remainder(trainer)))
 
     def update(self, trainer, row: dict):
         if self.due(trainer.step): update_multipliers(self, trainer.step, row)
