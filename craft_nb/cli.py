@@ -189,12 +189,10 @@ def train(argv: list[str] | None = None) -> None:
 
 def look(trainer, found: list) -> None:
     "Print what `craft-check` would; without `--craft.check=false` keep it beside the records of the run."
-    from craft_nb.check import gathered
     from craft_nb.preflight import report_of
     cfg, out = trainer.parts.cfg, Path(trainer.parts.cfg.output_dir)
     slow = cfg.craft.check and not cfg.resume
-    with gathered() as more: r = report_of(trainer, found, slow, out / "check.png" if slow else None)
-    r.findings += more
+    r = report_of(trainer, found, slow, out / "check.png" if slow else None)
     print(r.text())
     if slow:
         out.mkdir(parents=True, exist_ok=True)

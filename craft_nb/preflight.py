@@ -27,7 +27,7 @@ from .anchors import _bytes, _pil
 from .cards import _size
 from .check import Finding, attempt, gathered
 from .instructions import Heeded
-from .lerobot import CraftTrainConfig, make_trainer, ready_batches, require_writable
+from .lerobot import CraftTrainConfig, make_trainer, open_cache, ready_batches, require_writable
 from .policies import adapter_for, base_policy
 from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, pressed
 
@@ -258,14 +258,18 @@ def contact_sheet(t: CraftTrainer, path: Path, n: int = 4, wide: int = 128) -> P
 # %% ../nbs/11d_preflight.ipynb #4df5a3ad
 def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = True, sheet: Path | None = None, output_dir: Path | None = None) -> Report:
     "The report of a trainer and of what was found when it was made; `slow`: costs and pictures too."
-    r = Report(found)
+    r = Report(list({f.text: f for f in found}.values()))
     if output_dir: r.add("setup", output_dir=str(output_dir))
     say_numbers(r, found); say_words(r, found)
     if trainer is None: return r
     for say in (say_setup, say_cameras, say_times, say_anchors): say(r, trainer)
-    if slow:
+    if not slow: return r
+    with gathered() as more:
         say_costs(r, trainer)
         if sheet: r.sheet = attempt("picture", contact_sheet, trainer, Path(sheet))
+    if r.count("refuse"):  # what is refused may be why it could not be measured
+        for f in more: r.add(f.what if f.what in SECTIONS else "cameras", f"not measured, mend what is refused first ({f.text.splitlines()[0][:100]})")
+    else: r.findings += more
     return r
 
 def free_folder(cfg: CraftTrainConfig) -> None:
@@ -282,6 +286,7 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, 0
         trainer = attempt("setup", make_trainer, cfg, quiet=True)
+        if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found): attempt("cache", open_cache, cfg.craft)
         try:
             if trainer is not None:
                 trainer.parts.cfg.num_workers, pre = workers, trainer.parts.pre
