@@ -93,7 +93,8 @@ def shorten(reader: PromptReader, text: str) -> str:
 
 class Heeded:
     "What turns a batch into a transition, its instructions shortened, or refused; `said` is what became of each that it met."
-    def __init__(self, reader: PromptReader, to_transition, how: str): self.reader, self.to_transition, self.how, self.said = reader, to_transition, how, {}
+    def __init__(self, reader: PromptReader, to_transition, how: str, flag: str):
+        self.reader, self.to_transition, self.how, self.flag, self.said = reader, to_transition, how, flag, {}
 
     def __call__(self, batch):
         key = self.reader.tokenizer.task_key
@@ -104,7 +105,7 @@ class Heeded:
 
     def words(self, text: str) -> str:
         if text not in self.said and self.how == "refuse":
-            for f in check_instructions(self.reader, [text], "what the policy is told"):
+            for f in check_instructions(self.reader, [text], "what the policy is told", self.flag):
                 if f.level == "refuse": raise ValueError(f.text)
             self.said[text] = text
         if text in self.said.values(): return text  # shortened before
@@ -125,7 +126,7 @@ def heed_instructions(preprocessor, state: int, instructions: Iterable[str], how
     found = check_instructions(reader, instructions := list(instructions), where, flag)
     if reader is None: return found
     inner = preprocessor.to_transition
-    preprocessor.to_transition = Heeded(reader, inner.to_transition if isinstance(inner, Heeded) else inner, how)
+    preprocessor.to_transition = Heeded(reader, inner.to_transition if isinstance(inner, Heeded) else inner, how, flag)
     if how == "refuse": return found
     for t in instructions: preprocessor.to_transition.tell(t)
     return [f for f in found if f.level != "refuse"] + [

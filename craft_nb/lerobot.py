@@ -51,7 +51,7 @@ from torch import nn
 
 from .anchors import MANIFEST, AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors, read_manifest
 from .builder import build_anchor_cache, teacher_targets
-from .check import (OF_THE_CACHE, WAIVABLE, Finding, Numbers, blocks, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
+from .check import (OF_THE_CACHE, WAIVABLE, Finding, Numbers, attempt, blocks, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
                             check_times, check_videos, gathering, image_shape, recompute_line, refuse, tasks_of, waivers)
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .evaluate import hidden_drift, rate
@@ -418,7 +418,7 @@ def heed(pre, cfg: PreTrainedConfig, texts: Iterable[str], how: str, where: str 
     found = heed_instructions(pre, state_size(cfg, ds_meta, rename_map), texts := list(texts), how, where, flag)
     for f in refuse(found):
         if f.level == "warn": logging.warning(f.text)
-    return [pre.to_transition.words(t) for t in texts] if isinstance(pre.to_transition, Heeded) else texts
+    return [pre.to_transition.words(t) for t in texts] if how == "shorten" and isinstance(pre.to_transition, Heeded) else texts
 
 # %% ../nbs/11_lerobot.ipynb #7017646e
 def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):
@@ -490,7 +490,7 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True) -> dict:
     if prompts: prompts = told
     hashes = run_hashes(policy, pre)
     index = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index", "index")}
-    facts = dataset_facts(dataset, cfg.dataset)
+    facts = dataset_facts(dataset, cfg.dataset) | ({"rename_map": rename} if rename else {})
     about = dict(hashes=hashes, versions=versions(), extra=dict(depth=len(adapter_for(policy).decoder(policy).layers)), dataset=facts)
     if cfg.append: require_appendable(cfg, policy, about, layers)
     where = new_part(cfg) if cfg.append else Path(cfg.out_dir)
@@ -1029,8 +1029,8 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     cfg.validate()
     if cfg.resume: cfg.checkpoint_path = Path(follow(cfg.checkpoint_path))
     require_writable(Path(cfg.output_dir))
-    if cfg.policy.pretrained_path: require_parts(cfg.policy)
-    cache = open_cache(cfg.craft) if cfg.craft.enabled else None
+    if cfg.policy.pretrained_path: attempt("setup", require_parts, cfg.policy)
+    cache = attempt("cache", open_cache, cfg.craft) if cfg.craft.enabled else None
     acc = accelerator or make_accelerator(cfg)
     lock = claim(cfg, acc)
     try: return assemble(cfg, callbacks, acc, quiet, cache, lock)
@@ -1050,7 +1050,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     policy = make_student(cfg, dataset.meta)
     keep = cfg.resume or keeps_statistics(cfg)
     pre, post = make_processors(cfg.policy, policy, acc.device.type, None if keep else rename_stats(dataset.meta.stats, cfg.rename_map), cfg.rename_map)
-    check_features(pre, dataset.meta, cfg.rename_map)
+    attempt("features", check_features, pre, dataset.meta, cfg.rename_map)
     require_fit(data_findings(cfg.policy, pre, post, dataset, cfg.rename_map, True, held_out, not keep, cfg.tolerance_s), cfg.craft.allow_mismatch)
     heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)], cfg.craft.long_instructions,
          flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
@@ -1058,7 +1058,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     state, hashes = {}, {}
     if cache is not None:
         hashes = run_hashes(policy, pre)
-        check_cache(cache, cfg.craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
+        attempt("cache", check_cache, cache, cfg.craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
         route_forward(policy)
     sharded = "FSDP" in str(acc.distributed_type)
     if sharded and acc.is_fsdp2:

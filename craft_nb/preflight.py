@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'MARKS', 'Report', 'say_setup', 'say_cameras', 'say_numbers', 'stillness', 'say_words', 'say_times',
-           'say_anchors', 'pass_seconds', 'duration', 'available', 'say_costs', 'say_disk', 'policy_sees',
+           'say_anchors', 'pass_seconds', 'duration', 'available', 'say_costs', 'say_disk', 'policy_sees', 'as_bytes',
            'contact_sheet', 'report_of', 'free_folder', 'preflight']
 
 # %% ../nbs/11d_preflight.ipynb #c34e2e43
@@ -207,23 +207,32 @@ def say_disk(r: Report, t: CraftTrainer, optimizer: int) -> None:
 
 # %% ../nbs/11d_preflight.ipynb #6a99f10c
 def policy_sees(t: CraftTrainer, rows: list[int]) -> tuple[list[str], torch.Tensor, torch.Tensor, list[str]]:
-    "Names of cameras, pictures (n, cams, 3, h, w) uint8, which of them are there (n, cams), and instructions of frames of the data."
-    d, policy = t.parts.dataset, base_policy(t.policy)
-    batch = torch.utils.data.default_collate([d[i] for i in rows])
-    words = list(batch.get("task", [""] * len(rows)))
-    batch, names = next(ready_batches([batch], t.parts.cameras, t.parts.pre)), list(policy.config.image_features)
-    try: seen = adapter_for(policy).inputs(policy, batch)
+    """Names of cameras, pictures (n, cams, 3, h, w) uint8, which of them are there (n, cams), and instructions of frames of the data.
+    The policy's cameras come first, then those of the data that it does not see."""
+    d, policy, cfg = t.parts.dataset, base_policy(t.policy), t.parts.cfg
+    raw = torch.utils.data.default_collate([d[i] for i in rows])
+    words, names = list(raw.get("task", [""] * len(rows))), list(policy.config.image_features or {})
+    batch = next(ready_batches([dict(raw)], t.parts.cameras, t.parts.pre))
+    order = [k for k in names if k in batch] + [k for k in names if k not in batch]
+    try: seen = adapter_for(policy).inputs(policy, batch) if any(k in batch for k in names) else {}
     except TypeError: seen = {}  # a policy without an adapter: as its preprocessor leaves them
-    if "pixel_values" in seen:
-        order = [k for k in names if k in batch] + [k for k in names if k not in batch]
-        return order, seen["pixel_values"], seen.get("image_mask", torch.ones(seen["pixel_values"].shape[:2], dtype=torch.bool)), words
-    there = [k for k in names if k in batch]
-    pictures = [batch[k].float().reshape(len(rows), -1, *batch[k].shape[-3:])[:, -1].cpu() for k in there]
-    span = lambda x: ((x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) * 255).byte()
-    size = max((p.shape[-2:] for p in pictures), default=(64, 64))
-    fit = [torch.nn.functional.interpolate(span(p).float(), size).byte() for p in pictures]
-    return there, torch.stack(fit, 1) if fit else torch.zeros(len(rows), 0, 3, *size).byte(), torch.ones(len(rows), len(fit), dtype=torch.bool), words
+    if "pixel_values" in seen: seen = dict(zip(order, seen["pixel_values"].unbind(1))) if seen.get("image_mask") is None else {
+        k: x for k, x, m in zip(order, seen["pixel_values"].unbind(1), seen["image_mask"].unbind(1)) if m.any()}
+    else: seen = {k: as_bytes(batch[k]) for k in order if k in batch}
+    lost = [c for c in t.parts.cameras if cfg.rename_map.get(c, c) not in names]
+    seen |= {f"{c} (not seen)": as_bytes(raw[c]) for c in lost}
+    order += [f"{c} (not seen)" for c in lost]
+    size = max((x.shape[-2:] for x in seen.values()), default=(64, 64))
+    fit = lambda x: torch.nn.functional.interpolate(x.float(), size).byte()
+    px = [fit(seen[k]) if k in seen else torch.zeros(len(rows), 3, *size, dtype=torch.uint8) for k in order]
+    return order, torch.stack(px, 1), torch.tensor([[k in seen for k in order]] * len(rows)), words
 
+def as_bytes(x: torch.Tensor) -> torch.Tensor:  # (n, …, 3, h, w) → (n, 3, h, w) uint8, from darkest to brightest
+    "Pictures in whatever range; of several moments the last."
+    x = x.float().reshape(len(x), -1, *x.shape[-3:])[:, -1].cpu()
+    return ((x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) * 255).byte()
+
+# %% ../nbs/11d_preflight.ipynb #beb31b5e
 def contact_sheet(t: CraftTrainer, path: Path, n: int = 4, wide: int = 128) -> Path:
     "Frames of the data and anchors of the cache as the policy sees them, as PNG. Needs Pillow."
     Image = _pil(); from PIL import ImageDraw
@@ -239,7 +248,7 @@ def contact_sheet(t: CraftTrainer, path: Path, n: int = 4, wide: int = 128) -> P
     tall = wide * data.shape[-2] // data.shape[-1]
     sheet = Image.new("RGB", (left + sum(len(b[1]) for b in blocks) * wide + 12 * len(blocks), 16 + cams * (tall + 2) + 42), "white")
     draw, x = ImageDraw.Draw(sheet), left
-    for c, name in enumerate(names): draw.text((4, 20 + c * (tall + 2)), name.replace("observation.", "").replace("images.", "")[:24], fill="black")
+    for c, name in enumerate(names): draw.text((4, 20 + c * (tall + 2)), name.replace("observation.", "").replace("images.", "")[:24], fill="red" if name.endswith("(not seen)") else "black")
     for title, px, here, said in blocks:
         draw.text((x + 2, 2), title, fill="black")
         for i in range(len(px)):

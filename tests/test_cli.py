@@ -135,3 +135,58 @@ def test_python_takes_a_home_too(place, work):
     config_to_json(CraftConfig(), "~/craft.json")
     assert config_from_json("~/craft.json") == config_from_json(Path("~/craft.json")) == CraftConfig()
     assert sorted(p.name for p in place.iterdir()) == ["home"]
+
+
+def advised(*modules):
+    "Flags that the messages of modules of this package name, but those of LeRobot's own commands."
+    import ast
+    import re
+    root, out = Path(cli.__file__).parent, {}
+    for m in modules:
+        for x in ast.walk(ast.parse((root / f"{m}.py").read_text())):
+            if isinstance(x, ast.Constant) and isinstance(x.value, str) and "lerobot-edit-dataset" not in x.value and "operation." not in x.value:
+                for f in re.findall(r"(?<![\w-])--([a-z][a-z_]*(?:\.[a-z_]+)*)(?=[\s=,;:)'\]\"]|$)", x.value): out.setdefault(f, x.value[:100])
+    return out
+
+
+def test_every_flag_that_is_advised_is_there():
+    "In some command each; those of messages that build, train and eval share, in each of the three (by its own name). `--root` is of a LeRobot command that we print."
+    from craft_nb import cards, demo
+    ours = configs()
+    commands = dict(build=ours.BuildCacheConfig, train=ours.CraftTrainConfig, eval=ours.CraftEvalConfig)
+    lerobots = {"help", "config_path", "resume", "strict", "json", "sheet", "policy.path", "policy.type", "env.type", "policy.dtype", "policy.device", "policy.pretrained_path", "policy.tokenizer_max_length"}
+    help_of = lambda p: p.format_help() + "".join(s.format_help() for a in p._actions for s in (getattr(a, "choices", None) or {}).values() if hasattr(s, "format_help"))
+    others = help_of(cards._parser()) + open(demo.__file__).read()
+    for flag, where in advised("anchors", "builder", "cards", "check", "cli", "demo", "evaluate", "instructions", "lerobot", "policies", "preflight", "trainer", "dual", "losses").items():
+        known = [n for n, c in commands.items() if cli.kinds(c, flag)]
+        assert known or flag in lerobots or f"--{flag}" in others or flag in ("eval_freq", "name", "root") or flag.split(".")[0] in ("policy", "env"), (flag, where)
+    for flag in ("rename_map", "dataset.episodes", "dataset.root", "dataset.repo_id"):
+        assert all(cli.kinds(c, flag) for c in commands.values()), flag
+    for build_eval, train in (("allow_mismatch", "craft.allow_mismatch"), ("long_instructions", "craft.long_instructions")):
+        assert cli.kinds(ours.BuildCacheConfig, build_eval) and cli.kinds(ours.CraftEvalConfig, build_eval) and cli.kinds(ours.CraftTrainConfig, train)
+
+
+def test_the_advice_of_a_command_is_its_own(place, work):
+    "What is said names the flag as this command spells it, and taking the advice works."
+    import json
+    from test_instructions import CHAT, retold
+    import pandas as pd
+    retold(work.root, place / "long", lambda i, t: f"{CHAT} again" if i == 0 else t)
+    for f in (place / "long/data").rglob("*.parquet"):
+        d = pd.read_parquet(f).rename(columns={"observation.image": "observation.images.front"})
+        d.to_parquet(f)
+    info = json.loads((place / "long/meta/info.json").read_text())
+    info["features"] = {"observation.images.front" if k == "observation.image" else k: v for k, v in info["features"].items()}
+    (place / "long/meta/info.json").write_text(json.dumps(info))
+    common = [f"--policy.path={work.policy_path}", "--dataset.repo_id=long"]
+    for main, more in ((cli.build_cache, ["--out_dir=made", "--num_anchors=4"]), (cli.evaluate, ["--out_dir=seen", "--max_frames=4"]),
+                       (cli.train, ["--output_dir=run", "--craft.enabled=false", "--steps=1", "--batch_size=2", "--num_workers=0", "--env_eval_freq=0", "--save_checkpoint=false"])):
+        taken, said = [], ""
+        for _ in range(3):  # each refusal names a flag; it is taken as it stands
+            try: main([*common, *more, *taken]); break
+            except SystemExit as e: said = str(e.code)
+            if "--rename_map=" in said: taken += ['--rename_map={"observation.images.front": "observation.image"}']; assert taken[-1].split("=", 1)[1] in said
+            else: taken += [next(w for w in said.split() if w.startswith("--") and w.endswith("long_instructions=shorten"))]
+        else: raise AssertionError(said)
+        assert len(taken) == 2, (taken, said)
+    assert json.loads((place / "made/anchors.json").read_text())["dataset"]["rename_map"] == {"observation.images.front": "observation.image"}
