@@ -1004,7 +1004,7 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
             for i in range(0, len(self), 64): s.update(self.store.batch(range(i, min(i + 64, len(self))), [key])[key])
             v.update(s.result(False))
         if v.get('spread') is None:
-            raise AnchorCacheError(f'{self.dir}: view {view!r} has no spread; hidden states of ≥ 2 anchors have one')
+            raise AnchorCacheError(f'{self.dir}: view {view!r} has no spread (pooled hidden states of ≥ 2 anchors have one): set --craft.epsilon_unit=raw or auto')
         return v['spread']
 
 # %% ../nbs/05_anchors.ipynb #34732fff

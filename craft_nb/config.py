@@ -17,14 +17,14 @@ from pathlib import Path
 CHOICES = dict(
     retention_mode=("hidden", "token_ce"),
     projection_mode=("weighted", "equal", "task_priority"),
-    epsilon_schedule=("linear", "constant", "cosine", "exponential"),
+    epsilon_schedule=("linear", "constant", "cosine", "exponential", "geometric"),
     epsilon_unit=("raw", "relative", "auto"),
     projection_gate=("always", "violated", "never"),
     projection_scope=("global", "layer", "tensor"),
     retain_dtype=("same", "bfloat16"),
     controller=("ascent", "ema", "pi", "landing"),
     long_instructions=("refuse", "shorten"),
-    distance=("", "mse", "cosine", "l1", "relative", "kl", "cross_entropy"),
+    distance=("", "mse", "cosine", "cosine_vectors", "l1", "relative", "kl", "cross_entropy"),
 )
 RANGES = dict(  # inclusive
     anchor_batch_size=(1, math.inf), retention_freq=(1, math.inf), initial_lambda=(0, math.inf), lambda_lr=(0, math.inf),
@@ -69,9 +69,9 @@ class CraftConfig:
     epsilon_decay_steps: int = 0  # steps from start to end; 0: the whole run
     use_grad_projection: bool = True  # false: merge only, never project
     conflict_threshold: float = -0.1  # project where cos(g, r) is below; a cosine in [-1, 1]
-    projection_mode: str = "weighted"  # merge: weighted g+λr | equal g+r | task_priority g+min(λ,1)r
+    projection_mode: str = "weighted"  # merge: weighted g+λr | equal ½(g+r) | task_priority g+min(λ,1)r
 
-    epsilon_schedule: str = "linear"  # linear | constant | cosine | exponential
+    epsilon_schedule: str = "linear"  # linear | constant | cosine | exponential (origin) | geometric
     epsilon_unit: str = "raw"  # raw | relative (to the teacher's spread; distance mse) | auto (a fraction of a probe's drift)
     epsilon_fraction: float = 0.3  # auto: final ε as a fraction of the drift of the unconstrained probe
     probe_steps: int = 20  # auto: length of the probe in optimizer steps
@@ -91,7 +91,7 @@ class CraftConfig:
     views: str = ""  # which views of the cache to train on, "name:weight,…"; empty: all of them
     shared_lambda: bool = True  # one λ for the weighted sum of the views; false: one λ and ε a view
     view_epsilons: str = ""  # shared_lambda=false: final ε of each view, "name:ε,…"; empty: epsilon_end
-    distance: str = ""  # empty: the view's own; mse | cosine | l1 | relative | kl | cross_entropy
+    distance: str = ""  # empty: the view's own; mse | cosine (of a sample) | cosine_vectors | l1 | relative | kl | cross_entropy
     layer_weights: str = ""  # weights of the stored layers, "-2:0.5,-1:1"; empty: equal
     anchor_micro_batch: int = 0  # anchors per backward pass; 0: the whole anchor batch at once
     anchor_num_workers: int = 0  # processes that decode anchors
@@ -131,8 +131,11 @@ def _joint_faults(cfg):  # what no single field can show
         except ValueError as e: faults.append(str(e))
     if cfg.initial_lambda > cfg.lambda_max:
         faults.append(f"initial_lambda: expected at most lambda_max={cfg.lambda_max}, found {cfg.initial_lambda}")
-    if cfg.epsilon_schedule == "exponential" and min(cfg.epsilon_start, cfg.epsilon_end) <= 0:
-        faults.append("epsilon_schedule: exponential needs epsilon_start and epsilon_end above 0")
+    if cfg.epsilon_schedule == "geometric" and min(cfg.epsilon_start, cfg.epsilon_end) <= 0:
+        faults.append("epsilon_schedule: geometric needs epsilon_start and epsilon_end above 0")
+    if cfg.epsilon_unit == "relative" and cfg.distance not in ("", "mse"):
+        faults.append(f"epsilon_unit: relative counts in the teacher's variance, the unit of distance=mse; found distance={cfg.distance}: "
+                      "set epsilon_unit=raw or auto, or distance=mse")
     if cfg.anchor_micro_batch and cfg.anchor_batch_size % cfg.anchor_micro_batch:
         faults.append(f"anchor_micro_batch: expected a divisor of anchor_batch_size={cfg.anchor_batch_size}, "
                       f"found {cfg.anchor_micro_batch}")

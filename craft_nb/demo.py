@@ -64,7 +64,7 @@ SIZES = dict(full=Settings(), tiny=Settings(episodes=3, teacher_steps=6, steps=4
 
 # %% ../nbs/12_demo.ipynb #58732f3e
 def held(view:str, budget:float): # settings of the arm that holds `view` at `budget`
-    return dict(views=view, epsilon_start=4*budget, epsilon_end=budget, epsilon_schedule="exponential", retention_freq=1,
+    return dict(views=view, epsilon_start=4*budget, epsilon_end=budget, epsilon_schedule="geometric", retention_freq=1,
                 controller="landing", projection_gate="violated", lambda_max=100.0)
 
 ARMS = {

@@ -25,21 +25,22 @@ SCHEDULES = {  # progress in [0, 1], start, end → ε
     "linear": lambda u, a, b: a * (1 - u) + b * u,
     "constant": lambda u, a, b: b,
     "cosine": lambda u, a, b: a * (w := (1 + math.cos(math.pi * u)) / 2) + b * (1 - w),
-    "exponential": lambda u, a, b: b if u == 1 else a * (b / a) ** u,
+    "exponential": lambda u, a, b: b + (a - b) * math.exp(-5 * u),
+    "geometric": lambda u, a, b: b if u == 1 else a * (b / a) ** u,
 }
 
 def epsilon_schedule(
     step: int,  # optimizer step, from 0
     epsilon_start: float,  # ε at step 0
-    epsilon_end: float,  # ε from `decay_steps` on
+    epsilon_end: float,  # ε from `decay_steps` on; `exponential` has come near it by then, to e⁻⁵ of the way
     decay_steps: int,  # 0: the end value at once
-    schedule_type: str = "linear",  # linear | constant | cosine | exponential
+    schedule_type: str = "linear",  # linear | constant | cosine | exponential | geometric
 ) -> float:
-    "The budget at `step`. Raises `ValueError` for an unknown schedule, or an exponential one that touches 0."
+    "The budget at `step`. Raises `ValueError` for an unknown schedule, or a geometric one that touches 0."
     if schedule_type not in SCHEDULES:
         raise ValueError(f"schedule_type: expected one of {', '.join(SCHEDULES)}; found {schedule_type!r}")
-    if schedule_type == "exponential" and min(epsilon_start, epsilon_end) <= 0:
-        raise ValueError(f"exponential needs budgets above 0, found {epsilon_start} and {epsilon_end}")
+    if schedule_type == "geometric" and min(epsilon_start, epsilon_end) <= 0:
+        raise ValueError(f"geometric needs budgets above 0, found {epsilon_start} and {epsilon_end}")
     progress = min(max(step / decay_steps, 0.0), 1.0) if decay_steps > 0 else 1.0
     return SCHEDULES[schedule_type](progress, epsilon_start, epsilon_end)
 

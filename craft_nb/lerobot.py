@@ -1173,7 +1173,7 @@ def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset, policy: nn.
         cache, craft.anchor_batch_size, seed=cfg.seed or 0, rank=acc.process_index, world_size=acc.num_processes,
         num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda")
     views = cache_views(cache, craft)
-    spreads = {n: cache.spread(n) for n in views} if craft.epsilon_unit == "relative" else {}
+    spreads = {n: cache.spread(n) for n, v in views.items() if craft.epsilon_unit == "relative" and v.distance == "mse"}  # else refused
     stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
     return Retention(policy, anchors, views, adapter, craft, cfg.steps, spreads, teacher_dtype=cache.manifest["dtype"],
                      all_reduce=sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None, stream=stream)

@@ -146,7 +146,7 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
     if cfg.epsilon_unit == "relative":
         if missing := set(weights) - set(spreads):
             raise ValueError(f"epsilon_unit=relative needs the teacher's spread of {', '.join(sorted(missing))}, "
-                             "which this cache does not state; use raw or auto")
+                             "which this cache does not state: set --craft.epsilon_unit=raw or auto")
         scale = {n: spreads[n] for n in weights}
     if cfg.shared_lambda:
         return {"shared": Dual(cfg, steps, scale=sum(w * scale[n] for n, w in weights.items())
@@ -242,8 +242,10 @@ class Constraint(AnchorMethod):
     ):
         super().__init__(policy, anchors, views, adapter, config, teacher_dtype)
         if config.epsilon_unit == "relative" and (odd := {n: v.distance for n, v in views.items() if v.distance != "mse"}):
-            raise ValueError(f"epsilon_unit=relative counts in the teacher's variance, the unit of mse; found {odd}: "
-                             "set distance=mse, or epsilon_unit=raw or auto")
+            able = all("mse" in views[n].distances for n in odd)
+            raise ValueError(f"epsilon_unit=relative counts in the teacher's variance, the unit of the distance mse; found "
+                             f"{', '.join(f'{n} with {d}' for n, d in odd.items())}: set --craft.epsilon_unit=raw or auto"
+                             + ", or --craft.distance=mse" * able)
         self.duals = make_duals(config, steps, self.weights_of, spreads or {})
         how = dict(gate=config.projection_gate, conflict_threshold=config.conflict_threshold,
                    use_projection=config.use_grad_projection,
