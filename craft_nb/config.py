@@ -22,7 +22,7 @@ CHOICES = dict(
     projection_gate=("always", "violated", "never"),
     projection_scope=("global", "layer", "tensor"),
     retain_dtype=("same", "bfloat16"),
-    controller=("ascent", "ema", "pi", "landing"),
+    controller=("ascent", "ema", "pi", "landing", "share"),
     long_instructions=("refuse", "shorten"),
     distance=("", "mse", "cosine", "cosine_vectors", "l1", "relative", "kl", "cross_entropy"),
 )
@@ -31,7 +31,7 @@ RANGES = dict(  # inclusive
     lambda_max=(0, math.inf), epsilon_start=(0, math.inf), epsilon_end=(0, math.inf), epsilon_decay_steps=(0, math.inf),
     conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1), pi_nu=(0, 1),
     pi_kp=(0, math.inf), pi_ki=(0, math.inf), lambda_warmup_steps=(0, math.inf), lambda_update_every=(1, math.inf),
-    measure_every=(1, math.inf), lambda_clip_patience=(1, math.inf), anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
+    measure_every=(1, math.inf), share=(0, math.inf), share_max=(0, math.inf), budget=(0, math.inf), heldout_fraction=(-1, 0.9), heldout_every=(0, math.inf), lambda_clip_patience=(1, math.inf), anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
     gradient_accumulation_steps=(1, math.inf), max_nonfinite_steps=(1, math.inf),
 )
 
@@ -78,7 +78,14 @@ class CraftConfig:
     projection_gate: str = "always"  # always (origin) | violated (only while L_ret > ε) | never
     projection_scope: str = "global"  # one cosine for all parameters | per layer | per tensor
     retain_dtype: str = "same"  # storage of the retention gradient: same | bfloat16
-    controller: str = "ascent"  # ascent (origin) | ema | pi (nuPI) | landing (recommended)
+    controller: str = "ascent"  # ascent (origin) | ema | pi (nuPI) | landing | share: λ such that ‖λr‖ is a given share of ‖g‖
+    share: float = 0.3  # share: the floor of λ‖r‖/‖g‖, averaged over steps; means the same in every view
+    share_max: float = 2.0  # share: its ceiling, which only a budget makes it climb to
+    budget: float = 0.0  # ε as a ceiling of the drift on held-out anchors, in units of L_ret: share steers by it; 0: none, or the final ε
+    heldout_fraction: float = -1.0  # of the cache's episodes, set aside to judge the drift on; -1: a tenth with controller=share, else none
+    heldout_cache_dir: str = ""  # a cache to judge the drift on, in place of a part of the one that is trained on
+    heldout_every: int = 0  # steps between looks at held-out anchors; 0: so many that looking takes about 1 % of the run
+    require_budget: bool = False  # craft-train ends with exit code 2 if the held-out drift is above the budget
     ema_beta: float = 0.9  # ema: smoothing of the violation
     pi_nu: float = 0.0  # pi: ν of nuPI
     pi_kp: float = 0.0  # pi: proportional gain
@@ -142,8 +149,13 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.view_epsilons and cfg.shared_lambda: faults.append("view_epsilons: needs shared_lambda=false")
     if cfg.view_epsilons and cfg.epsilon_unit == "auto":
         faults.append("view_epsilons: epsilon_unit=auto takes epsilon_fraction for every view; use raw or relative")
-    if cfg.controller == "landing" and not cfg.shared_lambda:
-        faults.append("controller: landing reads ‖r‖, which with shared_lambda=false already carries the λs; "
+    if cfg.share > cfg.share_max: faults.append(f"share: expected at most share_max={cfg.share_max}, found {cfg.share}")
+    if cfg.require_budget and not (cfg.heldout_cache_dir or cfg.heldout_fraction > 0 or cfg.heldout_fraction < 0 and cfg.controller == "share"):
+        faults.append("require_budget: a budget is judged on held-out anchors; set heldout_fraction above 0, or heldout_cache_dir")
+    if cfg.require_budget and cfg.controller == "share" and not cfg.budget and cfg.epsilon_unit != "auto":
+        faults.append("require_budget: there is none; set budget above 0")
+    if cfg.controller in ("landing", "share") and not cfg.shared_lambda:
+        faults.append(f"controller: {cfg.controller} reads ‖r‖, which with shared_lambda=false already carries the λs; "
                       "expected shared_lambda=true, or one of ascent, ema, pi")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults

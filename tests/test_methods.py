@@ -120,3 +120,73 @@ def test_a_sum_needs_no_second_gradient():
     apart, summed = peak(), peak(projection_gate="never")
     assert min(apart) > 1.9  # g and r
     assert max(summed) < 1.45, summed  # g, and one of eight layers' r; measured steps among them
+
+
+# through the command
+
+@pytest.fixture(scope="module")
+def place(work, tmp_path_factory):
+    import kill_training as K
+    folder = tmp_path_factory.mktemp("methods")
+    return *K.prepare(folder, work), folder
+
+
+def run(place, name, *more, code=0, argv=None, **craft):
+    "craft-train in a process → its folder, what it said."
+    import kill_training as K
+    work, cache, folder = place
+    out, log = folder / name, folder / f"{name}.log"
+    craft = dict(controller="share", projection_gate="never", retention_freq=1, views="action_logits", heldout_fraction=0.25) | craft
+    assert K.wait(K.child(argv or K.first_line(work, cache, out, *more, **craft), log)) == code, log.read_text()[-3000:]
+    return out, log.read_text()
+
+
+def events(out, kind):
+    import json
+    rows = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if r.get("event") == kind]
+
+
+def test_a_budget_is_judged_on_held_out_anchors(place):
+    import kill_training as K
+    from craft_nb.anchors import AnchorCacheDataset
+    from craft_nb.trainer import cache_episodes, set_aside
+    out, said = run(place, "share", "--craft.budget=1000", "--craft.require_budget=true", "--craft.heldout_every=3")
+    c, = events(out, "certificate")
+    rows = K.rows(out)
+    assert [r["step"] for r in rows if r["held_out"] is not None] == [3, 6] and all(r["share"] >= 0 for r in rows[1:])
+    kept, held = set_aside(cache_episodes(AnchorCacheDataset(place[1])), 0.25)
+    assert (c["anchors"], c["episodes"], c["met"]) == (len(held), 1, True) and c["held_out"] > 0 and c["unit"] == "nats per action token"
+    assert f"Budget 1e+03 nats per action token, held-out {c['held_out']:.3g} (1 episode), met" in said
+    out, said = run(place, "missed", "--craft.budget=1e-9", "--craft.require_budget=true", code=2)
+    assert "not met" in said and events(out, "certificate")[0]["met"] is False
+    # the judge agrees with a pass of its own
+    from craft_nb.lerobot import cache_views
+    from lerobot.configs.policies import PreTrainedConfig
+    from craft_nb.lerobot import load_policy_alone
+    from craft_nb.trainer import AnchorPass
+    from craft_nb.policies import adapter_for
+    cfg = PreTrainedConfig.from_pretrained(out / "checkpoints/last/pretrained_model")
+    cfg.pretrained_path = out / "checkpoints/last/pretrained_model"
+    policy, *_ = load_policy_alone(cfg)
+    cache = AnchorCacheDataset(place[1], views=["action_logits"])
+    with torch.no_grad():
+        loss = AnchorPass(adapter_for(policy), cache_views(cache, CraftConfig(views="action_logits")), cache.batch(held))(policy)
+    assert math.isclose(loss["action_logits"].item(), events(out, "certificate")[0]["held_out"], rel_tol=1e-4)
+
+
+def test_a_share_resumes_bit_for_bit(place):
+    import kill_training as K
+    more = ["--craft.budget=0.001", "--craft.heldout_every=2"]
+    whole, _ = run(place, "whole", *more)
+    config = whole / "checkpoints/000004/pretrained_model/train_config.json"
+    again, _ = run(place, "again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / 'again'}"])
+    a, b = K.result(whole), K.result(again)
+    assert a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
+    assert events(whole, "certificate")[0]["held_out"] == events(again, "certificate")[0]["held_out"]
+
+
+def test_what_cannot_be_judged_is_refused(place):
+    assert "leaves none to train on" in run(place, "none", "--craft.heldout_fraction=0.9", code=1)[1]
+    assert "is the cache that is trained on" in run(place, "same", f"--craft.heldout_cache_dir={place[1]}", code=1)[1]
+    with pytest.raises(ValueError, match="require_budget"): CraftConfig(require_budget=True)
