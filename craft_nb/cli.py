@@ -30,7 +30,7 @@ def today(argv: list[str], training: bool = False) -> list[str]:
     "Bring the origin's flags to LeRobot's present names. Raises `SystemExit` for unknown `--craft.*` flags."
     argv = expanded(argv)
     names = [a.split("=")[0] for a in argv]
-    renamed = {"--eval_freq": "--env_eval_freq"} if training else {"--policy.pretrained_path": "--policy.path"}
+    renamed = {"--eval_freq": "--env_eval_freq"} if training else {"--policy.pretrained_path": "--policy.path", "--craft.capture": "--capture"}
     if clash := [o for o, n in renamed.items() if o in names and n in names]:
         raise SystemExit(f"{clash[0]} and {renamed[clash[0]]} mean the same: give one of them")
     wrong = [n.removeprefix("--craft.") for n in names
@@ -83,7 +83,7 @@ def parsed(config_class: type, argv: list[str]):
     "A LeRobot-style config from a command line; `--help`, unknown flags and wrong values end the program as LeRobot does."
     from lerobot.configs import parser
     from lerobot.utils.import_utils import register_third_party_plugins
-    import craft_nb.small  # noqa: F401  registers the small pi0_fast
+    import craft_nb.small, craft_nb.zoo  # noqa: F401, E401  they register the small policies
     register_third_party_plugins()
     sys.argv = [sys.argv[0], *as_written(config_class, argv)]  # LeRobot reads it, here and in validate()
     @parser.wrap()
@@ -263,7 +263,7 @@ def cache(argv: list[str] | None = None) -> None:
 
 def recompute(policy_path: str, manifest: dict):
     "What `verify --policy` calls."
-    import craft_nb.small  # noqa: F401  registers the small pi0_fast
+    import craft_nb.small, craft_nb.zoo  # noqa: F401, E401  they register the small policies
     from craft_nb.lerobot import recompute_targets
     return recompute_targets(policy_path, manifest)
 

@@ -107,6 +107,7 @@ class CraftConfig:
     max_nonfinite_steps: int = 10  # stop after so many non-finite steps in a row
     check: bool = True  # measure memory, time and disk and draw what the policy sees, before the first step
     allow_mismatch: str = ""  # cache checks to waive, e.g. "normalisation,weights"
+    capture: str = ""  # module whose output is the policy's answer; empty: as the cache or the table of policy types says
 
     def __post_init__(self): check_config(self)
 

@@ -34,23 +34,24 @@ def capture_hidden(
     decoder: nn.Module,  # with `.layers`, `.norm` and `.config.num_hidden_layers`, like every transformers decoder
     layers: Sequence[int],  # which hidden states, see `resolve_layers`
     stop: bool = True,  # run no further than the deepest of them
+    at: str = "",  # submodule of each block that sees its input, where a policy calls the parts of a block and never the block
 ) -> Iterator[dict[int, Tensor]]:  # layer as named → (b, t, d), filled while the decoder runs; graph attached
     """Inside the `with`, a forward pass of `decoder` leaves the hidden states of `layers` in the dict.
     Weights and mode are untouched."""
     depth, out = len(decoder.layers), {}
     index = dict(zip(resolve_layers(layers, depth), layers, strict=True))
-    end = max(index) if stop else depth
+    end = max(index) if stop and not at else depth
 
     def keep(i): return lambda module, args, kwargs: out.__setitem__(index[i], args[0] if args else kwargs["hidden_states"])
     def keep_normed(module, args, y): out[index[depth]] = y[0] if isinstance(y, tuple) else y
 
-    hooks = [decoder.layers[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in index if i < end]
+    hooks = [decoder.layers[i].get_submodule(at).register_forward_pre_hook(keep(i), with_kwargs=True) for i in index if i < end]
     if end < depth: hooks.append(decoder.norm.register_forward_pre_hook(keep(end), with_kwargs=True))
     elif depth in index: hooks.append(decoder.norm.register_forward_hook(keep_normed))
-    decoder.config.num_hidden_layers = end
+    if not at: decoder.config.num_hidden_layers = end
     try: yield out
     finally:
-        decoder.config.num_hidden_layers = depth
+        if not at: decoder.config.num_hidden_layers = depth
         for h in hooks: h.remove()
 
 # %% ../nbs/01_features.ipynb #61e744e8
@@ -58,10 +59,12 @@ def capture_hidden(
 class Features:
     "What one forward pass over `b` anchors gives a view to look at."
     hidden: dict[int, Tensor]  # layer → (b, t, d): `p` prefix tokens, then the action tokens if there are any
-    image_mask: Tensor  # (b, p) bool, image tokens of cameras that are there
-    text_mask: Tensor  # (b, p) bool, text tokens that are not padding
+    image_mask: Tensor | None = None  # (b, p) bool, image tokens of cameras that are there
+    text_mask: Tensor | None = None  # (b, p) bool, text tokens that are not padding
     action_mask: Tensor | None = None  # (b, a) bool, positions that predict an action token
     logits: Tensor | None = None  # (n, vocab), one row for each True in `action_mask`, in its order
+    answer: Tensor | None = None  # (b, n, t, a), what the action module says at `n` draws, `t` steps, `a` action dims
+    answer_mask: Tensor | None = None  # (b, n, t) bool, steps that count
 
     @property
     def prefix_mask(self) -> Tensor: return self.image_mask | self.text_mask  # (b, p)

@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'REST', 'RESTS', 'ROUNDINGS', 'VIEWS', 'vector_distance', 'compute_retention_loss_hidden',
            'top_log_probs', 'top_kl', 'token_cross_entropy', 'rounding_error', 'rounded', 'View', 'register_view',
            'PooledView', 'PooledFeaturesView', 'TokensView', 'ActionTokensView', 'ActionLogitsView', 'TokenCEView',
-           'make_views']
+           'AnswerView', 'pass_needs', 'make_views']
 
 # %% ../nbs/02_losses.ipynb #bb5b0407
 import math
@@ -100,7 +100,8 @@ class View:
     tensors: tuple[str, ...]  # what it stores, each (b, …)
     unit: str  # of its loss under the default distance
     distances: tuple[str, ...] = ("mse", "relative", "cosine", "l1")  # allowed ones, the default first
-    needs_actions = needs_logits = False  # does the pass need the action tokens, the language-model head
+    needs_hidden = True  # hidden states of `layers`
+    needs_actions = needs_logits = needs_answer = False  # action tokens, the language-model head, the action module's answer
     zero_at_start = True  # is the loss 0 while the student still is the teacher
 
     def __init__(self, layers: Sequence[int] = (-2, -1), pooling: Sequence[str] = ("vision_token_mean", "text_token_last"),
@@ -228,7 +229,7 @@ class ActionTokensView(View):
 class ActionLogitsView(View):
     "The teacher's next-token distribution there, as its top-k; `action_logp` and `action_topk` (b, a, k), `predict_mask` (b, a)."
     name, tensors, unit = "action_logits", ("action_logp", "action_topk", "predict_mask"), "nats per action token"
-    distances, needs_actions, needs_logits = ("kl",), True, True
+    distances, needs_hidden, needs_actions, needs_logits = ("kl",), False, True, True
 
     def targets(self, f):
         logp, ids = top_log_probs(f.logits, self.top_k)
@@ -249,7 +250,7 @@ class ActionLogitsView(View):
 class TokenCEView(View):
     "Cross-entropy to stored token labels, for token-level caches; `labels` (b, a), −100 where ignored."
     name, tensors, unit = "token_ce", ("labels",), "nats per token"
-    distances, needs_actions, needs_logits, zero_at_start = ("cross_entropy",), True, True, False
+    distances, needs_hidden, needs_actions, needs_logits, zero_at_start = ("cross_entropy",), False, True, True, False
 
     def targets(self, f):
         labels = f.action_mask.new_full(f.action_mask.shape, -100, dtype=torch.int32)
@@ -257,6 +258,29 @@ class TokenCEView(View):
 
     def per_row(self, f, anchors): return token_cross_entropy(f.logits, anchors["labels"][f.action_mask])[None]
     def terms(self, anchors): return int((anchors["labels"] != -100).sum())
+
+# %% ../nbs/02_losses.ipynb #c9711334
+@register_view
+class AnswerView(View):
+    "What the policy's action module says at stored inputs; `answer` (b, n, t, a) over `n` draws, `answer_mask` (b, n, t)."
+    name, tensors, unit = "answer", ("answer", "answer_mask"), "squared answer per action dimension"
+    distances, needs_hidden, needs_answer = ("mse", "relative", "cosine_vectors", "l1"), False, True
+
+    def targets(self, f): return {"answer": f.answer.float().masked_fill(~f.answer_mask[..., None], 0), "answer_mask": f.answer_mask}
+
+    def per_row(self, f, anchors): return self._distance(f.answer[f.answer_mask], anchors["answer"][f.answer_mask])
+
+    def rounding(self, anchors, error):
+        said = anchors["answer"][anchors["answer_mask"]]
+        return self._distance(rounded(said, error), said).mean()
+
+    def _distance(self, student, teacher): return vector_distance(student, teacher, self.distance.removesuffix("_vectors"))
+
+# %% ../nbs/02_losses.ipynb #cf396d98
+def pass_needs(views: Sequence[View]) -> tuple[list[int], bool, bool]:  # layers, actions, logits: the last arguments of an adapter's `features`
+    "What one forward pass must give for all of `views`."
+    return (list(dict.fromkeys(i for v in views if v.needs_hidden for i in v.layers)),
+            any(v.needs_actions or v.needs_answer for v in views), any(v.needs_logits for v in views))
 
 # %% ../nbs/02_losses.ipynb #66490b86
 def make_views(names: Sequence[str], **kwargs) -> dict[str, View]:

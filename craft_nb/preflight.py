@@ -29,7 +29,7 @@ from .check import Finding, attempt, gathered
 from .instructions import Heeded
 from .lerobot import CraftTrainConfig, make_trainer, open_cache, ready_batches, require_writable
 from .policies import adapter_for, base_policy
-from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, pressed
+from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, pressed, count_rows
 
 # %% ../nbs/11d_preflight.ipynb #6cc50d3a
 SECTIONS = {  # section: kinds of findings that are shown there
@@ -149,7 +149,7 @@ def pass_seconds(t: CraftTrainer) -> dict[str, float] | None:  # None: the polic
     out, params = dict(load=time.perf_counter() - start, task=0.0, retention=0.0), [p for p in policy.parameters() if p.requires_grad]
     def task():
         with t.autocast(): return policy(batch)[0]
-    n = (t.retention.config.anchor_micro_batch or len(anchors["input_ids"])) if anchors else 0
+    n = (t.retention.config.anchor_micro_batch or count_rows(anchors)) if anchors else 0
     def retention(): return pressed(t.retention, anchor_losses(t.retention, policy, {k: v[:n] for k, v in anchors.items()}, t.autocast))
     def timed(loss: Callable) -> float:
         start = time.perf_counter()
@@ -159,7 +159,7 @@ def pass_seconds(t: CraftTrainer) -> dict[str, float] | None:  # None: the polic
     def twice(loss): return first if (first := timed(loss)) > 2 else min(first, timed(loss))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         out["task"] = twice(task) * t.accumulate
-        if anchors: out["retention"] = twice(retention) * len(anchors["input_ids"]) / n
+        if anchors: out["retention"] = twice(retention) * count_rows(anchors) / n
     return out
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,267 @@
+"""Policies that answer with numbers: pi0, pi05, SmolVLA, ACT, Diffusion, and any other through one named module."""
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from craft_nb import cli
+from craft_nb.builder import anchor_batch_targets, draw_seeds
+from craft_nb.losses import make_views
+from craft_nb.policies import adapter_for
+from craft_nb.trainer import AnchorPass
+from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
+
+MODULE = dict(pi0="model.action_out_proj", pi05="model.action_out_proj", smolvla="model.action_out_proj", act="model.action_head",
+              diffusion="diffusion.unet")
+ROWS = [0, 7, 23, 40, 41]
+
+
+@pytest.fixture(scope="session")
+def zoo(work):
+    "kind → checkpoint folder; trained for some steps, since at its start pi05's expert does not look at its inputs."
+    made = {}
+    def get(kind):
+        if kind not in made: made[kind] = zoo_checkpoint(work, kind, steps=4)
+        return made[kind]
+    return get
+
+
+def loaded(work, zoo, kind):
+    policy, (pre, _) = work.policy(zoo(kind)), work.processors(zoo(kind))
+    data = zoo_data(work, policy.config)
+    return policy, pre(torch.utils.data.default_collate([data[i] for i in ROWS]))
+
+
+def stored(policy, batch, seeds, actions="teacher", **views):
+    return anchor_batch_targets(policy, batch, make_views(["answer"], **views), actions, seeds=seeds)
+
+
+def one_row(batch, i): return {k: v[i : i + 1].clone() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def said(policy, path, batch, seed):
+    "What LeRobot's own `forward` makes the module at `path` say for one row whose draws come from `seed`."
+    out = []
+    hook = policy.get_submodule(path).register_forward_hook(lambda m, args, y: out.append(y.detach()))
+    torch.manual_seed(seed)
+    with torch.no_grad(): policy.forward(batch)
+    hook.remove()
+    return out[0][0, :, :4]
+
+
+@pytest.mark.parametrize("actions", ["teacher", "dataset"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_are_what_lerobots_forward_says(work, zoo, kind, actions):
+    policy, batch = loaded(work, zoo, kind)
+    seeds = draw_seeds(3, range(len(ROWS)), 2)
+    policy.train()
+    got = stored(policy, batch, seeds, actions)
+    assert policy.training and got["answer"].shape[:2] == (len(ROWS), 1 if kind == "act" else 2)
+    policy.eval()
+    for i in range(len(ROWS)):
+        row = one_row(batch, i)
+        if actions == "teacher" and kind != "act":
+            torch.manual_seed(int(seeds[i, 0]) * 16 + 1)
+            policy.reset()
+            observed = {k: v for k, v in one_row(batch, i).items() if k != "action"}
+            chunk = (policy.diffusion.conditional_sample(1, policy.diffusion._prepare_global_conditioning(as_diffusion(observed)))
+                     if kind == "diffusion" else policy.predict_action_chunk(observed))
+            row["action"] = chunk.detach()
+            torch.testing.assert_close(got["action"][i], row["action"][0], rtol=1e-5, atol=1e-5)
+        for j in range(got["answer"].shape[1]):
+            want = said(policy, MODULE[kind], one_row(row, 0), int(seeds[i, j]) * 16)
+            mask = got["answer_mask"][i, j]
+            torch.testing.assert_close(got["answer"][i, j][mask], want[mask], rtol=0, atol=1e-5)
+            real = actions == "teacher" and kind != "act"
+            assert torch.equal(mask, torch.ones_like(mask) if real else ~batch["action_is_pad"][i])
+    if kind != "act": assert not torch.allclose(got["answer"][:, 0], got["answer"][:, 1], atol=1e-3)
+
+
+def as_diffusion(batch): return batch | {"observation.images": batch["observation.image"][:, :, None]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_first_loss_is_zero_and_rows_do_not_depend_on_their_batch(work, zoo, kind):
+    policy, batch = loaded(work, zoo, kind)
+    policy.train()
+    adapter = adapter_for(policy)
+    names = ["answer"] + (["pooled", "tokens"] if "hidden" in adapter.gives else [])
+    views = make_views(names, layers=[-2, -1])
+    rows = anchor_batch_targets(policy, batch, views, seeds=draw_seeds(0, range(len(ROWS))))
+    def losses(which): return AnchorPass(adapter, views, {k: v[which] for k, v in rows.items()})(policy)
+    for which in (list(range(len(ROWS))), [3], [4, 1]):
+        for name, loss in losses(which).items():
+            assert loss.requires_grad and abs(loss.item()) <= 1e-6, (name, which, loss.item())
+    with torch.no_grad():
+        for p in policy.parameters(): p.add_(0.1 * p.std().nan_to_num(0.1) * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        alone = {n: [losses([i])[n].item() for i in range(len(ROWS))] for n in views}
+        answer = views["answer"]
+        for order in ([4, 2, 0, 1, 3], [1, 0], [3, 2, 4]):
+            ready = adapter.prepare(policy, {k: v[order] for k, v in rows.items()})
+            f = adapter.features(policy, ready, [], True, False)
+            per = answer.per_row(f, ready).split(f.answer_mask.sum((1, 2)).tolist())
+            want = [alone["answer"][i] for i in order]
+            assert [round(x.mean().item(), 5) for x in per] != [0.0] * len(order)
+            torch.testing.assert_close(torch.stack([x.mean() for x in per]), torch.tensor(want), rtol=1e-6, atol=1e-6)
+        assert all(x > 1e-4 for n in views for x in alone[n])
+
+
+def test_padding_of_actions_does_not_count(work, zoo):
+    "A policy with 6 action dims for 4 real ones: the answer holds 4. Steps behind an episode's end count only where the chunk is the teacher's own."
+    policy, batch = loaded(work, zoo, "pi0")
+    end = torch.arange(10) >= 3
+    batch["action_is_pad"] = end.expand(len(ROWS), -1).clone()
+    got = stored(policy, batch, draw_seeds(0, range(len(ROWS))), "dataset")
+    assert policy.config.max_action_dim == 6 and got["answer"].shape[-1] == 4
+    assert (got["answer_mask"] == ~end).all() and got["answer"][:, :, 3:].abs().sum() == 0
+    assert stored(policy, batch, draw_seeds(0, range(len(ROWS))), "teacher")["answer_mask"].all()
+
+
+def test_the_observation_is_seen_once_for_all_draws(work, zoo):
+    policy, batch = loaded(work, zoo, "smolvla")
+    rows, seen = stored(policy, batch, draw_seeds(0, range(len(ROWS)), 3)), []
+    hook = policy.model.vlm_with_expert.vlm.model.vision_model.register_forward_hook(lambda m, a, kw, y: seen.append(len(kw["pixel_values"])), with_kwargs=True)
+    adapter = adapter_for(policy)
+    adapter.features(policy, adapter.prepare(policy, rows), [], True, False)
+    hook.remove()
+    assert rows["answer"].shape[1] == 3 and seen == [len(ROWS)]
+
+
+def run_parity(kind, work, folder, root, monkeypatch):
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.configs.train import TrainPipelineConfig
+    from lerobot.scripts import lerobot_train
+    from safetensors.torch import load_file
+    from craft_nb.config import CraftConfig
+    from craft_nb.lerobot import CraftTrainConfig, train
+    monkeypatch.setattr("sys.argv", ["lerobot-train"])
+    def config(cls, name, **more):
+        policy = PreTrainedConfig.from_pretrained(folder)
+        policy.pretrained_path, policy.push_to_hub = Path(folder), False
+        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy, output_dir=root / name, steps=10,
+                   batch_size=4, num_workers=0, dataloader_multiprocessing_context=None, log_freq=5, save_freq=10, env_eval_freq=0, seed=7, **more)
+    lerobot_train.train.__wrapped__(config(TrainPipelineConfig, "stock"))
+    train(config(CraftTrainConfig, "ours", craft=CraftConfig(enabled=False)), quiet=True)
+    return [load_file(root / n / "checkpoints/last/pretrained_model/model.safetensors") for n in ("stock", "ours")] + [load_file(Path(folder) / "model.safetensors")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_disabled_craft_is_stock_lerobot(work, zoo, kind, tmp_path, monkeypatch):
+    stock, ours, before = run_parity(kind, work, zoo(kind), tmp_path, monkeypatch)
+    assert stock.keys() == ours.keys() and all(torch.equal(stock[k], ours[k]) for k in stock)
+    assert any(not torch.equal(stock[k], before[k]) for k in stock)
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["craft"])
+    return tmp_path
+
+
+def build(work, folder, out="cache", *more):
+    cli.build_cache([f"--policy.path={folder}", f"--dataset.repo_id={work.root}", f"--out_dir={out}", "--num_anchors=12", *more])
+    return json.loads(Path(out, "anchors.json").read_text())
+
+
+def train(work, folder, *more):
+    cli.train([f"--policy.path={folder}", f"--dataset.repo_id={work.root}", "--output_dir=run", "--craft.anchor_cache_dir=cache", "--batch_size=4",
+               "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--num_workers=0", "--seed=3", *more])
+
+
+def steps(run="run"): return [r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) if "event" not in r]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_commands(work, zoo, kind, inside, capsys):
+    folder = zoo(kind)
+    m = build(work, folder)
+    said_to_be = dict(act="action", diffusion="noise").get(kind, "velocity")
+    assert list(m["views"]) == ["answer"] and m["views"]["answer"]["unit"] == f"squared {said_to_be} per action dimension"
+    with pytest.raises(SystemExit) as stop: cli.cache(["verify", "cache", "--policy", str(folder)])
+    assert not stop.value.code, capsys.readouterr().err
+    train(work, folder, "--steps=2", "--save_freq=1")
+    cli.train(["--resume", "--config_path=run/checkpoints/last/pretrained_model/train_config.json", "--steps=3"])
+    rows = steps()
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["retention_loss"] <= 1e-6
+    assert rows[2]["retention_loss"] > 1e4 * max(rows[0]["retention_loss"], 1e-14)  # Diffusion warms up for 500 steps
+    cli.evaluate(["--policy.path=run/checkpoints/last/pretrained_model", "--anchors=cache", f"--dataset.repo_id={work.root}", "--max_frames=8",
+                  "--out_dir=seen"])
+    assert "retention loss answer" in Path("seen/eval.md").read_text()
+
+
+def test_a_resumed_run_is_the_unbroken_one(work, zoo, inside):
+    from safetensors.torch import load_file
+    build(work, zoo("smolvla"))
+    train(work, zoo("smolvla"), "--steps=4", "--save_freq=2")
+    whole = load_file("run/checkpoints/last/pretrained_model/model.safetensors")
+    Path("run/checkpoints/last").unlink()
+    cli.train(["--resume", f"--config_path=run/checkpoints/{sorted(p.name for p in Path('run/checkpoints').iterdir())[0]}/pretrained_model/train_config.json"])
+    again = load_file("run/checkpoints/last/pretrained_model/model.safetensors")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def refused(main, *flags):
+    with pytest.raises(SystemExit) as stop: main(list(flags))
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
+
+
+def test_wrong_use_is_one_line_and_writes_nothing(work, zoo, inside):
+    data = f"--dataset.repo_id={work.root}"
+    for kind, flags, says in [
+        ("act", ["--views=pooled"], "view pooled: act has no hidden states of a language model. It can have: answer"),
+        ("act", ["--views=answer,action_logits"], "act has no action tokens"),
+        ("pi0", ["--views=token_ce"], "It can have: pooled"),
+        ("act", ["--capture=model.acton_head"], "has no module 'model.acton_head'; there are model.action_head"),
+        ("act", ["--craft.capture=model.vae_encoder"], "called 0 times"),
+        ("act", ["--capture=model.backbone"], "found"),
+        ("diffusion", ["--draws=0"], "draws: expected 1 or more"),
+        ("smolvla", ["--actions=mine"], "actions: expected one of teacher, dataset"),
+    ]:
+        line = refused(cli.build_cache, f"--policy.path={zoo(kind)}", data, "--out_dir=new", "--num_anchors=4", *flags)
+        assert says in line and not Path("new").exists(), (flags, line)
+    pi0_fast = refused(cli.build_cache, f"--policy.path={work.policy_path}", data, "--out_dir=new", "--num_anchors=4", "--views=answer")
+    assert "pi0_fast_small has no action module. It can have: pooled" in pi0_fast and not Path("new").exists()
+
+
+def test_a_cache_of_another_policy_type_is_refused(work, zoo, inside):
+    build(work, zoo("act"))
+    base = [data := f"--dataset.repo_id={work.root}", "--output_dir=new", "--craft.anchor_cache_dir=cache", "--craft.anchor_batch_size=4", "--steps=1"]
+    for folder in (zoo("pi0"), work.policy_path):
+        line = refused(cli.train, f"--policy.path={folder}", *base)
+        assert "policy_type: cache act, this run" in line and not Path("new").exists(), line
+    assert "capture: cache model.action_head" in refused(cli.train, f"--policy.path={zoo('act')}", *base, "--craft.capture=model.decoder")
+    assert "policy_type: cache act" in refused(cli.evaluate, f"--policy.path={zoo('pi0')}", "--anchors=cache", "--out_dir=new")
+    assert data and not Path("new").exists()
+
+
+def test_a_type_in_no_table_needs_one_flag(work, zoo, inside, monkeypatch):
+    "ACT as if nobody had heard of it: refused with what to name, then built, trained and evaluated through that module."
+    from craft_nb import policies
+    whole = build(work, zoo("act"), "known")
+    monkeypatch.setattr(policies, "ADAPTERS", {})
+    line = refused(cli.build_cache, f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--out_dir=cache", "--num_anchors=12")
+    assert "no anchor adapter for ACTPolicy" in line and "--craft.capture=MODULE (out of" in line and "model.action_head" in line and not Path("cache").exists()
+    m = build(work, zoo("act"), "cache", "--craft.capture=model.action_head")
+    assert m["extra"]["capture"] == "model.action_head" and m["extra"]["draws"] == 1
+    train(work, zoo("act"), "--steps=2")
+    assert steps()[0]["retention_loss"] <= 1e-6
+    from craft_nb.anchors import AnchorCacheDataset
+    a, b = (AnchorCacheDataset(n).batch(range(12))["answer"] for n in ("known", "cache"))
+    assert torch.equal(a, b) and whole["num_anchors"] == 12
+
+
+def test_a_draw_that_rows_share_is_refused(work, zoo):
+    "xvla's times depend on the place in the batch: such an answer is no property of an anchor."
+    policy, batch = loaded(work, zoo, "pi0")
+    policy.model.sample_time = lambda b, device: (torch.rand(1) + torch.arange(b) / b) % 0.999
+    with pytest.raises(RuntimeError, match="no row for each of"):
+        adapter = adapter_for(policy)
+        rows = adapter.inputs(policy, batch) | {"draw_seed": draw_seeds(0, range(len(ROWS)))}
+        adapter.features(policy, adapter.prepare(policy, rows), [], True, False)
+    with contextlib.suppress(AttributeError): del policy.model.sample_time
