@@ -8,10 +8,11 @@ __all__ = ['HOOKS', 'METHOD_HOOKS', 'FIRST_MEASURED', 'METHOD_WORDS', 'RECORD', 
            'endless', 'Constraint', 'anchor_error', 'rounding_losses', 'anchor_losses', 'enough_memory',
            'retention_backward', 'pressed', 'stacked', 'violations', 'merge_weight', 'surgery_row',
            'update_multipliers', 'added_gradients', 'take_grad', 'retention_taken', 'refuse_pieces', 'Retention',
-           'CraftTrainer', 'task_backward', 'clip_gradients', 'across_ranks', 'step_gradients', 'one_step', 'agree',
-           'make_record', 'finite_or_none', 'calibrate_budget', 'apply_changes', 'loop', 'fit', 'PeakMemory',
-           'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'ahead', 'measure_passes', 'Memory',
-           'resident', 'Run']
+           'AnchorRows', 'cache_episodes', 'set_aside', 'HeldOut', 'mean_over_episodes', 'certify', 'CraftTrainer',
+           'task_backward', 'clip_gradients', 'across_ranks', 'step_gradients', 'one_step', 'agree', 'make_record',
+           'finite_or_none', 'calibrate_budget', 'apply_changes', 'loop', 'fit', 'PeakMemory', 'pass_bytes',
+           'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'ahead', 'measure_passes', 'Memory', 'resident',
+           'Run']
 
 # %% ../nbs/08_trainer.ipynb #1f04817a
 import itertools
@@ -20,6 +21,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -31,10 +33,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .anchors import AnchorCacheDataset
 from .config import CraftConfig, parse_weights
-from .dual import Dual, no_trace
+from .dual import Dual, no_trace, see_held_out
 from .losses import View, pass_needs, rounding_error
 from .machine import lost_helper
+from .policies import eval_mode
 from .surgery import StreamingSurgery, Surgery, moved_gradients, read_sums
 
 # %% ../nbs/08_trainer.ipynb #0891ba26
@@ -180,6 +184,7 @@ class Method:
     def gradients(self, trainer, row: dict): "The gradients are in `.grad`; they are clipped afterwards, unless `row` has a `grad_norm`."
     def update(self, trainer, row: dict): "All was finite and the step counts: move multipliers."
     def weights(self, trainer): "The optimizer has moved the weights."
+    def see_held_out(self, loss: float): "L_ret on held-out anchors has just been measured."
     def finish(self, trainer): "The last step is done, its checkpoint not yet written."
 
     def state_dict(self) -> dict: return {}  # plain JSON
@@ -353,7 +358,7 @@ def surgery_row(out) -> dict:
 
 def update_multipliers(ret: Constraint, step: int, row: dict) -> None:
     "One dual step on the losses of this retention step."
-    known = {} if row.get("grad_norm_retain") is None else dict(
+    known = {} if row.get("grad_norm_retain") is None or ret.config.controller == "share" and not step else dict(
         grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]), cosine=row["cosine"])
     for n, d in ret.duals.items(): d.update(step, row["now"][n], **known)
 
@@ -450,7 +455,113 @@ class Retention(Constraint):
                                                self.remainder(trainer)))
 
     def update(self, trainer, row: dict):
+        if row.get("grad_norm_task"):
+            row["share"] = merge_weight(self) * row["grad_norm_retain"] / row["grad_norm_task"] / self.config.retention_freq
         if self.due(trainer.step): update_multipliers(self, trainer.step, row)
+
+    def see_held_out(self, loss: float):
+        for d in self.duals.values(): see_held_out(d, loss)
+
+# %% ../nbs/08_trainer.ipynb #9d70c1be
+class AnchorRows(AnchorCacheDataset):
+    "Some rows of an anchor cache, as a cache."
+    def __init__(self, cache: AnchorCacheDataset, rows: list[int]): vars(self).update(vars(cache) | dict(rows=rows))
+    def __len__(self) -> int: return len(self.rows)
+    def batch(self, idxs) -> dict: return self.store.batch([self.rows[int(i)] for i in idxs], self.names)
+
+def cache_episodes(cache: AnchorCacheDataset) -> list[int]:
+    "Episode of each anchor; a cache that does not say counts each anchor as one."
+    if "episode_index" in cache.store.names:
+        return cache.store.batch(range(cache.manifest["num_anchors"]), ["episode_index"])["episode_index"].tolist()
+    warnings.warn(f"{cache.dir} does not say which episode an anchor is of, so held-out anchors may have close neighbours among the others: "
+                  "build it again, or give --craft.heldout_cache_dir", stacklevel=2)
+    return list(range(cache.manifest["num_anchors"]))
+
+def set_aside(episodes: list[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:  # rows to train on, rows held out
+    "Part the rows of a cache by episode. Raises `ValueError` if that leaves one side empty."
+    names = sorted(set(episodes))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = {names[i] for i in order[: max(1, round(fraction * len(names)))]}
+    rows = [i for i, e in enumerate(episodes) if e not in held], [i for i, e in enumerate(episodes) if e in held]
+    if not rows[0]:
+        raise ValueError(f"heldout_fraction: the cache has anchors of {len(names)} episode{'s'[: len(names) != 1]}, and {fraction:g} of them "
+                         "leaves none to train on: lower it, set it to 0, or give --craft.heldout_cache_dir")
+    return rows
+
+# %% ../nbs/08_trainer.ipynb #60f9d3ac
+class HeldOut:
+    "Anchors that are not trained on, and what the drift is there."
+    def __init__(
+        self,
+        cache,  # with `batch(rows)`
+        episodes: list[int],  # of each row
+        views: dict[str, View],
+        adapter,  # of `06_policies`
+        config: CraftConfig,
+        every: int,  # steps between looks
+        size: int = 32,  # anchors a look
+        most: int = 10**9,  # anchors of the certificate, about
+        budgets: Callable[[], dict[str, float]] = dict,  # ε of each budget now, `shared` or by view
+    ):
+        self.cache, self.views, self.adapter, self.config, self.every, self.budgets = cache, views, adapter, config, every, budgets
+        self.weights_of, self.seconds = parse_weights(config.views) or dict.fromkeys(views, 1.0), 0.0
+        rows = {}
+        for i, e in enumerate(episodes): rows.setdefault(e, []).append(i)
+        self.groups = []
+        for group in (rows[e] for e in sorted(rows)):
+            if sum(map(len, self.groups)) < most: self.groups.append(group)
+        self.line = torch.randperm(len(episodes), generator=torch.Generator().manual_seed(0)).tolist()
+        self.size = min(size, len(self.line))
+
+    def due(self, step: int) -> bool: return (step + 1) % self.every == 0  # behind the step that is the `step + 1`-th
+
+    def losses(self, trainer, rows: list[int]) -> dict[str, tuple[float, int]]:  # view → loss, terms
+        "Loss of each view on some rows; no gradient, no random number is drawn, no mode is left changed."
+        start, batch = time.perf_counter(), self.cache.batch(rows)
+        self.named, self.dtypes = [("", p) for p in trainer.params], {p.dtype for p in trainer.policy.parameters() if p.is_floating_point()}
+        gpus = [trainer.params[0].device] if trainer.params[0].is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices=gpus), eval_mode(trainer.policy):
+            out = {n: x.item() for n, x in anchor_losses(self, trainer.policy, batch, trainer.autocast).items()}
+        self.seconds += time.perf_counter() - start
+        return {n: (out[n], self.views[n].terms(batch)) for n in self.weights_of}
+
+    def look(self, trainer) -> float:
+        "L_ret on the next few held-out anchors, told to the method."
+        at = (trainer.step + 1) // self.every * self.size
+        found = self.losses(trainer, [self.line[i % len(self.line)] for i in range(at, at + self.size)])
+        total = sum(w * found[n][0] for n, w in self.weights_of.items())
+        trainer.method.see_held_out(total)
+        return total
+
+# %% ../nbs/08_trainer.ipynb #c93a0f67
+def mean_over_episodes(losses: list[tuple[float, int]]) -> tuple[float, float | None]:  # (mean loss, terms) of each episode → mean, half width
+    "Mean over terms and its interval, by the spread of episodes; None for a single one."
+    terms, n = sum(k for _, k in losses), len(losses)
+    mean = sum(x * k for x, k in losses) / terms
+    if n < 2: return mean, None
+    df = n - 1
+    se = math.sqrt(sum(((x - mean) * k / terms) ** 2 for x, k in losses) * n / df)
+    return mean, se * (1.96 + 2.4 / df + 3 / df**2)  # Student's quantile, within 3 % from 3 degrees of freedom on
+
+def certify(self, trainer) -> dict:
+    "What the drift is on all held-out anchors, by the most exceeded budget."
+    by_episode = [self.losses(trainer, g) for g in self.groups]
+    views = {n: mean_over_episodes([e[n] for e in by_episode]) for n in self.weights_of}
+    if not self.config.shared_lambda: found = views
+    else:
+        terms = [next(iter(e.values()))[1] for e in by_episode]
+        total = [sum(w * e[n][0] for n, w in self.weights_of.items()) for e in by_episode]
+        found = {"shared": mean_over_episodes(list(zip(total, terms, strict=True)))} if len(views) > 1 else {
+            "shared": tuple(None if x is None else x * w for x in views[n]) for n, w in self.weights_of.items()}
+    budgets = {n: e for n, e in self.budgets().items() if n in found and math.isfinite(e)}
+    worst = max(budgets or found, key=lambda n: found[n][0] / (budgets.get(n) or 1.0))
+    mean, half = found[worst]
+    unit = next(iter(self.views.values())).unit if len(self.views) == 1 else self.views[worst].unit if worst in self.views else "weighted sum"
+    return finite_or_none(dict(held_out=mean, half_width=half, views={n: m for n, (m, _) in views.items()}, unit=unit, of=worst,
+                               budget=budgets.get(worst), met=all(found[n][0] <= e for n, e in budgets.items()) if budgets else None,
+                               anchors=sum(map(len, self.groups)), episodes=len(self.groups), seconds=self.seconds))
+
+HeldOut.certify = certify
 
 # %% ../nbs/08_trainer.ipynb #47435cd0
 class CraftTrainer:
@@ -471,6 +582,7 @@ class CraftTrainer:
         cache_type: str | None = None,  # for the records
         checkpoint: Callable[["CraftTrainer"], object] | None = None,  # writes one; called when training is stopped
         max_nonfinite_steps: int = 10,  # in a row, before training stops
+        held_out: "HeldOut | None" = None,  # anchors that the drift is judged on
     ):
         self.policy, self.batches, self.optimizer, self.scheduler = policy, iter(batches), optimizer, scheduler
         self.steps, self.step, self.method, self.accumulate = steps, 0, retention or Method(), accumulate
@@ -478,6 +590,7 @@ class CraftTrainer:
         self.accelerator, self.cache_type, self.checkpoint = accelerator, cache_type, checkpoint
         self.callbacks = sorted(callbacks, key=lambda c: getattr(c, "order", 0))
         self.control, self.record, self.nonfinite, self.nonfinite_run = Control(), None, 0, 0
+        self.held_out, self.certificate = held_out, None
         self.retained = None  # the last record of a retention step
         self.expected = None  # of `estimate_memory`, once somebody has asked
         self.agreed, self.ended = False, ""  # all ranks know that one was told to stop; why training ended
@@ -566,6 +679,7 @@ def one_step(trainer: CraftTrainer) -> dict:
         method.update(trainer, row)
         trainer.optimizer.step()
         method.weights(trainer)
+        if trainer.held_out and trainer.held_out.due(trainer.step): row["held_out"] = trainer.held_out.look(trainer)
     trainer.optimizer.zero_grad()
     if trainer.scheduler is not None: trainer.scheduler.step()
     trainer.step += 1
@@ -584,7 +698,7 @@ def agree(trainer: CraftTrainer, wrong: list[str]) -> list[str]:
 
 # %% ../nbs/08_trainer.ipynb #3213d39c
 RECORD = ("step", "task_loss", "retention_loss", "retention_losses", "epsilon", "violation", "lambda", "dot", "cosine",
-          "conflict", "projected", "grad_norm_task", "grad_norm_retain", "grad_norm", "clipped", "lr", "seconds", "cache_type",
+          "conflict", "projected", "grad_norm_task", "grad_norm_retain", "share", "held_out", "grad_norm", "clipped", "lr", "seconds", "cache_type",
           "retention", "skipped", "nonfinite")
 
 def make_record(trainer: CraftTrainer, row: dict, **more) -> dict:
@@ -666,6 +780,9 @@ def fit(trainer: CraftTrainer) -> dict | None:
             trainer.event("resume" if trainer.step else "start", steps=trainer.steps,
                           craft=asdict(trainer.method.config) if trainer.method.config else None)
             trainer.ended = loop(trainer)
+            if trainer.ended == "done" and trainer.held_out:
+                trainer.certificate = trainer.held_out.certify(trainer)
+                trainer.event("certificate", **trainer.certificate)
             if trainer.ended != "done" and trainer.checkpoint: trainer.checkpoint(trainer)
         trainer.event("end", reason=trainer.ended)
         if trainer.ended == "nonfinite":
