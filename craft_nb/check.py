@@ -228,15 +228,18 @@ def check_range(name: str, s: Scan, known: Known, mode: str, names: list[str] | 
     return [*out, Finding("info", "range", f"{name}: {s.rows} frames, {len(facts)} dimensions", dict(feature=name, mode=mode, dimensions=facts))]
 
 # %% ../nbs/10a_check.ipynb #3c76dcf9
-def relative(actions: pa.ChunkedArray, states: pa.ChunkedArray, d: int, ds: int, episodes: np.ndarray, mask: list[bool], places: Iterable[int]) -> Iterator[np.ndarray]:
+def relative(actions: pa.ChunkedArray, states: pa.ChunkedArray, d: int, ds: int, episodes: np.ndarray, mask: list[bool], places: Iterable[int], rows: int = 1 << 13) -> Iterator[np.ndarray]:
     "Actions at `places` of a chunk minus the state at its beginning, where `mask` says so. → arrays (n, d)."
     a, s = (np.concatenate([*blocks(c, k)] or [np.zeros((0, k))]) for c, k in ((actions, d), (states, ds)))
     k, last = np.flatnonzero(mask), np.flatnonzero(np.r_[episodes[1:] != episodes[:-1], True])
-    end = last[np.searchsorted(last, np.arange(len(a)))]
+    end, offset = last[np.searchsorted(last, np.arange(len(a)))], np.zeros_like(a)
+    offset[:, k] = s[:, k]
     for place in places:
-        x = a[np.minimum(np.arange(len(a)) + place, end)]
-        x[:, k] -= s[:, k]
-        yield x
+        for i in range(0, len(a), rows):  # in pieces that stay in the processor's cache
+            part = slice(i, min(i + rows, len(a)))
+            x = a[np.minimum(np.arange(part.start, part.stop) + place, end[part])]
+            x -= offset[part]
+            yield x
 
 def spread(chunk: int, most: int = 5) -> list[int]:
     "Places of a chunk, its first and last among them."
