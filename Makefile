@@ -15,7 +15,7 @@ export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
 each = set -e; for f in $(1); do [ -e "$$f" ] || continue; echo "python $$f $(2)"; python "$$f" $(2); done
 
-.PHONY: help setup demo test check-tasks prepare check nbtest pytest lab docs readme results bench fuzz kill-test distributed-test clean
+.PHONY: help setup demo test check-tasks prepare check nbtest pytest rounding lab docs readme results bench fuzz kill-test distributed-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,7 @@ test: .venv/.ready ## everything that CI runs: checks, notebooks, site, pytest
 	$(MAKE) --no-print-directory nbtest
 	python tools/docs.py --quiet
 	$(one) python -m pytest
+	$(one) python tools/rounding.py
 
 prepare: .venv/.ready ## before a commit: clean notebooks, export modules, write README.md
 	python tools/prepare.py
@@ -44,6 +45,9 @@ nbtest: .venv/.ready ## run every notebook
 
 pytest: .venv/.ready ## run tests/
 	$(one) python -m pytest
+
+rounding: .venv/.ready ## numeric notebooks and tests with rounding moved: other kernels, another number of threads
+	$(one) python tools/rounding.py
 
 lab: export HF_HUB_OFFLINE := 0
 lab: export TRANSFORMERS_OFFLINE := 0

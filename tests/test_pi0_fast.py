@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from craft_nb.builder import anchor_batch_targets
-from craft_nb.losses import make_views
+from craft_nb.losses import make_views, rounding_error
 from craft_nb.policies import adapter_for
 
 VIEWS = ["pooled", "tokens", "action_tokens", "action_logits"]
@@ -61,14 +61,39 @@ def test_captured_states_equal_transformers(work, present, missing):
 def test_retention_loss_is_zero_at_the_start(work, present, missing, dtype, limit):
     policy, batch = with_cameras(work, present, missing, dtype)
     adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)
-    stored = anchor_batch_targets(policy, batch, views)
-    part = adapter.prepare(policy, {k: v[1:3] for k, v in stored.items()})  # another batch size than the teacher's
-    f = adapter.features(policy, part, [-2, -1], True, True)
+    with whole_attention():
+        stored = anchor_batch_targets(policy, batch, views)
+        part = adapter.prepare(policy, {k: v[1:3] for k, v in stored.items()})  # another batch size than the teacher's
+        f = adapter.features(policy, part, [-2, -1], True, True)
     for name, view in views.items():
         loss = view.loss(f, part)
         assert abs(loss.item()) <= limit, (name, loss.item())
+        assert loss <= view.rounding(part, rounding_error(getattr(torch, dtype))), (name, loss.item())  # so that training takes it for 0
         other = view.loss(perturbed(f), part)
         assert other > 100 * limit, (name, other.item())  # the view does see a difference
+
+
+def whole_attention():
+    "PyTorch's fused attention in bfloat16 needs AVX-512 where the processor has it, also if ATEN_CPU_CAPABILITY hides it."
+    hidden = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if hidden else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("lr,least", [(1e-5, 100), (1e-4, 1000)])
+def test_one_small_step_is_drift(work, lr, least):
+    "What rounding shows is far below what a step shows, whatever the batch is cut into: ratios of numbers off, not of their squares."
+    policy, batch = with_cameras(work, 1)
+    adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)
+    stored, limit = anchor_batch_targets(policy, batch, views), rounding_error()
+    opt = torch.optim.AdamW(policy.parameters(), lr)
+    policy(batch)[0].backward(); opt.step()
+    for n in (4, 1):
+        part = adapter.prepare(policy, {k: v[:n] for k, v in stored.items()})
+        with torch.no_grad(): f = adapter.features(policy, part, [-2, -1], True, True)
+        for name, view in views.items():
+            for view.distance in view.distances:
+                power = 1 if view.distance == "l1" else 0.5
+                assert (view.loss(f, part) / view.rounding(part, limit)) ** power > least, (name, view.distance)
 
 
 def perturbed(f):
