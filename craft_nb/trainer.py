@@ -623,7 +623,7 @@ class CraftTrainer:
     def load_state_dict(self, state: dict):
         if (was := state["method"]) != (now := type(self.method).__name__):
             raise ValueError(f"the checkpoint was written {METHOD_WORDS.get(was, 'with ' + was)}, this run is "
-                             f"{METHOD_WORDS.get(now, 'with ' + now)}: resume with the same --craft.enabled and --craft.method")
+                             f"{METHOD_WORDS.get(now, 'with ' + now)}: resume with the same --craft.enabled, and from Python with the same method")
         self.step, self.nonfinite, self.nonfinite_run = state["step"], state["nonfinite"], state["nonfinite_run"]
         self.method.load_state_dict(state["retention"])
 

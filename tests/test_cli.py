@@ -150,16 +150,16 @@ def advised(*modules):
 
 
 def test_every_flag_that_is_advised_is_there():
-    "In some command each; those of messages that build, train and eval share, in each of the three (by its own name). `--root` is of a LeRobot command that we print."
+    "In some command each; those of messages that build, train and eval share, in each of the three (by its own name). `--root` and `--new_root` are of a LeRobot command that we print."
     from craft_nb import cards, demo
     ours = configs()
     commands = dict(build=ours.BuildCacheConfig, train=ours.CraftTrainConfig, eval=ours.CraftEvalConfig)
     lerobots = {"help", "config_path", "resume", "strict", "json", "sheet", "policy.path", "policy.type", "env.type", "policy.dtype", "policy.device", "policy.pretrained_path", "policy.tokenizer_max_length"}
     help_of = lambda p: p.format_help() + "".join(s.format_help() for a in p._actions for s in (getattr(a, "choices", None) or {}).values() if hasattr(s, "format_help"))
     others = help_of(cards._parser()) + open(demo.__file__).read()
-    for flag, where in advised("anchors", "builder", "cards", "check", "cli", "demo", "evaluate", "instructions", "lerobot", "policies", "preflight", "trainer", "dual", "losses").items():
+    for flag, where in advised("anchors", "builder", "cards", "check", "cli", "demo", "instructions", "lerobot", "policies", "preflight", "trainer", "dual", "losses").items():
         known = [n for n, c in commands.items() if cli.kinds(c, flag)]
-        assert known or flag in lerobots or f"--{flag}" in others or flag in ("eval_freq", "name", "root") or flag.split(".")[0] in ("policy", "env"), (flag, where)
+        assert known or flag in lerobots or f"--{flag}" in others or flag in ("eval_freq", "name", "root", "new_root") or flag.split(".")[0] in ("policy", "env"), (flag, where)
     for flag in ("rename_map", "dataset.episodes", "dataset.root", "dataset.repo_id"):
         assert all(cli.kinds(c, flag) for c in commands.values()), flag
     for build_eval, train in (("allow_mismatch", "craft.allow_mismatch"), ("long_instructions", "craft.long_instructions")):
