@@ -43,6 +43,13 @@ def first_line(work, cache, out, *more, steps=8, save_freq=2, **craft):
         "--env_eval_freq=0", "--dataloader_multiprocessing_context=fork", *more]
 
 
+def epochs(work):
+    "Flags for epochs of three steps: one episode, whose last batch is incomplete."
+    from lerobot.datasets import LeRobotDatasetMetadata
+    frames = int(LeRobotDatasetMetadata("local/x", root=work.root).episodes["length"][0])
+    return ["--dataset.episodes=[0]", f"--batch_size={frames // 3 + 1}"]
+
+
 def resume_line(out, *more):
     return ["--resume", f"--config_path={out}/checkpoints/last/pretrained_model/train_config.json", *more]
 
@@ -141,14 +148,16 @@ def kill_runs(folder, work, cache, kills, per_run=3, seed=0, progress=False, **c
     folder, rng, runs, writing = Path(folder), random.Random(seed), 0, 0
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
-    status = wait(child(first_line(work, cache, folder / "whole", **craft), folder / "log"))
+    def flags(out): return [*(f for f in first_line(work, cache, out, **craft) if not f.startswith("--batch_size")), *epochs(work)]
+    status = wait(child(flags(folder / "whole"), folder / "log"))
     assert status == 0, (folder / "log").read_text()[-3000:]
     span, whole = time.monotonic() - start, result(folder / "whole")
     assert ([r["step"] for r in whole["rows"]] == list(range(1, 9)) and any(r["projected"] for r in whole["rows"])
             and len({r["lambda"] for r in whole["rows"]}) > 2)
+    assert json.loads(whole["training_state/craft_state.json"])["data"]["epoch"] == 2  # two borders of epochs were crossed
     while kills > 0:
         n, out = min(per_run, kills), folder / f"run{runs}"
-        writing += broken_run(out, first_line(work, cache, out, **craft), n, span, rng, folder / "log")
+        writing += broken_run(out, flags(out), n, span, rng, folder / "log")
         wrong = difference(result(out), whole)
         assert not wrong, f"run {runs} differs from the unbroken one: {wrong}"
         if progress: print(f"{n} kills: bit-equal", flush=True)

@@ -140,6 +140,101 @@ def test_an_output_folder_that_cannot_be_written_is_refused():
             os._exit(1)
         assert K.wait(pid) == 0
 
+
+# file systems without links
+
+@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), PermissionError(1, "Operation not permitted"), NotImplementedError()])
+def test_without_symbolic_links(place, whole, monkeypatch, error):
+    "A pointer file stands for the link: for the next checkpoint, the summary, resume, and every command that is given a path through it."
+    from craft_nb import cli
+    work, cache, folder = place
+    out = folder / f"nolink-{type(error).__name__}"
+    def no(*args, **kw): raise error
+    for name in ("symlink", "link"): monkeypatch.setattr(os, name, no)
+    monkeypatch.setattr(Path, "symlink_to", no)
+    log = Path(f"{out}.log")
+    assert K.wait(K.child([f for f in K.first_line(work, cache, out, "--steps=4") if f != "--steps=8"], log)) == 0, log.read_text()[-3000:]
+    last = out / "checkpoints/last"
+    assert last.is_file() and not last.is_symlink() and last.read_text() == "000004\n"
+    assert f"checkpoint in {(out / 'checkpoints/000004').resolve()}" in log.read_text()
+    policy = f"{last}/pretrained_model"
+    R.on_ranks(1, log, lambda rank: cli.evaluate([f"--policy.path={policy}", f"--anchors={cache}", f"--out_dir={out}-eval"]))
+    R.on_ranks(1, log, lambda rank: cli.build_cache([f"--policy.path={policy}", f"--dataset.repo_id={work.root}", f"--out_dir={out}-cache", "--num_anchors=4"]))
+    other = ["--steps=4", f"--config_path={policy}/train_config.json", "--resume=true"]
+    assert K.wait(K.child(other, log)) == 0, log.read_text()[-3000:]  # finished: left as it is
+    assert last.read_text() == "000004\n"
+    assert K.wait(K.child(K.resume_line(out, "--steps=8"), log)) == 0, log.read_text()[-3000:]
+    assert last.read_text() == "000008\n" and [r["step"] for r in K.rows(out)] == list(range(1, 9))
+
+
+def test_a_copy_in_the_place_of_the_link_is_kept(place, whole):
+    "cp -rL, zip and some mounts turn `last` into a folder."
+    work, cache, folder = place
+    last = folder / "copied/checkpoints/last"
+    shutil.copytree(folder / "whole/checkpoints/000006", last)
+    shutil.copy(folder / "whole/metrics.jsonl", folder / "copied")
+    log = folder / "copied.log"
+    assert K.wait(K.child(K.resume_line(folder / "copied", f"--output_dir={folder / 'copied'}"), log)) == 0, log.read_text()[-3000:]
+    assert os.readlink(last) == "000008" and (folder / "copied/checkpoints/last.1/training_state").is_dir()
+    assert not K.difference(K.result(folder / "copied"), whole)
+
+
+# two at once
+
+def test_a_second_run_is_refused_while_the_first_writes(place, whole):
+    work, cache, folder = place
+    out = folder / "twice"
+    first = K.child(K.first_line(work, cache, out, steps=10**6, save_freq=2), Path(f"{out}.log"))
+    while not K.ended(first) and not ((out / "checkpoints/last").exists()): time.sleep(0.01)
+    held = json.loads((out / ".craft.lock").read_text())
+    assert held["pid"] == first and held["command"] == "craft-train"
+    for argv in (K.first_line(work, cache, out), K.resume_line(out), K.resume_line(out, "--steps=4")):
+        log = Path(f"{out}.second.log")
+        assert K.wait(K.child(argv, log)) == 1
+        said = log.read_text()
+        assert f"process {first} on " in said and "writes here; wait for it, stop it, or give another --output_dir" in said
+        assert not K.ended(first)
+        log.unlink()
+    other = f"{out}-other"  # another folder of its own may go on from what is there
+    assert K.wait(K.child(K.resume_line(out, f"--output_dir={other}", "--steps=4"), log)) in (0, 1)
+    os.kill(first, signal.SIGKILL)
+    K.wait(first)
+    assert (out / ".craft.lock").exists()
+    log = Path(f"{out}.third.log")
+    done = int(os.readlink(out / "checkpoints/last"))
+    assert K.wait(K.child(K.resume_line(out, f"--steps={done + 1}"), log)) == 0, log.read_text()[-3000:]  # taken over
+    assert not (out / ".craft.lock").exists() and K.rows(out)[-1]["step"] == done + 1
+
+
+def test_the_lock_of_a_run_in_python(place):
+    from craft_nb.cli import parsed, today
+    from craft_nb.lerobot import CraftTrainConfig, finish, make_trainer
+    from craft_nb.machine import holder
+    work, cache, folder = place
+    out = folder / "python/run"
+    def config(*more): return parsed(CraftTrainConfig, today([*[f for f in K.first_line(work, cache, out) if f not in ("--steps=8", "--save_freq=2")],
+                                                              "--steps=1", "--save_checkpoint=false", *more], True))
+    def python(rank):
+        first = make_trainer(config(), quiet=True)
+        second = make_trainer(config(), quiet=True)  # the cell is run again
+        with pytest.raises(FileExistsError, match="another trainer was made for this folder since"): first.fit()
+        class Asks(Callback):
+            def after_step(self, trainer, record):
+                with pytest.raises(FileExistsError, match="this very process .* writes here"): make_trainer(config(), quiet=True)
+        second.callbacks.insert(0, Asks())
+        second.fit()
+        assert holder(out) == "" and not (out / ".craft.lock").exists()
+        finish(second)
+        with pytest.raises(FileExistsError, match="already exists"): make_trainer(config(), quiet=True)
+        shutil.rmtree(out.parent)
+        with pytest.raises(ValueError, match="has no view"): make_trainer(config("--craft.views=tokens"), quiet=True)
+        import craft_nb.lerobot as ours
+        ours.make_order = lambda *args: 1 / 0  # behind the lock
+        with pytest.raises(ZeroDivisionError): make_trainer(config(), quiet=True)
+        assert not out.parent.exists()
+    R.on_ranks(1, folder / "python.log", python)
+
+
 # memory and workers
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),

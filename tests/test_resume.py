@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import kill_training as K
+import ranks as R
+from craft_nb import Callback
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +30,56 @@ def test_kills(place):
     work, cache, folder = place
     runs, writing = K.kill_runs(folder / "kills", work, cache, 3, seed=int(time.time()))
     assert runs == 1 and writing >= 1  # the first and the third kill wait for a checkpoint write
+
+
+# the same bits from every step on
+
+EPOCH = ["--dataset.episodes=[0]"]
+
+
+def three_epochs(work, ranks=1, steps_an_epoch=3):
+    "Frames a rank and step, so that an epoch of one episode has that many steps, the last of them incomplete."
+    from lerobot.datasets import LeRobotDatasetMetadata
+    frames = int(LeRobotDatasetMetadata("local/x", root=work.root).episodes["length"][0])
+    size = next(b for b in range(1, frames) if -(-(-(-frames // b)) // ranks) == steps_an_epoch and frames % b)
+    assert frames % (size * ranks)
+    return size
+
+
+class Draws(Callback):
+    "Writes down what the random state gives before each step: it must go on as well."
+    def __init__(self, file): self.file = file
+    def before_step(self, trainer):
+        with open(self.file, "a") as f: f.write(f"{trainer.step} {torch.rand(()).item()}\n")
+
+
+@pytest.mark.parametrize("ranks,workers,more", [(1, 0, {}), (1, 2, {}), (2, 0, {}), (2, 2, {}),
+                                                (1, 2, dict(accumulate=2, persistent_workers="false"))])
+def test_bit_equal_from_every_step(place, ranks, workers, more):
+    "Three epochs with incomplete last batches; the anchors cross their own."
+    work, cache, folder = place
+    accumulate, persistent = more.get("accumulate", 1), more.get("persistent_workers", "true")
+    name = folder / f"every-{ranks}-{workers}-{accumulate}"
+    size = three_epochs(work, ranks, 3 * accumulate)
+    whole = name / "whole"
+    flags = [f for f in K.first_line(work, cache, whole, *EPOCH, steps=9, save_freq=1, anchor_batch_size=8 // ranks,
+                                     anchor_num_workers=int(workers > 0), gradient_accumulation_steps=accumulate)
+             if not f.startswith(("--batch_size", "--num_workers"))]
+    flags += [f"--batch_size={size}", f"--num_workers={workers}", f"--persistent_workers={persistent}"]
+    name.mkdir()
+    def train(argv, out): R.on_ranks(ranks, f"{out}.log", lambda rank: R.train_rank(argv, "ddp", [Draws(f"{out}.draws")] if rank == 0 else []))
+    def draws(out): return Path(f"{out}.draws").read_text().splitlines()
+    def go_on(run, k, out, save_freq=100):
+        config = f"{run}/checkpoints/{k:06d}/pretrained_model/train_config.json"
+        train(["--resume", f"--config_path={config}", f"--output_dir={out}", f"--save_freq={save_freq}"], out)
+        a, b = K.result(whole), K.result(out)
+        assert a.pop("rows")[k:] == b.pop("rows") and not K.difference(a, b), k
+        assert draws(whole)[k:] == draws(out), k
+    train(flags, whole)
+    state = K.result(whole)["training_state/craft_state.json"]
+    assert json.loads(state)["data"] == dict(epoch=3, start_index=0) and json.loads(state)["retention"]["anchors"]["anchors_seen"] == 40
+    for k in range(1, 9): go_on(whole, k, name / str(k), save_freq=1 if k == 2 else 100)
+    go_on(name / "2", 5, name / "again")  # a resumed run
 
 
 @pytest.fixture(scope="module")
