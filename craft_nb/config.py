@@ -57,6 +57,8 @@ def parse_weights(
 class CraftConfig:
     "All settings of constrained retention fine-tuning. Wrong values raise `ValueError` that names the field."
     enabled: bool = True  # false: plain training, step for step LeRobot's own
+    method: str = "craft"  # craft | constant | share | sft | l2sp | retain | consft | der | agem | package.module:Class
+    method_options: str = ""  # numbers of the method, "name:value,…"
     anchor_cache_dir: str = "data/anchor_cache_hidden"  # folder written by craft-build-cache
     anchor_batch_size: int = 16  # anchors per retention step and process
     retention_freq: int = 5  # K: every K-th step is a retention step
@@ -134,7 +136,7 @@ _TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
 def _joint_faults(cfg):  # what no single field can show
     faults = []
-    for name in ("views", "view_epsilons", "layer_weights"):
+    for name in ("views", "view_epsilons", "layer_weights", "method_options"):
         try: parse_weights(getattr(cfg, name), name)
         except ValueError as e: faults.append(str(e))
     if cfg.initial_lambda > cfg.lambda_max:

@@ -163,6 +163,7 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
 class Method:
     """How abilities are kept while a new task is learned: override what it touches; with nothing overridden, training is plain.
     `row` becomes the record of the step: `retention_loss`, `lambda` and `epsilon` are shown as those of CRaFT are."""
+    name = "plain"
     config = None  # goes into the log
     duals: dict = {}  # multipliers by name
     copies = 0  # of the trained weights that it holds, for the memory estimate
@@ -411,6 +412,7 @@ FIRST_MEASURED = 10  # retention steps that are all measured, before every n-th 
 
 class Retention(Constraint):
     "CRaFT: the task loss under budgets for the drift on anchors."
+    name = "craft"
     def attach(self, trainer): refuse_pieces(self, trainer)
     def setup(self, trainer):
         if self.config.epsilon_unit == "auto": trainer.event("calibrated", drift=calibrate_budget(trainer))
@@ -618,16 +620,16 @@ class CraftTrainer:
     def state_dict(self) -> dict:
         "All that a checkpoint must hold beside weights, optimizer and scheduler; plain JSON."
         return {"step": self.step, "nonfinite": self.nonfinite, "nonfinite_run": self.nonfinite_run,
-                "method": type(self.method).__name__, "retention": self.method.state_dict()}
+                "method": self.method.name, "retention": self.method.state_dict()}
 
     def load_state_dict(self, state: dict):
-        if (was := state["method"]) != (now := type(self.method).__name__):
+        if (was := state["method"]) != (now := self.method.name):
             raise ValueError(f"the checkpoint was written {METHOD_WORDS.get(was, 'with ' + was)}, this run is "
                              f"{METHOD_WORDS.get(now, 'with ' + now)}: resume with the same --craft.enabled, and from Python with the same method")
         self.step, self.nonfinite, self.nonfinite_run = state["step"], state["nonfinite"], state["nonfinite_run"]
         self.method.load_state_dict(state["retention"])
 
-METHOD_WORDS = {"Method": "without CRaFT", "Retention": "with CRaFT"}
+METHOD_WORDS = {"plain": "without CRaFT", "craft": "with CRaFT"}
 
 # %% ../nbs/08_trainer.ipynb #bc912e4b
 def task_backward(trainer: CraftTrainer) -> Tensor:
