@@ -171,7 +171,8 @@ def train(argv: list[str] | None = None) -> None:
         if "--policy.path" in given: raise SystemExit("--resume takes the policy of the checkpoint: give --resume or --policy.path, not both")
     if given.get("--craft.enabled", "true").lower() != "false" and not {"--help", "-h", "--config_path"} & {*argv, *given}:
         folder = given.get("--craft.anchor_cache_dir", "data/anchor_cache_hidden")
-        if not Path(folder).is_dir(): raise SystemExit(no_cache(folder))
+        with_anchors = given.get("--craft.method", "craft") in ("craft", "constant", "share", "der", "agem")
+        if with_anchors and not Path(folder).is_dir(): raise SystemExit(no_cache(folder))
     def main():
         ours = opened()
         from lerobot.utils.utils import init_logging

@@ -153,9 +153,9 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.view_epsilons and cfg.epsilon_unit == "auto":
         faults.append("view_epsilons: epsilon_unit=auto takes epsilon_fraction for every view; use raw or relative")
     if cfg.share > cfg.share_max: faults.append(f"share: expected at most share_max={cfg.share_max}, found {cfg.share}")
-    if cfg.require_budget and not (cfg.heldout_cache_dir or cfg.heldout_fraction > 0 or cfg.heldout_fraction < 0 and cfg.controller == "share"):
+    if cfg.require_budget and not (cfg.heldout_cache_dir or cfg.heldout_fraction > 0 or cfg.heldout_fraction < 0 and "share" in (cfg.controller, cfg.method)):
         faults.append("require_budget: a budget is judged on held-out anchors; set heldout_fraction above 0, or heldout_cache_dir")
-    if cfg.require_budget and cfg.controller == "share" and not cfg.budget and cfg.epsilon_unit != "auto":
+    if cfg.require_budget and "share" in (cfg.controller, cfg.method) and not cfg.budget and cfg.epsilon_unit != "auto":
         faults.append("require_budget: there is none; set budget above 0")
     if cfg.controller in ("landing", "share") and not cfg.shared_lambda:
         faults.append(f"controller: {cfg.controller} reads ‖r‖, which with shared_lambda=false already carries the λs; "

@@ -190,3 +190,32 @@ def test_what_cannot_be_judged_is_refused(place):
     assert "leaves none to train on" in run(place, "none", "--craft.heldout_fraction=0.9", code=1)[1]
     assert "is the cache that is trained on" in run(place, "same", f"--craft.heldout_cache_dir={place[1]}", code=1)[1]
     with pytest.raises(ValueError, match="require_budget"): CraftConfig(require_budget=True)
+
+
+METHODS = dict(constant="", share="", sft="", l2sp="alpha:0.5", retain="alpha:0.5", consft="", der="", agem="")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_by_one_flag(place, method):
+    import kill_training as K
+    from craft_nb.monitor import read_records
+    out, said = run(place, f"method-{method}", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", "--steps=2", "--save_freq=2",
+                    controller="ascent", heldout_fraction=0.0)
+    rows = K.rows(out)
+    assert [r["step"] for r in rows] == [1, 2] and all(r["skipped"] is None for r in rows) and "Trained to step 2/2" in said
+    assert (rows[-1]["retention_loss"] is not None) == (method not in ("sft", "retain", "consft"))
+    assert read_records(out / "metrics.jsonl")[0]["craft"]["method"] == method
+
+
+def test_what_a_method_keeps_of_the_start_survives_a_resume(place):
+    import kill_training as K
+    whole, _ = run(place, "l2sp-whole", "--craft.method=l2sp", "--craft.method_options=alpha:0.5", heldout_fraction=0.0)
+    config = whole / "checkpoints/000004/pretrained_model/train_config.json"
+    again, _ = run(place, "l2sp-again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / 'l2sp-again'}"])
+    a, b = K.result(whole), K.result(again)
+    assert "training_state/method.safetensors" in a and a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
+
+
+def test_an_unknown_method_is_refused(place):
+    assert "method: expected one of craft, constant" in run(place, "nobody", "--craft.method=nobody", code=1)[1]
+    assert "method_options: l2sp takes alpha" in run(place, "beta", "--craft.method=l2sp", "--craft.method_options=beta:1", heldout_fraction=0.0, code=1)[1]
