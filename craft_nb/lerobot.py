@@ -1368,11 +1368,16 @@ def measured(parts: dict, result: dict, out: Path) -> str:
     return eval_table(result)
 
 def load_policy_alone(cfg: PreTrainedConfig):
-    "A policy without a data set or environment to tell its features: those of its checkpoint."
+    "A policy without a data set or environment to tell its features: those of its checkpoint. An adapter's stands on its base."
     from lerobot.policies.factory import get_policy_class
     require_parts(at_home(cfg))
-    policy = get_policy_class(cfg.type).from_pretrained(cfg.pretrained_path, config=cfg)
-    check_loaded_weights(policy, cfg.pretrained_path)
+    base = cfg.pretrained_path
+    if adapted := getattr(cfg, "use_peft", False):
+        from peft import PeftConfig, PeftModel
+        base = PeftConfig.from_pretrained(str(cfg.pretrained_path)).base_model_name_or_path
+    policy = get_policy_class(cfg.type).from_pretrained(base, config=cfg)
+    if Path(base).is_dir(): check_loaded_weights(policy, base)
+    if adapted: policy = PeftModel.from_pretrained(policy, str(cfg.pretrained_path))
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
 
 def eval_table(result: dict) -> str:

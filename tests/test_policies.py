@@ -169,8 +169,10 @@ def build(work, folder, out="cache", *more):
 
 
 def train(work, folder, *more):
-    cli.train([f"--policy.path={folder}", f"--dataset.repo_id={work.root}", "--output_dir=run", "--craft.anchor_cache_dir=cache", "--batch_size=4",
-               "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--num_workers=0", "--seed=3", *more])
+    flags = [f"--policy.path={folder}", f"--dataset.repo_id={work.root}", "--output_dir=run", "--craft.anchor_cache_dir=cache", "--batch_size=4",
+             "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--num_workers=0", "--seed=3"]
+    named = {m.split("=")[0] for m in more}
+    cli.train([*(f for f in flags if f.split("=")[0] not in named), *more])
 
 
 def steps(run="run"): return [r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) if "event" not in r]
@@ -265,3 +267,27 @@ def test_a_draw_that_rows_share_is_refused(work, zoo):
         rows = adapter.inputs(policy, batch) | {"draw_seed": draw_seeds(0, range(len(ROWS)))}
         adapter.features(policy, adapter.prepare(policy, rows), [], True, False)
     with contextlib.suppress(AttributeError): del policy.model.sample_time
+
+
+LORA = dict(act=["--peft.target_modules=.*model.decoder.*linear1"], pi0=[])  # pi0 has targets of its own
+
+
+@pytest.mark.parametrize("kind", ["act", "pi0"])
+def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind, inside):
+    from safetensors.torch import load_file
+    build(work, zoo(kind))
+    adapters = ["--peft.method_type=LORA", "--peft.r=4", "--policy.optimizer_lr=0.01", *LORA[kind]]
+    train(work, zoo(kind), "--steps=4", "--save_freq=2", *adapters)
+    rows, end = steps(), Path("run/checkpoints/last/pretrained_model")
+    assert rows[0]["retention_loss"] <= 1e-6 < rows[3]["retention_loss"]
+    whole = load_file(end / "adapter_model.safetensors")
+    first = sorted(p.name for p in Path("run/checkpoints").iterdir() if p.name != "last")[0]
+    cli.train(["--resume", f"--config_path=run/checkpoints/{first}/pretrained_model/train_config.json"])
+    again = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    cli.evaluate([f"--policy.path={end}", "--anchors=cache", "--out_dir=seen"])
+    drift = json.loads(Path("seen/eval.json").read_text())["drift"]["losses"]["answer"]
+    train(work, end, "--output_dir=more", "--steps=1", "--save_freq=1", "--craft.anchor_batch_size=12")
+    assert steps("more")[0]["retention_loss"] == pytest.approx(drift, rel=1e-4)  # where the adapter stood
+    more = load_file("more/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    assert {k: v.shape for k, v in more.items()} == {k: v.shape for k, v in whole.items()}  # neither dropped nor wrapped anew
