@@ -9,10 +9,10 @@ __all__ = ['HOOKS', 'METHOD_HOOKS', 'FIRST_MEASURED', 'METHOD_WORDS', 'RECORD', 
            'retention_backward', 'pressed', 'stacked', 'violations', 'merge_weight', 'surgery_row',
            'update_multipliers', 'added_gradients', 'take_grad', 'retention_taken', 'refuse_pieces', 'Retention',
            'AnchorRows', 'cache_episodes', 'set_aside', 'HeldOut', 'mean_over_episodes', 'certify', 'CraftTrainer',
-           'task_backward', 'clip_gradients', 'across_ranks', 'step_gradients', 'one_step', 'agree', 'make_record',
-           'finite_or_none', 'calibrate_budget', 'apply_changes', 'loop', 'fit', 'PeakMemory', 'pass_bytes',
-           'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'ahead', 'measure_passes', 'Memory', 'resident',
-           'Run']
+           'with_method', 'task_backward', 'clip_gradients', 'across_ranks', 'step_gradients', 'one_step', 'agree',
+           'make_record', 'finite_or_none', 'calibrate_budget', 'apply_changes', 'loop', 'fit', 'PeakMemory',
+           'pass_bytes', 'gradient_pass', 'moments', 'nbytes', 'estimate_memory', 'ahead', 'measure_passes', 'Memory',
+           'resident', 'Run']
 
 # %% ../nbs/08_trainer.ipynb #1f04817a
 import itertools
@@ -623,11 +623,17 @@ class CraftTrainer:
                 "method": self.method.name, "retention": self.method.state_dict()}
 
     def load_state_dict(self, state: dict):
+        state = state if "method" in state else with_method(state)
         if (was := state["method"]) != (now := self.method.name):
             raise ValueError(f"the checkpoint was written {METHOD_WORDS.get(was, 'with ' + was)}, this run is "
                              f"{METHOD_WORDS.get(now, 'with ' + now)}: resume with the same --craft.enabled, and from Python with the same method")
         self.step, self.nonfinite, self.nonfinite_run = state["step"], state["nonfinite"], state["nonfinite_run"]
         self.method.load_state_dict(state["retention"])
+
+def with_method(state: dict) -> dict:
+    "The state of a checkpoint from before methods had names, in today's words."
+    kept = state["retention"]
+    return state | (dict(method="plain", retention={}) if kept is None else dict(method="craft", retention=kept | dict(gate=state["gate"])))
 
 METHOD_WORDS = {"plain": "without CRaFT", "craft": "with CRaFT"}
 
