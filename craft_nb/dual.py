@@ -74,7 +74,7 @@ LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=1.0, memory=0.9
 
 def _landing(dual, loss, eps, gradients):
     p, memory = LANDING, dual.memory
-    if not (loss > 0 and eps > 0): return 0.0
+    if not (loss > 0 and eps > 0): return dual.lam
     e = min(max(math.log(loss / (p["aim"] * eps)), -p["clip"]), p["clip"])
     mean = memory["e"] = p["smooth"] * memory.get("e", e) + (1 - p["smooth"]) * e
     g, r, cosine = gradients
@@ -83,14 +83,14 @@ def _landing(dual, loss, eps, gradients):
         keep, even = min(p["memory"], 1 - 1 / n), math.log(g / r)
         for name, x in (("even", even), ("rho", even + 0.5 * math.log(loss / eps)), ("cosine", cosine)):
             memory[name] = keep * memory.get(name, x) + (1 - keep) * x
-    if "rho" not in memory: return 0.0
+    if "rho" not in memory: return dual.lam
     weight = memory["most"] = (p["most"] + max(0.0, -memory["cosine"])) * dual.config.retention_freq
     most = math.log(weight)
     steps = dual.config.retention_freq * dual.config.lambda_update_every
     s = memory["s"] = min(max(memory.get("s", 0.0) + p["ki"] * steps * e, p["low"]), most)
     memory["held"] = memory["rho"] + s + p["kp"] * mean >= memory["even"] + most
     target = 0.0 if s == p["low"] else math.exp(min(memory["rho"] + s + p["kp"] * mean, memory["even"] + most, 700.0))
-    return target / dual.pressure - dual.lam
+    return target / dual.pressure
 
 # %% ../nbs/04_dual.ipynb #b4f0916d
 SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5)
@@ -116,8 +116,8 @@ def _share(dual, loss, eps, gradients):
     memory["s"], at = s, min(max(s + p["kp"] * e, low), high)
     memory["share"] = memory["most"] = math.exp(at) if c.share_max else 0.0
     memory["held"] = at == high
-    if "log_kappa" not in memory or not max(mean, loss) > 0: return 0.0
-    return memory["share"] * math.exp(memory["log_g"] - memory["log_kappa"]) / max(mean, loss) ** 0.5 - dual.lam
+    if "log_kappa" not in memory or not max(mean, loss) > 0: return dual.lam
+    return memory["share"] * math.exp(memory["log_g"] - memory["log_kappa"]) / max(mean, loss) ** 0.5
 
 def see_held_out(dual, loss: float) -> None:
     "Tell `share` what L_ret is on held-out anchors now."
@@ -201,8 +201,10 @@ class Dual(Budget):
             if step >= c.lambda_warmup_steps and len(self.pending) >= c.lambda_update_every:
                 loss, self.pending = sum(self.pending) / len(self.pending), []
                 control = CONTROLLERS[c.controller](self, loss, eps, (*(grad_norms or (0.0, 0.0)), cosine))
-                gain = 1.0 if c.controller in NO_GAIN else self.lambda_lr * lr_scale
-                self.lam = min(max(self.lam + gain * control, 0.0), self.top)
+                finds = c.controller in NO_GAIN  # set, not added: 1 + (1e-8 − 1) has lost half its digits
+                new = control if finds else self.lam + self.lambda_lr * lr_scale * control
+                if finds: control -= self.lam
+                self.lam = min(max(new, 0.0), self.top)
                 self._watch_limit(loss, eps)
         return {"lambda": self.lam, "epsilon": eps, "violation": retention_loss - eps, "control": control,
                 "clipped": self.lam >= self.top, "pinned": self.pinned >= c.lambda_clip_patience}

@@ -304,3 +304,12 @@ def test_probe_leaves_no_trace(optimizer, steps_before):
         probe_drift(lambda i: (step(i), 1 / 0), drift, 6, net, opt, sched, generators=[gen])
     assert equal(before, state())
     assert equal(want, run()), "training after the probe is not what it would have been"
+
+
+@pytest.mark.parametrize("controller", ["landing", "share"])
+def test_a_small_weight_keeps_its_digits(controller):
+    "λ starts at 1 and is 1e-8 or 1e-15 a step later: as exact as where it starts near there."
+    for r in (1e6, 1e13):
+        near, far = (Dual(config(controller=controller, epsilon_end=1.0, lambda_max=1e30, initial_lambda=x), 300) for x in (1e-2 / r, 1.0))
+        for dual in (near, far): dual.update(0, 1.0, grad_norms=(1e-2, r), cosine=0.0)
+        assert far.lam == near.lam > 0
