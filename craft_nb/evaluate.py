@@ -7,8 +7,8 @@ __all__ = ['INK', 'COLOURS', 'CSS', 'wilson', 'rate', 'pooled_rate', 'bootstrap'
            'continual_world_forgetting', 'linear_cka', 'hidden_drift', 'measure_drift', 'check_report', 'arms',
            'summarise', 'arm_colour', 'new_figure', 'figure_png', 'figure_svg', 'plot_success', 'plot_drift',
            'plot_curves', 'table_html', 'cell_html', 'clip_html', 'best_arm', 'lede', 'section', 'success_section',
-           'views_section', 'blind_section', 'clips_section', 'curves_section', 'drift_section', 'table_markdown',
-           'success_markdown', 'render_report', 'page_html']
+           'views_section', 'arms_section', 'blind_section', 'clips_section', 'curves_section', 'drift_section',
+           'table_markdown', 'success_markdown', 'render_report', 'page_html']
 
 # %% ../nbs/10_evaluate.ipynb #c6a895b7
 import base64
@@ -318,8 +318,8 @@ def best_arm(summary: dict) -> str | None:
     able = [a for a in ours if "sft" not in summary or summary[a]["new"]["rate"] >= 0.85 * summary["sft"]["new"]["rate"]]
     return max(able or ours, key=lambda a: (summary[a]["old"]["rate"], summary[a]["new"]["rate"]), default=None)
 
-def lede(summary: dict) -> str:
-    "What happened, in a sentence for each of plain fine-tuning and the best arm of ours; HTML."
+def lede(summary: dict, default: str | None = None) -> str:
+    "What happened, in a sentence for each of plain fine-tuning and `default`, or the best arm of ours; HTML."
     def says(arm, name):
         c, kept = summary[arm], summary[arm]["retention"]
         if kept is None:
@@ -327,7 +327,7 @@ def lede(summary: dict) -> str:
                     "on the new task.").replace("%", " %")
         return (f"{name} kept <b>{kept['ratio']:.0%}</b> of the old success ({kept['low']:.0%}–{kept['high']:.0%}) "
                 f"and reached <b>{c['new']['rate']:.0%}</b> on the new task.").replace("%", " %")
-    best = best_arm(summary)
+    best = default or best_arm(summary)
     parts = [says("sft", "Plain fine-tuning")] if "sft" in summary else []
     if best: parts.append(says(best, f"CRaFT with the view <b>{html.escape(best.removeprefix('craft:'))}</b>"))
     return " ".join(parts)
@@ -385,13 +385,25 @@ def views_section(report: dict, summary: dict) -> str:
     def number(x, unit, digits=0): return "–" if x is None else f"{x:,.{digits}f} {unit}"
     def row(view, r):
         c, seconds = summary[r["arm"]], report["step_seconds"].get(r["arm"])
-        return [html.escape(view), cell_html(c["old"]), cell_html(c["new"]), number(r.get("bytes_per_anchor"), "B"),
+        return [html.escape(view), cell_html(c["old"]), cell_html(c["new"]), number(r.get("anchors"), ""), number(r.get("bytes_per_anchor"), "B"),
                 number(r.get("build_seconds"), "s", 1), number(seconds, "s", 3)]
     rows = [row(*x) for x in report["views"].items()]
-    head = ["view", "old success", "new success", "per anchor", "cache built in", "step"]
+    head = ["view", "old success", "new success", "anchors", "per anchor", "cache built in", "step"]
     text = ("A view is what the cache stores of the teacher. Bytes count the targets alone; the step time is the one "
             "given below for the arm that trained on the view.")
     return section("Views", text, table_html(head, rows))
+
+def arms_section(report: dict) -> str:
+    "How far each arm drifted, where it was trained on and where it was not, and how often it projected."
+    def number(x): return "–" if x is None else f"{x:.3f}"
+    base = report["step_seconds"].get("sft")
+    def row(arm, r):
+        ratio = report["step_seconds"].get(arm, 0) / base if base else 0
+        return [html.escape(arm), number(r["held_out"]), number(r["train"]), f"{r['projected']} of {r['steps']}", f"{ratio:.2f}" if ratio else "–"]
+    text = ("Drift is the Kullback–Leibler divergence from the teacher's action probabilities, in nats per action token: on anchors of episodes that "
+            "no cache holds, and on those of the cache. A projection happens where the gradients of task and anchors oppose each other and the arm's gate is open.")
+    head = ["arm", "held-out drift", "on its anchors", "projected steps", "step ÷ sft's"]
+    return section("How far it drifted", text, table_html(head, [row(*x) for x in report["arms"].items()]))
 
 def blind_section(report: dict) -> str:
     "Whether the tasks can be solved without looking."
@@ -452,6 +464,7 @@ def render_report(
     parts = [success_section(report, summary)]
     if clips:
         parts.append(clips_section(clips))
+    if report.get("arms"): parts.append(arms_section(report))
     if report.get("views"): parts.append(views_section(report, summary))
     if any(r.get("violation") is not None and r["epsilon"] for rows in records.values() for r in rows):
         figures["curves"] = plot_curves(records)
@@ -476,7 +489,7 @@ def page_html(title: str, report: dict, summary: dict, parts: Sequence[str]) -> 
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>
 <header><h1>{title}</h1><div class="meta">{meta}{f" ({stages})" if stages else ""}</div></header>
-<p class="lede">{lede(summary)}</p>{"".join(parts)}
+<p class="lede">{lede(summary, report.get("default"))}</p>{"".join(parts)}
 {section("How it was run", "Median seconds of a training step, and the settings.", *how)}
 <footer>Made by craft_nb from report.json.</footer></body></html>
 """

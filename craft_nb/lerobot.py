@@ -1288,14 +1288,14 @@ def task_loss(policy: nn.Module, pre, dataset, batch_size: int, max_frames: int)
     return loss_by_task(policy, loader_by_task(dataset, batch_size, rows), dataset.meta.camera_keys, pre)
 
 @torch.no_grad()
-def anchor_drift(policy: nn.Module, folder: str, batch_size: int) -> dict:
+def anchor_drift(policy: nn.Module, folder: str, batch_size: int, most: int = 0) -> dict:
     """Loss of each view of a cache, and the drift of pooled hidden states by layer and vector where it holds them;
-    `by_instruction` the same for the anchors of each, where the cache says which that are."""
+    `by_instruction` the same for the anchors of each, where the cache says which that are. `most` of them, spread evenly, if that is above 0."""
     cache, groups, found = AnchorCacheDataset(folder), defaultdict(list), {}
     craft = CraftConfig(enabled=False)
     adapter, views, m = cache_adapter(cache, craft, policy), cache_views(cache, craft), cache.manifest
     told = cache.instructions()
-    for i in range(len(cache)): groups[told[i] if told else ""].append(i)
+    for i in range(0, len(cache), -(-len(cache) // most) if most else 1): groups[told[i] if told else ""].append(i)
     for text, rows in groups.items():
         sums, hidden = {name: [0.0, 0] for name in views}, []
         for k in range(0, len(rows), batch_size):

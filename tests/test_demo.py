@@ -117,13 +117,14 @@ def test_stages_are_skipped_or_refused(work, tmp_path):
 def test_whole_demo_tiny(tmp_path, capsys):
     "Every stage, from the simulator to report.html, on next to nothing."
     from craft_nb.demo import demo_main
-    args = ["--size=tiny", f"--folder={tmp_path}", "--old=plate-slide-v3", "--arms=sft,craft:action_logits", "--episodes=2", "--eval-episodes=2"]
+    args = ["--size=tiny", f"--folder={tmp_path}", "--old=plate-slide-v3", "--new=window-open-v3", "--spread=1", "--arms=sft,craft:action_logits", "--episodes=2", "--eval-episodes=2"]
     demo_main(args)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["tasks"] == dict(old=["plate-slide-v3"], new=["window-open-v3"])
     cells = [c for by in report["success"].values() for c in by.values()]
     assert len(cells) == 6 and all(c["n"] == 2 and 0 <= c["low"] <= c["rate"] <= c["high"] <= 1 for c in cells)
-    assert set(report["step_seconds"]) == set(report["drift"]) == {"sft", "craft:action_logits"}
+    assert set(report["step_seconds"]) == set(report["drift"]) == set(report["arms"]) == {"sft", "craft:action_logits"} and report["default"] == "craft:action_logits"
+    assert all(a["held_out"] > 0 and a["train"] > 0 and (a["projected"], a["steps"]) == (0, 4) for a in report["arms"].values()), report["arms"]
     page = (tmp_path / "report.html").read_text()
     assert "data:image/gif" in page and not re.search(r"""(src|href)=["']?https?:|@import|url\(["']?https?:""", page)  # opens without network
     first = json.loads((tmp_path / "runs/craft-action_logits/metrics.jsonl").read_text().splitlines()[1])
