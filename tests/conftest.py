@@ -14,3 +14,25 @@ def work(tmp_path_factory):
     logging.disable(logging.WARNING)
     yield tiny_workload(tmp_path_factory.mktemp("work"), episodes=2)
     logging.disable(logging.NOTSET)
+
+
+def _ordinary_priority():
+    """SVT-AV1, LeRobot's own video encoder, puts the thread that calls it at real-time priority 99 where it runs as root, and every
+    thread and process begun afterwards inherits that: whatever else is on the machine starves. Back to what it was."""
+    if not hasattr(os, "sched_getscheduler"): return
+    for thread in os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else ():
+        try:
+            if os.sched_getscheduler(int(thread)) != os.SCHED_OTHER: os.sched_setscheduler(int(thread), os.SCHED_OTHER, os.sched_param(0))
+        except ProcessLookupError: continue   # it has ended since
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    try: return (yield)
+    finally: _ordinary_priority()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try: return (yield)
+    finally: _ordinary_priority()
