@@ -190,3 +190,17 @@ def test_the_advice_of_a_command_is_its_own(place, work):
         else: raise AssertionError(said)
         assert len(taken) == 2, (taken, said)
     assert json.loads((place / "made/anchors.json").read_text())["dataset"]["rename_map"] == {"observation.images.front": "observation.image"}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_command_called_from_python_leaves_the_command_line_as_it_was(place, work, monkeypatch, wrong):
+    "LeRobot's training reads `sys.argv`: with a command's flags left there, the next policy trained in the process is that command's."
+    import sys
+    from lerobot.configs import parser
+    (place / "build.yaml").write_text(f"policy:\n  path: {work.policy_path}\n")
+    monkeypatch.setattr(sys, "argv", ["notebook", "--mine"])
+    flags = [f"--config_path={place / 'build.yaml'}", f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}", f"--out_dir={place / 'from_python'}"]
+    if wrong:
+        with pytest.raises(SystemExit): cli.build_cache([*flags, "--num_anchors=0"])
+    else: cli.build_cache([*flags, "--num_anchors=4", "--allow_undecodable=true"])
+    assert sys.argv == ["notebook", "--mine"] and parser.get_path_arg("policy") is None
