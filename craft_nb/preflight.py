@@ -76,7 +76,7 @@ class Report:
 def say_setup(r: Report, t: CraftTrainer) -> None:
     cfg, n = t.parts.cfg, sum(p.numel() for p in t.policy.parameters())
     trained, craft = sum(p.numel() for p in t.params), cfg.craft
-    kept = f"CRaFT every {craft.retention_freq} steps, {craft.controller}, ε {craft.epsilon_start:g} → {craft.epsilon_end:g}" if t.retention else "without retention"
+    kept = f"CRaFT every {craft.retention_freq} steps, {craft.controller}, ε {craft.epsilon_start:g} → {craft.epsilon_end:g}" if t.retention else "without retention" if t.method.name in ("plain", "sft") else f"method {t.method.name}"
     r.add("setup", f"{cfg.trainable_config.type} of {n / 1e6:,.3g} M parameters{f', {trained / n:.1%} of them trained' * (trained < n)}, {next(t.policy.parameters()).device}, "
           f"{cfg.steps} steps of {cfg.batch_size} frames, {kept}", policy=cfg.trainable_config.type, parameters=n, trained=trained, steps=cfg.steps)
 

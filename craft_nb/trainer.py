@@ -163,7 +163,8 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
 class Method:
     """How abilities are kept while a new task is learned: override what it touches; with nothing overridden, training is plain.
     `row` becomes the record of the step: `retention_loss`, `lambda` and `epsilon` are shown as those of CRaFT are."""
-    name = "plain"
+    name, needs = "plain", ""  # needs: anchors | demonstrations | teacher, where it is made by name
+    options: dict = {}  # that it takes by name, with their defaults
     config = None  # goes into the log
     duals: dict = {}  # multipliers by name
     copies = 0  # of the trained weights that it holds, for the memory estimate

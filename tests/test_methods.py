@@ -192,14 +192,16 @@ def test_what_cannot_be_judged_is_refused(place):
     with pytest.raises(ValueError, match="require_budget"): CraftConfig(require_budget=True)
 
 
-METHODS = dict(constant="", share="", sft="", l2sp="alpha:0.5", retain="alpha:0.5", consft="", der="", agem="")
+METHODS = dict(constant="", share="", sft="", l2sp="alpha:0.5", retain="alpha:0.5", consft="", der="", agem="",
+               replay="episodes:2,3,batch_size:4")
+NEW = "--dataset.episodes=[0,1]"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_by_one_flag(place, method):
     import kill_training as K
     from craft_nb.monitor import read_records
-    out, said = run(place, f"method-{method}", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", "--steps=2", "--save_freq=2",
+    out, said = run(place, f"method-{method}", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", NEW, "--steps=2", "--save_freq=2",
                     controller="ascent", heldout_fraction=0.0)
     rows = K.rows(out)
     assert [r["step"] for r in rows] == [1, 2] and all(r["skipped"] is None for r in rows) and "Trained to step 2/2" in said
@@ -207,13 +209,54 @@ def test_every_method_trains_by_one_flag(place, method):
     assert read_records(out / "metrics.jsonl")[0]["craft"]["method"] == method
 
 
-def test_what_a_method_keeps_of_the_start_survives_a_resume(place):
+@pytest.mark.parametrize("method", ["l2sp", "replay"])
+def test_what_a_method_keeps_survives_a_resume(place, method):
     import kill_training as K
-    whole, _ = run(place, "l2sp-whole", "--craft.method=l2sp", "--craft.method_options=alpha:0.5", heldout_fraction=0.0)
+    more = [] if method == "l2sp" else [NEW]
+    whole, _ = run(place, f"{method}-whole", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", *more, heldout_fraction=0.0)
     config = whole / "checkpoints/000004/pretrained_model/train_config.json"
-    again, _ = run(place, "l2sp-again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / 'l2sp-again'}"])
+    again, _ = run(place, f"{method}-again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / f'{method}-again'}"])
     a, b = K.result(whole), K.result(again)
-    assert "training_state/method.safetensors" in a and a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
+    assert ("training_state/method.safetensors" in a) == (method != "replay")
+    assert a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
+
+
+def test_old_demonstrations_come_in_the_order_of_seed_and_rank(work):
+    "Each old frame once an epoch, over all ranks, as the data set has it; from any step on; with workers as without."
+    from collections import Counter
+    from craft_nb.lerobot import OldDemonstrations
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    data = LeRobotDataset("local/old", root=work.root, episodes=[1, 3])
+    rows, b = [*range(0, len(data), 5)], 3
+    def line(rank, step=0, k=6, **how):
+        old = OldDemonstrations(data, rows, b, lambda x: x, 7, rank, 2, **how)
+        old.load_state_dict(old.state_dict() | dict(seen=step * 2 * b))
+        return [x["index"].tolist() for x in itertools.islice(old.forever(), k)], old.state_dict()
+    steps = math.lcm(len(rows), 2 * b) // (2 * b)  # whole epochs
+    (left, _), (right, _) = line(0, k=steps), line(1, k=steps)
+    assert len(set(Counter(i for x in left + right for i in x).values())) == 1 and left != right
+    assert {i for x in left + right for i in x} == {int(data[i]["index"]) for i in rows}
+    before = torch.get_rng_state()
+    again, state = line(1, step=2, k=2, num_workers=1, multiprocessing_context="fork")
+    assert again == right[2:4] and state["seen"] == 4 * 2 * b and torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ValueError, match="other old demonstrations"): OldDemonstrations(data, rows[1:], b, None).load_state_dict(state)
+
+
+def test_old_demonstrations_that_do_not_fit_are_refused(work):
+    from types import SimpleNamespace
+    from craft_nb.lerobot import old_data, some_episodes
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    trained = LeRobotDataset("local/all", root=work.root, episodes=[0, 1])
+    cfg = SimpleNamespace(dataset=DatasetConfig("local/all", root=str(work.root)), seed=0, policy=PreTrainedConfig.from_pretrained(work.policy_path))
+    def old(dataset="", root="", episodes="", fraction=1.0): return old_data(cfg, trained, dataset, root, episodes, fraction).episodes
+    assert old(episodes="2-3") == [2, 3] == old(episodes="[3, 2]") and len(old(episodes="2-3", fraction=0.5)) == 1
+    assert some_episodes(trained.meta, range(4), 0.1, 0) == some_episodes(trained.meta, range(4), 0.1, 0)
+    assert len({trained.meta.episodes["tasks"][e][0] for e in some_episodes(trained.meta, range(4), 0.01, 0)}) == 2  # one of each task
+    for why, which in {"the episodes 0, 1 are trained on already": dict(episodes="0-3"), "name the old demonstrations": dict(), "are trained on already": dict(root=str(work.root)),
+                       "no data set at": dict(dataset="/nowhere/at/all"), "fraction above 0": dict(episodes="2", fraction=0.0), "has episodes 0 … 3": dict(episodes="2-9")}.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=why): old(**which)
 
 
 def test_an_unknown_method_is_refused(place):
