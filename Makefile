@@ -15,7 +15,7 @@ export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
 each = set -e; for f in $(1); do [ -e "$$f" ] || continue; echo "python $$f $(2)"; python "$$f" $(2); done
 
-.PHONY: help setup demo test check-tasks prepare check nbtest pytest rounding lab docs readme results bench fuzz kill-test distributed-test clean
+.PHONY: help setup demo study test check-tasks prepare check nbtest pytest rounding lab docs readme results bench fuzz kill-test distributed-test clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ setup: .venv/.ready ## create .venv and install everything (the other targets do
 
 demo: .venv/.ready ## simulator, teacher, cache, plain fine-tuning and CRaFT, report: outputs/demo/report.html
 	craft-demo
+
+study: .venv/.ready ## methods x knobs x seeds on the demo's workload, losses only: outputs/study/demo.html; ARGS=--quick: one seed, three methods
+	craft-study $(ARGS)
 
 test: .venv/.ready ## everything that CI runs: checks, notebooks, site, pytest
 	$(MAKE) --no-print-directory check

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SIZES', 'ARMS', 'DEFAULT', 'JUDGE', 'SCHEDULE', 'SEED', 'DATA', 'TEACH', 'TUNE', 'STAGES', 'Settings', 'keep',
            'view_of', 'end_with_parent', 'Run', 'register', 'lines_in', 'run_jobs', 'record', 'env_kw', 'workload',
-           'tokenizers', 'train_config', 'train_job', 'train_arms', 'teacher', 'finetune', 'cache_job', 'caches',
-           'evaluate_job', 'evaluate_paths', 'cells', 'evaluate', 'drift_job', 'clip_job', 'clips', 'records', 'report',
-           'constant_actions', 'constant_job', 'check_tasks', 'parse', 'demo_main', 'tiny_workload']
+           'tokenizers', 'train_config', 'train_job', 'train_arms', 'teacher', 'finetune', 'build_anchors', 'cache_job',
+           'caches', 'evaluate_job', 'evaluate_paths', 'cells', 'evaluate', 'drift_job', 'clip_job', 'clips', 'records',
+           'report', 'constant_actions', 'constant_job', 'check_tasks', 'parse', 'demo_main', 'tiny_workload']
 
 # %% ../nbs/12_demo.ipynb #ed54baff
 import argparse, itertools, json, os, shutil, sys, threading, time, traceback
@@ -261,37 +261,38 @@ def finetune(run:Run):
     return {a: paths[a] for a in run.settings.arm_names}
 
 # %% ../nbs/12_demo.ipynb #41e03a8d
-def cache_job(run_args, name, view, anchors, episodes, path):
-    register()
+def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes): # {path, seconds, anchors, bytes}
+    "A cache of the teacher's answers on at most so many frames of some episodes."
     from lerobot.configs import PreTrainedConfig
     from lerobot.configs.default import DatasetConfig
     from craft_nb.lerobot import BuildCacheConfig, build_cache
-    run = Run(*run_args)
-    work, out, policy = workload(run), run.folder/"caches"/name, PreTrainedConfig.from_pretrained(path)
+    work, path, start = workload(run), run.result("teacher")["path"], time.time()
+    policy, dataset = PreTrainedConfig.from_pretrained(path), DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes)
     policy.pretrained_path = Path(path)
+    number = min(anchors, sum(work.meta.episodes[e]["length"] for e in episodes))
     shutil.rmtree(out, ignore_errors=True)
-    start = time.time()
-    dataset = DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes)
-    manifest = build_cache(BuildCacheConfig(dataset, policy, out_dir=str(out), num_anchors=anchors, views=view, batch_size=32,
-                                            seed=run.settings.seed,
-                                            allow_undecodable=run.settings.teacher_steps < 200), progress=False)  # a tiny demo's teacher knows nothing
-    seconds = time.time() - start
+    m = build_cache(BuildCacheConfig(dataset, policy, out_dir=str(out), num_anchors=number, views=view, batch_size=32, seed=run.settings.seed,
+                                     allow_undecodable=run.settings.teacher_steps < 200), progress=False)  # a tiny demo's teacher knows nothing
+    return dict(path=str(out), seconds=time.time() - start, anchors=number, bytes=sum(s["bytes"] for s in m["shards"]))
+
+def cache_job(run_args, name, view, anchors, episodes):
+    register()
+    run = Run(*run_args)
+    found = build_anchors(run, run.folder/"caches"/name, view, anchors, episodes)
     with open(run.folder/"caches"/"done.txt", "a") as f: f.write(f"{name}\n")
-    return dict(path=str(out), seconds=seconds, anchors=manifest["num_anchors"],
-                bytes=sum(s["bytes"] for s in manifest["shards"]))
+    return found
 
 def caches(run:Run):
     "One anchor cache for each view that an arm uses, and `held_out` for drift."
-    s, work, path = run.settings, workload(run), run.result("teacher")["path"]
+    s, work = run.settings, workload(run)
     done = run.folder/"caches"/"done.txt"
     done.unlink(missing_ok=True)
     keep = max(1, s.episodes//10)  # held-out episodes a task
     split = [work.episodes(t) for t in s.old_tasks]
     train, held = [e for x in split for e in x[:-keep]], [e for x in split for e in x[-keep:]]
-    frames = sum(work.meta.episodes[e]["length"] for e in train)
-    plan = {v: (v, min(s.anchors, frames), train) for v in s.views}
+    plan = {v: (v, s.anchors, train) for v in s.views}
     plan["held_out"] = ",".join(dict.fromkeys(("pooled", JUDGE, *s.views))), s.held_out, held
-    jobs = [(cache_job, ((str(run.folder), s), name, *how, path), done) for name, how in plan.items()]
+    jobs = [(cache_job, ((str(run.folder), s), name, *how), done) for name, how in plan.items()]
     return dict(zip(plan, run_jobs(run, "caches", jobs, len(jobs))))
 
 # %% ../nbs/12_demo.ipynb #e1f46c94

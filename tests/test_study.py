@@ -1,0 +1,42 @@
+"""A study's jobs on a real, tiny workload: what one leaves, and that a finished one is not run again."""
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("metaworld", reason="the simulator: pip install 'craft_nb[sim]'")
+
+
+@pytest.fixture(scope="module")
+def base(work, tmp_path_factory):  # arguments of `demo.Run` for a demo folder whose teacher is the workload's policy
+    from craft_nb.demo import SIZES, replace
+    folder = tmp_path_factory.mktemp("base")
+    for name in ("dataset", "tokenizers"): shutil.copytree(work.folder / name, folder / name)
+    (folder / "stages").mkdir()
+    (folder / "stages" / "teacher.json").write_text(json.dumps(dict(result=dict(path=str(work.policy_path)))))
+    settings = replace(SIZES["tiny"], old="window-open-v3,button-press-topdown-v3", new="window-open-v3", episodes=2, steps=2)
+    return str(folder), settings
+
+
+def test_jobs_leave_a_front(base, tmp_path, monkeypatch):
+    from craft_nb import lerobot
+    from craft_nb.study import Job, cache_jobs, collect, finished, run_job, write_report
+    jobs = [Job("sft", "lr=1", 0), Job("share:action_logits@16", "share=0.3", 0)]
+    for f, args, _ in cache_jobs(base, tmp_path, jobs, 8): f(*args)
+    make, made = lerobot.make_trainer, []
+    def stopped(*args, **kw):
+        trainer = make(*args, **kw)
+        trainer.control.stop("killed")
+        return trainer
+    monkeypatch.setattr(lerobot, "make_trainer", stopped)
+    with pytest.raises(RuntimeError, match="ended at step 0 .killed."): run_job(base, str(tmp_path), jobs[0])
+    assert not finished(tmp_path / "jobs" / f"{jobs[0].key}.json", 0)  # half a training is no result
+    monkeypatch.setattr(lerobot, "make_trainer", lambda *args, **kw: made.append(1) or make(*args, **kw))
+    for job in (*jobs, *jobs): run_job(base, str(tmp_path), job)
+    assert len(made) == 2  # finished jobs are not run again
+    found = collect(tmp_path)
+    sft, share = found["demo"]["sft"]["lr=1"]["0"], found["demo"]["share:action_logits@16"]["share=0.3"]["0"]
+    assert sft["step_ratio"] == 1 and sft["bytes"] == 0 < share["bytes"] and sft["old"] is None
+    assert share["certificate"]["held_out"] == pytest.approx(share["drift"], rel=1e-3) and share["certificate"]["met"] is None
+    assert {sft["steps"], share["steps"]} == {2} and share["projected"] == 0 and min(sft["third"], share["drift"], share["task_loss"], share["task_loss_seen"]) > 0
+    assert write_report(found, tmp_path).exists()
