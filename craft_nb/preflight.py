@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'MARKS', 'Report', 'say_setup', 'say_cameras', 'say_numbers', 'stillness', 'say_words', 'say_times',
            'say_anchors', 'pass_seconds', 'duration', 'available', 'say_costs', 'say_disk', 'policy_sees', 'as_bytes',
-           'contact_sheet', 'report_of', 'free_folder', 'preflight']
+           'contact_sheet', 'report_of', 'free_folder', 'anchors_to_build', 'preflight']
 
 # %% ../nbs/11d_preflight.ipynb #c34e2e43
 import contextlib
@@ -27,7 +27,8 @@ from .anchors import _bytes, _pil
 from .cards import _size
 from .check import Finding, attempt, gathered
 from .instructions import Heeded
-from .lerobot import CraftTrainConfig, make_trainer, open_cache, ready_batches, require_writable
+from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, load_dataset, make_trainer, open_cache, ready_batches, rename_of, require_fit,
+                              require_writable)
 from .policies import adapter_for, base_policy
 from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, pressed, count_rows
 
@@ -58,15 +59,17 @@ class Report:
         verdict = "refused" if self.count("refuse") else "warnings" if self.count("warn") else "ok"
         return dict(verdict=verdict, findings=[asdict(f) for f in self.findings], **self.facts, sheet=self.sheet and str(self.sheet))
 
-    def text(self, width: int = 150, most: int = 4) -> str:  # most: findings of a section
-        "The screen."
+    def text(self, width: int = 150, most: int = 4, brief: bool = False) -> str:  # most: findings of a section
+        "The screen; `brief`: findings, and of facts one line a section, without those that only matter if something is wrong."
         n, w = self.count("refuse"), self.count("warn")
         out = [", ".join(filter(None, [f"{n} refused" * bool(n), f"{w} warning{'s' * (w > 1)}" * bool(w)])) or "nothing speaks against it"]
         of = {what: s for s, kinds in SECTIONS.items() for what in kinds}
         for section in SECTIONS:
             mine = sorted((f for f in self.findings if of.get(f.what, "setup") == section and f.level != "info"), key=lambda f: f.level != "refuse")
             rows = [(MARKS[f.level], f.text) for f in mine[:most]] + [("", f"and {len(mine) - most} more, see --json")] * (len(mine) > most)
-            rows += [(" ", t) for t in self.lines.get(section, [])]
+            facts = self.lines.get(section, [])
+            if brief: facts = [textwrap.shorten(x, width - 15, placeholder=" …") for x in facts[:1] if section not in ("numbers", "times", "agreement")]
+            rows += [(" ", t) for t in facts]
             for k, (mark, text) in enumerate(rows):
                 head = f"{section if not k else '':<13}{mark:<2}"
                 out += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False)
@@ -284,8 +287,18 @@ def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = T
 def free_folder(cfg: CraftTrainConfig) -> None:
     "Would the run have its output folder?"
     if cfg.output_dir and not cfg.resume and Path(cfg.output_dir).is_dir():
+        if begun(cfg): return
         raise FileExistsError(f"{cfg.output_dir} exists: give another --output_dir, or go on with --resume=true --config_path={Path(cfg.output_dir) / 'checkpoints/last/pretrained_model/train_config.json'}")
     if cfg.output_dir: require_writable(Path(cfg.output_dir))
+
+def anchors_to_build(cfg: CraftTrainConfig) -> str:
+    "What a run would build for itself; raises if the data do not fit the teacher."
+    cfg = copy.deepcopy(cfg)
+    cfg.validate()
+    build = anchor_build(cfg)
+    data = load_dataset(build.dataset, build.policy)
+    require_fit(camera_findings(build.policy, data.meta, rename_of(build.policy, build.rename_map, data.meta.features)), build.allow_mismatch)
+    return f"{build.num_anchors or min(1000, len(data))} to be built first, from the {len(data)} frames of {build.dataset.repo_id}; memory and time are those without them"
 
 def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = None) -> Report:
     "Make the trainer of `cfg`, look at it, and throw it away. Raises nothing that a user can mend."
@@ -294,12 +307,16 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
         attempt("output", free_folder, cfg)
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, 0
+        if to_build := cfg.craft.enabled and bool(cfg.craft.anchor_dataset.repo_id) and not cfg.resume:
+            words, cfg.craft.enabled = attempt("anchors", anchors_to_build, cfg), False  # the rest as it would be without them
         trainer = attempt("setup", make_trainer, cfg, quiet=True)
         if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found): attempt("cache", open_cache, cfg.craft)
         try:
             if trainer is not None:
                 trainer.parts.cfg.num_workers, pre = workers, trainer.parts.pre
                 if isinstance(pre.to_transition, Heeded) and any(f.level == "refuse" for f in found): pre.to_transition = pre.to_transition.to_transition
-            return report_of(trainer, found, slow, sheet, out)
+            r = report_of(trainer, found, slow, sheet, out)
+            if to_build and words: r.add("anchors", words)
+            return r
         finally:
             if getattr(getattr(trainer, "parts", None), "lock", None): trainer.parts.lock.release()

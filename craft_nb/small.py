@@ -18,6 +18,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import nn
+from .terminal import quieten
+quieten()  # before LeRobot is imported
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.envs import EnvConfig, make_env, make_env_pre_post_processors

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from craft_nb.config import CHOICES, RANGES, CraftConfig
+from craft_nb.config import CHOICES, RANGES, AnchorData, CraftConfig
 from craft_nb.losses import make_views
 from craft_nb.trainer import CraftTrainer, Retention
 from linear_run import Linear, LinearAdapter
@@ -28,6 +28,7 @@ def good(f):
     lo, hi = RANGES.get(f.name, (0, math.inf))
     if f.name in CHOICES: return st.sampled_from(CHOICES[f.name])
     if f.name in TEXTS: return st.sampled_from(TEXTS[f.name])
+    if f.name == "anchor_dataset": return st.builds(AnchorData, st.just("me/old"), episodes=st.none() | st.lists(st.integers(0, 9)))
     if kind(f) == "bool": return st.booleans()
     if kind(f) == "int": return st.integers(lo, COSTLY.get(f.name, 60)) | st.integers(lo, COSTLY.get(f.name, 2**40))
     if kind(f) == "float": return st.floats(lo, min(hi, 3)) | st.floats(lo, hi, allow_infinity=False, allow_nan=False)
