@@ -13,12 +13,13 @@ __all__ = ['LEAST', 'ANCHORS', 'CRAFT_STATE', 'METHOD_TENSORS', 'CARRIED', 'LOOK
            'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes', 'recompute_targets',
            'open_cache', 'cache_adapter', 'check_cache', 'cache_views', 'asked_anchors', 'anchor_build', 'own_anchors',
            'make_accelerator', 'main_first', 'train_and_held_out', 'FrameOrder', 'Redrawn', 'make_order', 'make_loader',
-           'ready_batches', 'write_checkpoint', 'whole_or_nothing', 'sync', 'move_last', 'read_craft_state',
-           'read_method_tensors', 'Checkpoints', 'Progress', 'Wandb', 'Evaluations', 'same_draws', 'once', 'rollouts',
-           'loader_by_task', 'loss_by_task', 'refuse_held', 'claim', 'Locked', 'RunParts', 'make_trainer', 'assemble',
-           'go_on_from', 'check_resumed', 'keeps_statistics', 'check_features', 'require_writable', 'make_student',
-           'make_retention', 'sum_over_shards', 'train', 'finish', 'part_anchors', 'make_held_out', 'CraftEvalConfig',
-           'task_loss', 'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
+           'ready_batches', 'OldDemonstrations', 'some_episodes', 'old_data', 'old_demonstrations', 'write_checkpoint',
+           'whole_or_nothing', 'sync', 'move_last', 'read_craft_state', 'read_method_tensors', 'Checkpoints',
+           'Progress', 'Wandb', 'Evaluations', 'same_draws', 'once', 'rollouts', 'loader_by_task', 'loss_by_task',
+           'refuse_held', 'claim', 'Locked', 'RunParts', 'make_trainer', 'assemble', 'go_on_from', 'check_resumed',
+           'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'make_retention',
+           'sum_over_shards', 'train', 'finish', 'part_anchors', 'make_held_out', 'CraftEvalConfig', 'task_loss',
+           'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
 
 # %% ../nbs/11_lerobot.ipynb #e0b04bf5
 import copy
@@ -57,11 +58,11 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from lerobot.processor import rename_stats
 from torch import nn
 
-from .anchors import MANIFEST, AnchorCacheDataset, build_anchor_dataloader, check_compatible, hash_json, hash_tensors, read_manifest
+from .anchors import MANIFEST, AnchorCacheDataset, anchor_batch, build_anchor_dataloader, check_compatible, hash_json, hash_tensors, read_manifest
 from .builder import build_anchor_cache, teacher_targets
 from .check import (OF_THE_CACHE, WAIVABLE, Finding, Numbers, attempt, blocks, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
                             check_times, check_videos, gathering, image_shape, recompute_line, refuse, tasks_of, waivers)
-from .config import AnchorData, CraftConfig, as_path, at_home, parse_weights
+from .config import CraftConfig, as_path, at_home, parse_numbers, parse_weights
 from .evaluate import hidden_drift, rate
 from .features import resolve_layers
 from .instructions import Heeded, heed_instructions
@@ -70,8 +71,8 @@ from .machine import LOCK, Lock, Watched, follow, give_way, holder, point, undis
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, check_views, extract_student_hidden_with_pooling
 from .tools import MAY, merge_caches, open_whole
+from .methods import MethodParts, find_method, make_method, read_options
 from .video import read_forward
-from .methods import MethodParts, find_method, make_method
 from .trainer import (AnchorPass, AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, cache_episodes, route_forward,
                               set_aside)
 
@@ -856,6 +857,84 @@ def ready_batches(loader: Iterable, cameras: Iterable[str], preprocessor) -> Ite
             if k in batch and batch[k].dtype == torch.uint8: batch[k] = batch[k].to(dtype=torch.float32) / 255.0
         yield preprocessor(batch)
 
+# %% ../nbs/11_lerobot.ipynb #639d8f6b
+class OldDemonstrations:
+    "Batches of old demonstrations without end, as the policy takes them; resumed exactly by `state_dict`."
+    def __init__(self, dataset, rows: Iterable[int], batch_size: int, pre, seed: int = 0, rank: int = 0, ranks: int = 1, **how):
+        rows = [int(i) for i in rows]
+        if not 1 <= batch_size <= len(rows): raise ValueError(f"method_options: expected batch_size from 1 to {len(rows)}, the number of old frames; found {batch_size}")
+        self.dataset, self.rows, self.batch_size, self.pre, self.seed, self.rank, self.ranks, self.how = dataset, rows, batch_size, pre, seed, rank, ranks, how
+        self.step = 0  # batches that were handed out
+
+    def forever(self) -> Iterator[dict]:
+        from lerobot.utils.collate import lerobot_collate_fn
+        mine = len(self.rows), self.batch_size, self.seed, self.rank, self.ranks
+        line = ([(k, self.rows[i]) for i in anchor_batch(k, *mine)] for k in itertools.count(self.step))
+        loader = torch.utils.data.DataLoader(Redrawn(self.dataset, self.seed), batch_sampler=line, generator=torch.Generator(), **self.how,
+                                             collate_fn=lerobot_collate_fn if self.dataset.meta.has_language_columns else None)
+        watched = Watched(loader, "a worker for old demonstrations", f"--num_workers (now {self.how.get('num_workers', 0)})")
+        for batch in ready_batches(watched, self.dataset.meta.camera_keys, self.pre):
+            self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict:
+        return dict(seed=self.seed, seen=self.step * self.batch_size * self.ranks, frames=hash_json(self.rows)[:16], number=len(self.rows))
+
+    def load_state_dict(self, state: dict):
+        "Go on behind the frames that were seen, also on another number of ranks. Other frames raise `ValueError`."
+        if state["frames"] != self.state_dict()["frames"]:
+            raise ValueError(f"method: the run to resume recalled other old demonstrations ({state['number']} frames then, {len(self.rows)} now); give those")
+        if state["seen"] % (share := self.batch_size * self.ranks):
+            raise ValueError(f"method: {state['seen']} old frames were seen, no multiple of {share}, those of a step; resume with the batch_size of the run")
+        self.seed, self.step = state["seed"], state["seen"] // share
+
+# %% ../nbs/11_lerobot.ipynb #5365bdf9
+def some_episodes(meta, episodes: Iterable[int], fraction: float, seed: int) -> list[int]:
+    "A fraction of the episodes of each task, at least one."
+    by_task = defaultdict(list)
+    for e in episodes: by_task[tuple(meta.episodes["tasks"][e]) if "tasks" in meta.episodes.column_names else ()].append(e)
+    def some(group):
+        order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [group[i] for i in order[: max(1, round(fraction * len(group)))]]
+    return sorted(e for g in by_task.values() for e in some(g))
+
+def old_data(cfg: CraftTrainConfig, trained, dataset: str, root: str, episodes: str, fraction: float):
+    "The LeRobot data set of a run's old demonstrations. `trained`: the one that is trained on."
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+    from lerobot.transforms import ImageTransforms
+    own, wanted = not (dataset or root), parse_numbers(episodes, "method_options: episodes")
+    if own and not wanted:
+        raise ValueError("method_options: name the old demonstrations: dataset:NAME or root:FOLDER, or episodes:0-39 of the run's own data set")
+    if not 0 < fraction <= 1: raise ValueError(f"method_options: expected fraction above 0 and at most 1, found {fraction:g}")
+    d = cfg.dataset
+    which = localise(DatasetConfig(d.repo_id, root=d.root, revision=d.revision, episodes=wanted, video_backend=d.video_backend) if own
+                     else DatasetConfig(dataset or root, root=root if dataset and root else None, episodes=wanted, video_backend=d.video_backend))
+    meta = trained.meta if own else LeRobotDatasetMetadata(which.repo_id, root=which.root, revision=which.revision)
+    which.episodes = some_episodes(meta, wanted or range(meta.total_episodes), fraction, cfg.seed or 0)
+    again = set(which.episodes) & set(trained.episodes if trained.episodes is not None else range(meta.total_episodes))
+    if again and Path(meta.root).resolve() == Path(trained.meta.root).resolve():
+        raise ValueError(f"method_options: the episodes {_ranges(again)} are trained on already; name others, or leave them out with --dataset.episodes")
+    old = load_dataset(which, cfg.policy)
+    if d.image_transforms.enable: old.set_image_transforms(ImageTransforms(d.image_transforms))
+    return old
+
+def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_size: int, **which) -> OldDemonstrations:
+    "What `replay` and its like are given. Raises `ValueError` if policy and old demonstrations do not fit."
+    from lerobot.datasets.sampler import EpisodeAwareSampler
+    old = main_first(acc, lambda: old_data(cfg, trained, **which))
+    rename = {a: b for a, b in cfg.rename_map.items() if a in old.meta.features}
+    try:
+        require_fit(camera_findings(cfg.policy, old.meta, rename), cfg.craft.allow_mismatch)
+        check_features(pre, old.meta, rename)
+        require_fit(data_findings(cfg.policy, pre, post, old, rename), cfg.craft.allow_mismatch)
+        heed(pre, cfg.policy, instructions_of(old), cfg.craft.long_instructions, flag="--craft.long_instructions", ds_meta=old.meta, rename_map=rename)
+    except ValueError as e: raise ValueError(f"old demonstrations ({old.root}): {e}") from e
+    frames = EpisodeAwareSampler(
+        old.meta.episodes["dataset_from_index"], old.meta.episodes["dataset_to_index"], episode_indices_to_use=old.episodes,
+        drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0), absolute_to_relative_idx=old.absolute_to_relative_idx)
+    workers = dict(num_workers=cfg.num_workers) | (dict(prefetch_factor=cfg.prefetch_factor, multiprocessing_context=cfg.dataloader_multiprocessing_context) if cfg.num_workers else {})
+    return OldDemonstrations(old, frames, batch_size, pre, cfg.seed or 0, acc.process_index, acc.num_processes, pin_memory=acc.device.type == "cuda", **workers)
+
 # %% ../nbs/11_lerobot.ipynb #f2936856
 CRAFT_STATE, METHOD_TENSORS = "craft_state.json", "method.safetensors"
 
@@ -1177,7 +1256,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         drawn = order is None or order.begin["start_index"] or (cfg.num_workers and cfg.persistent_workers)
         if drawn: batches = itertools.chain([next(batches)], batches)  # opening a loader draws; the unbroken run did that before
         load_rng_state(cfg.checkpoint_path / "training_state")
-    method = make_retention(cfg, cache, policy, adapter, acc) if cfg.craft.enabled else None
+    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(old_demonstrations, cfg, acc, dataset, pre, post)) if cfg.craft.enabled else None
     trainer = CraftTrainer(
         policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc, retention=method,
         held_out=make_held_out(cfg, judged, judged_episodes, adapter, method) if judged is not None else None,
@@ -1256,11 +1335,11 @@ def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     if cfg.peft is None or hasattr(policy, "get_base_model"): return policy
     return policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
 
-def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset | None, policy: nn.Module, adapter, acc) -> Method:
+def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset | None, policy: nn.Module, adapter, acc, demonstrations) -> Method:
     "The method of a run, with its anchors if it takes any, sharded over its ranks."
     craft, one = cfg.craft, acc.num_processes == 1
     total = sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None
-    if cache is None: return make_method(MethodParts(policy, craft, cfg.steps, all_reduce=total))
+    if cache is None: return make_method(MethodParts(policy, craft, cfg.steps, all_reduce=total, demonstrations=demonstrations))
     anchors = build_anchor_dataloader(
         cache, craft.anchor_batch_size, seed=cfg.seed or 0, rank=acc.process_index, world_size=acc.num_processes,
         num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda")
@@ -1299,7 +1378,7 @@ LOOK, COST = 32, 0.01  # anchors a look; share of the run that looks, and the ce
 
 def part_anchors(craft: CraftConfig) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list[int]]:
     "Anchors to train on, if the method takes any, anchors to judge on, and the episodes of those."
-    method = find_method(craft.method)
+    read_options(method := find_method(craft.method), craft.method_options)
     cache = open_cache(craft) if getattr(method, "needs", "") == "anchors" else None
     if craft.heldout_cache_dir:
         held = open_cache(replace(craft, anchor_cache_dir=craft.heldout_cache_dir))
