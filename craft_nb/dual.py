@@ -93,7 +93,7 @@ def _landing(dual, loss, eps, gradients):
     return target / dual.pressure
 
 # %% ../nbs/04_dual.ipynb #b4f0916d
-SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5)
+SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5, slack=2.0)
 
 def _mean(memory: dict, name: str, x: float, keep: float) -> float:
     "A running mean that weighs the first values equally."
@@ -185,6 +185,11 @@ class Dual(Budget):
         "λ as it enters the merge on a retention step."
         return self.pressure * self.lam
 
+    def aim(self, step: int) -> float:
+        "What the controller steers by: ε, for `share` with a budget loosened as the learning rate of a cosine schedule is above its end."
+        if self.config.controller != "share" or self.config.epsilon_unit == "auto": return self.epsilon(step)
+        return self.epsilon(step) * (1 + SHARE["slack"] * (1 + math.cos(math.pi * min(step / max(self.decay_steps, 1), 1.0))) / 2)
+
     def update(
         self,
         step: int,  # optimizer step, from 0
@@ -200,7 +205,7 @@ class Dual(Budget):
             self.pending = [*self.pending, retention_loss][-c.lambda_update_every:]
             if step >= c.lambda_warmup_steps and len(self.pending) >= c.lambda_update_every:
                 loss, self.pending = sum(self.pending) / len(self.pending), []
-                control = CONTROLLERS[c.controller](self, loss, eps, (*(grad_norms or (0.0, 0.0)), cosine))
+                control = CONTROLLERS[c.controller](self, loss, self.aim(step), (*(grad_norms or (0.0, 0.0)), cosine))
                 finds = c.controller in NO_GAIN  # set, not added: 1 + (1e-8 − 1) has lost half its digits
                 new = control if finds else self.lam + self.lambda_lr * lr_scale * control
                 if finds: control -= self.lam

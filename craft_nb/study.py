@@ -78,6 +78,7 @@ SEARCH = {  # arm → knobs; {n} is the number of anchors
     "constant:action_tokens@{n}": ("lambda=3", "lambda=10"),
     "landing:action_logits@{n}": ("budget=0.05", "budget=0.025"),
     "always:action_logits@{n}": ("lambda=1",),
+    "replay": ("fraction=1", "fraction=0.2", "fraction=0.02"),
     "share:tokens@{n}": ("share=0.3",),
     "der:action_logits@{n}": ("alpha=0.3",),
     "agem:action_logits@{n}": ("",),
@@ -125,6 +126,7 @@ def train_config(run: demo.Run, job: Job, out: Path):  # CraftTrainConfig
     cfg.policy.optimizer_lr *= job.values.get("lr", 1)
     cfg.policy.scheduler_decay_lr *= job.values.get("lr", 1)
     if how is None: how = dict(enabled=False)
+    if job.method == "replay": how["method_options"] += f",episodes:{','.join(map(str, splits(run)['anchors']))},batch_size:{max(1, cfg.batch_size // 2)}"
     if job.cache: how["anchor_cache_dir"] = str(caches / job.cache)
     if how.get("method") == "share": how["heldout_cache_dir"] = str(caches / "held")
     if how.get("controller") == "landing": how["epsilon_decay_steps"] = max(1, cfg.steps * 2 // 3)

@@ -375,7 +375,7 @@ def added_gradients(
     def add(p):
         i, r = place[id(p)], take_grad(p)
         sums.append(read_sums([g[i]], [r]))
-        p.grad, g[i] = r.mul_(weight) if g[i] is None else g[i].add(r, alpha=weight), None
+        p.grad, g[i] = r.mul_(weight) if g[i] is None else g[i].add_(r, alpha=weight), None
     hooks = [p.register_post_accumulate_grad_hook(add) for p in params if p.requires_grad]
     try: yield found
     finally:
