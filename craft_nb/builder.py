@@ -86,6 +86,7 @@ def pad_targets(targets: dict[str, Tensor], p: int, a: int) -> dict[str, Tensor]
         ("action_logp", "action_topk", "predict_mask"), (1, a))
     def pad(k, x):
         dim, n = dims.get(k, (0, len(x)))
+        n = max(n, x.shape[dim])  # what has no longest needs no padding
         return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, n - x.shape[dim]], value=-100 if k == "labels" else 0).cpu()
     return {k: pad(k, x) for k, x in targets.items()}
 

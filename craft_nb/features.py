@@ -65,6 +65,7 @@ class Features:
     logits: Tensor | None = None  # (n, vocab), one row for each True in `action_mask`, in its order
     answer: Tensor | None = None  # (b, n, t, a), what the action module says at `n` draws, `t` steps, `a` action dims
     answer_mask: Tensor | None = None  # (b, n, t) bool, steps that count
+    expert: dict[int, Tensor] | None = None  # layer → (b, a, d), where actions have a transformer of their own: `n` draws of `t` steps
 
     @property
     def prefix_mask(self) -> Tensor: return self.image_mask | self.text_mask  # (b, p)
@@ -75,6 +76,7 @@ class Features:
 
     def actions(self, layer: int) -> Tensor:
         "Hidden states at the positions that predict action tokens, (b, a, d)."
+        if self.expert is not None: return self.expert[layer]
         p, a = self.image_mask.shape[1], self.action_mask.shape[1]
         return self.hidden[layer][:, p : p + a]
 

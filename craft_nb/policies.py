@@ -6,15 +6,16 @@
 __all__ = ['ADAPTERS', 'TEXT', 'AnchorAdapter', 'base_policy', 'adapter_for', 'check_views', 'labels_to_actions', 'trim_anchors',
            'pi0_fast_decoder', 'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'pi0_fast_decode',
            'pi0_fast_decodable', 'decodable', 'pi0_fast_features', 'mixed_precision', 'decoder_facts', 'TokenAdapter',
-           'PI0FastAdapter', 'RowDraws', 'RowDrawsError', 'submodule', 'captured', 'once_a_row', 'pack_image',
-           'unpack_image', 'Door', 'chunk_shape', 'door_inputs', 'door_prepare', 'door_condition', 'door_pass_inputs',
-           'own_chunk', 'door_features', 'door_batch', 'door_answer', 'extract_student_hidden_with_pooling',
-           'compute_retention_loss', 'check_loaded_weights']
+           'PI0FastAdapter', 'RowDraws', 'RowDrawsError', 'submodule', 'captured', 'replaced', 'once_a_row',
+           'draws_in_a_row', 'conditioned_by_draw', 'pack_image', 'unpack_image', 'Door', 'chunk_shape', 'door_inputs',
+           'door_prepare', 'door_condition', 'door_pass_inputs', 'own_chunk', 'door_features', 'door_batch',
+           'door_answer', 'extract_student_hidden_with_pooling', 'compute_retention_loss', 'check_loaded_weights']
 
 # %% ../nbs/06_policies.ipynb #ce8f5a74
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -284,6 +285,14 @@ class RowDraws(TorchDispatchMode):
         drawn = torch.cat(out).to(device)
         return args[0].copy_(drawn) if func._schema.name.endswith("_") else drawn
 
+    def aside(self, own: Callable) -> Callable:
+        "`own`, run outside of this mode, the innermost one."
+        def call(*args, **kw):
+            self.__exit__(None, None, None)
+            try: return own(*args, **kw)
+            finally: self.__enter__()
+        return call
+
 class RowDrawsError(RuntimeError): "A policy draws something that the anchors of a batch would share."
 
 def _shape(a): return a.shape if isinstance(a, Tensor) else a if isinstance(a, (list, tuple)) and all(isinstance(i, int) for i in a) else ()
@@ -319,22 +328,58 @@ def captured(policy: nn.Module, path: str, rows: int) -> Iterator[list[Tensor]]:
 
 # %% ../nbs/06_policies.ipynb #d09ed4e8
 @contextmanager
-def once_a_row(policy: nn.Module, path: str, rows: int, n: int, seen: list | None = None) -> Iterator[None]:
-    "Inside the `with`, the method at `path` runs on every `n`-th of `rows` · `n` rows; its result is repeated. `seen` gets the short result."
+def replaced(policy: nn.Module, path: str, make: Callable) -> Iterator[None]:
+    "Inside the `with`, `make(own)` stands in the place of the method at `path`."
     parent, _, name = path.rpartition(".")
     owner = submodule(policy, parent) if parent else policy
     own, was = getattr(owner, name), name in vars(owner)
-    def thin(x): return x[::n] if isinstance(x, Tensor) and x.ndim and len(x) == rows * n else x
-    def thick(x): return x.repeat_interleave(n, 0) if isinstance(x, Tensor) and x.ndim and len(x) == rows else x
-    def once(*args, **kw):
-        short = own(*tree_map(thin, args), **tree_map(thin, kw))
-        if seen is not None: seen.append(short)
-        return tree_map(thick, short) if n > 1 else short
-    vars(owner)[name] = once
+    vars(owner)[name] = make(own)
     try: yield
     finally:
         if was: vars(owner)[name] = own
         else: del vars(owner)[name]
+
+@contextmanager
+def once_a_row(policy: nn.Module, path: str, rows: int, n: int, seen: list | None = None) -> Iterator[None]:
+    "Inside the `with`, the method at `path` runs on every `n`-th of `rows` · `n` rows; its result is repeated. `seen` gets the short result."
+    def thin(x): return x[::n] if isinstance(x, Tensor) and x.ndim and len(x) == rows * n else x
+    def thick(x): return x.repeat_interleave(n, 0) if isinstance(x, Tensor) and x.ndim and len(x) == rows else x
+    def once(own, *args, **kw):
+        short = own(*tree_map(thin, args), **tree_map(thin, kw))
+        if seen is not None: seen.append(short)
+        return tree_map(thick, short) if n > 1 else short
+    with replaced(policy, path, lambda own: partial(once, own)): yield
+
+# %% ../nbs/06_policies.ipynb #5f8c4fad
+@contextmanager
+def draws_in_a_row(policy: nn.Module, path: str, n: int) -> Iterator[None]:
+    "Inside the `with`, the pass over `[prefix, suffix]` of the module at `path` reads the prefix of a row's `n` draws once."
+    def in_a_row(own, attention_mask, position_ids, inputs_embeds, adarms_cond=None, **kw):  # masks (b·n, …, p + s, p + s)
+        (prefix, suffix), m, b = inputs_embeds, attention_mask, len(position_ids) // n
+        p, s = prefix.shape[1], suffix.shape[1]
+        def line(x): return x.unflatten(0, (b, n)).flatten(1, 2)  # (b·n, s, …) → (b, n·s, …)
+        flat = m if m.ndim == 3 else m[:, 0]
+        mask = flat[:1, :1, -1:].expand(b, p + n * s, p + n * s).clone()  # as the prefix sees the suffix: not at all
+        mask[:, :p, :p], mask[:, p:, :p] = flat[::n, :p, :p], line(flat[:, p:, :p])
+        for j in range(n): mask[:, p + j * s : p + (j + 1) * s, p + j * s : p + (j + 1) * s] = flat[j::n, p:, p:]
+        if adarms_cond is not None: kw["adarms_cond"] = [adarms_cond[0], adarms_cond[1] if adarms_cond[1] is None else adarms_cond[1].unflatten(0, (b, n))]
+        with conditioned_by_draw(submodule(policy, path), n):
+            (before, said), kept = own(attention_mask=mask if m.ndim == 3 else mask[:, None], inputs_embeds=[prefix[::n], line(suffix)],
+                                       position_ids=torch.cat([position_ids[::n, :p], line(position_ids[:, p:])], 1), **kw)
+        return [before, said.unflatten(1, (n, s)).flatten(0, 1)], kept
+    with replaced(policy, f"{path}.forward", lambda own: partial(in_a_row, own) if n > 1 else own): yield
+
+@contextmanager
+def conditioned_by_draw(module: nn.Module, n: int) -> Iterator[None]:
+    "Inside the `with`, norms that take a condition (pi05's adaptive ones) take one for each of the `n` draws in a row."
+    def before(norm, args, kw): return ((args[0].unflatten(1, (n, -1)),), kw | {"cond": kw["cond"][:, :, None]}) if kw.get("cond") is not None else None
+    def behind(norm, args, kw, out):  # (b, n, s, d), (b, n, 1, d)
+        return tuple(x.expand(-1, -1, out[0].shape[2], -1).flatten(1, 2) for x in out) if kw.get("cond") is not None else None
+    norms = [m for m in module.modules() if getattr(m, "cond_dim", None)]
+    hooks = [h for m in norms for h in (m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(behind, with_kwargs=True))]
+    try: yield
+    finally:
+        for h in hooks: h.remove()
 
 # %% ../nbs/06_policies.ipynb #b4e1ad0c
 def pack_image(x: Tensor) -> tuple[Tensor, Tensor] | None:  # (b, …, c, h, w) float → (b, …, c, h, w) uint8, (b, c, 2): offset and steps a unit
@@ -379,9 +424,12 @@ class Door:
     once: str = ""  # method that sees the observation only
     decoder: str = ""  # language model whose blocks read `once`: (embeddings, padding mask (b, p), …), pictures first, then text
     tail: int = 0  # tokens behind the text in that prefix
+    joint: str = ""  # module whose `forward` reads `[prefix, suffix]` in one pass, the prefix without looking at the suffix
+    expert: str = ""  # transformer whose blocks read that suffix, the steps of the chunk at its end
+    still: tuple[str, ...] = ()  # methods that draw nothing
 
     @property
-    def gives(self): return frozenset(("answer", "hidden") if self.decoder else ("answer",))
+    def gives(self): return frozenset(("answer", *["hidden"] * bool(self.decoder), *["actions"] * bool(self.expert)))
     @property
     def usual(self): return "answer"
     @property
@@ -471,18 +519,25 @@ def door_features(door: Door, policy: nn.Module, anchors: dict[str, Tensor], lay
     with ExitStack() as stack:
         for x in (eval_mode(policy), mixed_precision(policy)): stack.enter_context(x)
         said = stack.enter_context(captured(policy, door.capture, b * n))
+        mode = RowDraws(seeds[:, :n].flatten().tolist())
         if door.once: stack.enter_context(once_a_row(policy, door.once, b, n, prefix))
-        hidden = stack.enter_context(capture_hidden(submodule(policy, door.decoder), layers, at="input_layernorm")) if layers else {}
-        mode = stack.enter_context(RowDraws(seeds[:, :n].flatten().tolist()))
+        if door.joint: stack.enter_context(draws_in_a_row(policy, door.joint, n))
+        def states(of): return stack.enter_context(capture_hidden(submodule(policy, of), layers, at="input_layernorm"))
+        hidden, acting = states(door.decoder) if layers else {}, states(door.expert) if layers and actions and door.expert else None
+        for path in door.still: stack.enter_context(replaced(policy, path, mode.aside))
+        stack.enter_context(mode)
         policy.forward(batch)
     if draws is not None: draws.append(mode.count)
-    f = Features({i: h[::n] for i, h in hidden.items()})
+    f = Features({i: h[:: len(h) // b] for i, h in hidden.items()})
     if layers:
         p = torch.arange(prefix[0][1].shape[1], device=prefix[0][1].device)
         end = len(p) - door.tail
         text, seen = (p >= end - batch[TEXT[0]].shape[1]) & (p < end), prefix[0][1].bool()
         f.image_mask, f.text_mask = seen & (p < end) & ~text, seen & text
     if actions: f.answer, f.answer_mask = door_answer(policy, said[0], anchors, n)
+    if acting is not None:
+        f.expert = {i: h.reshape(b, n, -1, h.shape[-1])[:, :, -t:].flatten(1, 2) for i, h in acting.items()}
+        f.action_mask = f.answer_mask.flatten(1)
     return f
 
 def door_batch(policy: nn.Module, anchors: dict[str, Tensor], n: int, trim: bool) -> dict[str, Tensor]:
@@ -509,14 +564,17 @@ def door_answer(policy: nn.Module, said: Tensor, anchors: dict[str, Tensor], n: 
 
 # %% ../nbs/06_policies.ipynb #51ad8c25
 _GEMMA = dict(said="velocity", chunk="predict_action_chunk", once="model.embed_prefix",
-              decoder="model.paligemma_with_expert.paligemma.model.language_model")
+              decoder="model.paligemma_with_expert.paligemma.model.language_model", joint="model.paligemma_with_expert",
+              expert="model.paligemma_with_expert.gemma_expert.model", still=("model.forward",))
 ADAPTERS |= {
     "pi0": Door("model.action_out_proj", **_GEMMA),
     "pi05": Door("model.action_out_proj", **_GEMMA),
     "smolvla": Door("model.action_out_proj", "velocity", "predict_action_chunk", "model.embed_prefix",
-                    "model.vlm_with_expert.vlm.model.text_model", tail=1),
-    "act": Door("model.action_head", "action", None),
-    "diffusion": Door("diffusion.unet", "noise", "diffusion.conditional_sample", "diffusion._prepare_global_conditioning"),
+                    "model.vlm_with_expert.vlm.model.text_model", tail=1, joint="model.vlm_with_expert", expert="model.vlm_with_expert.lm_expert",
+                    still=("model.embed_prefix", "model.embed_suffix", "model.vlm_with_expert.forward")),
+    "act": Door("model.action_head", "action", None, still=("model.forward",)),
+    "diffusion": Door("diffusion.unet", "noise", "diffusion.conditional_sample", "diffusion._prepare_global_conditioning",
+                      still=("diffusion._prepare_global_conditioning", "diffusion.unet.forward")),
 }
 
 # %% ../nbs/06_policies.ipynb #6cf622f0

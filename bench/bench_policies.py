@@ -1,0 +1,108 @@
+"""What holding a policy costs a step: pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with a cache, with LoRA, and with the teacher inside.
+
+    python bench/bench_policies.py                     every policy
+    python bench/bench_policies.py --only smolvla --rounds 9
+
+A retention step on every step (K = 1), anchors half the batch, two draws an anchor. Everything that is compared runs in one process, in turns,
+after a warm-up; figures are medians of ratios that were taken side by side. Writes outputs/bench/policies.json:
+{policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache, images among them.
+"""
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from craft_nb.anchors import AnchorCacheDataset
+from craft_nb.builder import anchor_batch_targets, build_anchor_cache, draw_seeds
+from craft_nb.config import CraftConfig
+from craft_nb.losses import make_views
+from craft_nb.policies import adapter_for
+from craft_nb.trainer import CraftTrainer, Retention, one_step
+from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
+
+
+def forever(x):
+    while True: yield x
+
+
+def ratios(rounds: int, plain, **runs) -> dict[str, float]:
+    "Median of each run's time over plain's, which is taken just before and behind it."
+    def clock(run):
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    for run in (plain, *runs.values()): run(); run()
+    out = {k: [] for k in runs}
+    for _ in range(rounds):
+        for k, run in runs.items():
+            before, took, behind = clock(plain), clock(run), clock(plain)
+            out[k].append(2 * took / (before + behind))
+    return {k: statistics.median(x) for k, x in out.items()}
+
+
+def trainer_of(policy, batch, anchors, views, **craft):
+    cfg = CraftConfig(retention_freq=1, views=",".join(views), **craft)
+    opt = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
+    ret = Retention(policy, anchors, make_views(views), adapter_for(policy), cfg, 10**6) if anchors is not None else None
+    return CraftTrainer(policy, forever(batch), opt, steps=10**6, grad_clip_norm=1.0, retention=ret)
+
+
+def stepper(trainer):
+    def run():
+        for _ in range(2): one_step(trainer)
+    return run
+
+
+def bytes_an_anchor(policy, pre, data, view: str, folder: Path) -> float:
+    n = 16
+    columns = {k: data.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
+    build_anchor_cache(policy, pre, data, folder, **columns, num_anchors=n, views=[view], progress=False)
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / len(AnchorCacheDataset(folder))
+
+
+def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
+    folder = zoo_checkpoint(work, kind, steps=4)
+    (pre, _), policy = work.processors(folder), work.policy(folder).train()
+    data = zoo_data(work, policy.config)
+    rows = torch.randint(len(data), (batch_size,), generator=torch.Generator().manual_seed(0)).tolist()
+    def frames(n): return pre(torch.utils.data.default_collate([data[i] for i in rows[:n]]))
+    batch, source = frames(batch_size), frames(batch_size // 2)
+    names = ["answer", *(["pooled", "tokens"] if "hidden" in adapter_for(policy).gives else [])]
+    seeds, runs, out = draw_seeds(0, range(batch_size // 2)), {}, {}
+    for view in names:
+        anchors = anchor_batch_targets(policy, source, make_views([view]), seeds=seeds)
+        t = trainer_of(policy, batch, forever(anchors), [view])
+        out[view] = dict(bytes=round(bytes_an_anchor(policy, pre, data, view, tmp / f"{kind}-{view}")), first_loss=one_step(t)["retention_loss"])
+        policy = work.policy(folder).train()
+        runs[view] = stepper(trainer_of(policy, batch, forever(anchors), [view]))
+        t = None
+    plain = stepper(trainer_of(work.policy(folder).train(), batch, None, []))
+    for view, x in ratios(rounds, plain, **runs).items(): out[view] = dict(step_ratio=round(x, 3)) | out[view]
+    return out
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--only", choices=KINDS)
+    ap.add_argument("--rounds", type=int, default=7)
+    ap.add_argument("--batch_size", type=int, default=32)
+    ap.add_argument("--out", type=Path, default=Path("outputs/bench/policies.json"))
+    args = ap.parse_args()
+    logging.disable(logging.WARNING)
+    from craft_nb.small import tiny_workload
+    result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    with tempfile.TemporaryDirectory() as tmp:
+        work = tiny_workload(Path(tmp) / "work", episodes=2)
+        for kind in [args.only] if args.only else KINDS:
+            result[kind] = measure(work, kind, args.batch_size, args.rounds, Path(tmp))
+            print(kind, json.dumps(result[kind]), flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
