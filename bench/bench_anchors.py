@@ -1,4 +1,4 @@
-"""What a cache costs: `python bench/bench_anchors.py [--only bytes,build,rss,open,batch] [--anchors 1000000]`
+"""What a cache costs: `python bench/bench_anchors.py [--only bytes,build,rss,open,batch,video] [--anchors 1000000]`
 writes outputs/bench/anchors.json. Timings are ratios of runs that take turns, so that a busy machine hits both sides."""
 import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -126,6 +126,47 @@ def generate(path, n, block=4096):
         for lo, hi in w.ranges(block): w.add({k: v[:hi - lo] for k, v in x.items()})
 
 
+def film(root, episodes=16, frames=125, size=(240, 320), codec='h264'):
+    "Two cameras at 30 frames a second, a key frame in two as LeRobot encodes by default; smooth pictures that move."
+    import numpy as np
+    from lerobot.configs import RGBEncoderConfig
+    from lerobot.datasets import LeRobotDataset
+    h, w = size; cams = [f'observation.images.{c}' for c in ('top', 'wrist')]
+    features = {c: dict(dtype='video', shape=(h, w, 3), names=['height', 'width', 'channels']) for c in cams}
+    features |= {k: dict(dtype='float32', shape=(7,), names=None) for k in ('observation.state', 'action')}
+    ds = LeRobotDataset.create('bench/film', 30, features, root=root, use_videos=True, rgb_encoder=RGBEncoderConfig(vcodec=codec))
+    y, x = np.mgrid[:h, :w] / 40
+    for e in range(episodes):
+        for i in range(frames):
+            picture = lambda k: np.stack([127 + 120 * np.sin(x + c + e + .1 * i) * np.cos(y * (k + 1) - .07 * i) for c in range(3)], -1).astype(np.uint8)
+            z = np.sin(np.arange(7) + .05 * i + e).astype(np.float32)
+            ds.add_frame({c: picture(k) for k, c in enumerate(cams)} | {'observation.state': z, 'action': z, 'task': f'task {e % 3}'})
+        ds.save_episode()
+    ds.finalize()
+
+
+def video(tmp, n=1000, chunk=50):
+    "Frames a second of 1,000 anchors as a build reads them, over `dataset[i]` of the same frames in random order. PyAV on both sides."
+    import random
+    from craft_nb.tools import sample_anchors
+    from craft_nb.video import ForwardFrames
+    from lerobot.datasets import LeRobotDataset
+    film(tmp/'film')
+    ds = LeRobotDataset('bench/film', root=tmp/'film', video_backend='pyav', delta_timestamps={'action': [i / 30 for i in range(chunk)]})
+    column = lambda k: ds.hf_dataset.data[k].to_pylist()
+    picked = sample_anchors(column('episode_index'), column('task_index'), n); mixed = random.Random(0).sample(picked, n)
+    ForwardFrames(ds)[0], ds[0]
+    took = {}
+    for turn in range(4):  # quarters that take turns, so that a busy machine hits both sides
+        a, b = turn * n // 4, (turn + 1) * n // 4
+        for name, data, which in (('video', ForwardFrames(ds), picked[a:b]), ('random', ds, mixed[a:b])):
+            t = time.perf_counter()
+            for i in which: data[i]
+            took[name] = took.get(name, 0) + time.perf_counter() - t
+    return dict(video_over_random=took['random'] / took['video'], video_frames_per_second=n / took['video'], random_frames_per_second=n / took['random'],
+                video_frames=len(ds), video_shape=list(ds.meta.shapes['observation.images.top']))
+
+
 OPEN = '''
 import sys, time, json; sys.path.insert(0, sys.argv[1])
 import torch
@@ -160,7 +201,7 @@ def batches(tmp, cache, steps=40):
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('--only', default='bytes,build,rss,open,batch'); p.add_argument('--anchors', type=int, default=1_000_000)
+    p.add_argument('--only', default='bytes,build,rss,open,batch,video'); p.add_argument('--anchors', type=int, default=1_000_000)
     a, _ = p.parse_known_args(); out = ROOT/'outputs'/'bench'/'anchors.json'; out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as tmp:
@@ -168,7 +209,7 @@ def main():
         if {'open', 'batch'} & set(a.only.split(',')):
             t = time.time(); generate(cache, a.anchors); found['generate_anchors_per_second'] = a.anchors / (time.time() - t)
         for name, f in dict(bytes=lambda: bytes_per_anchor(tmp), build=lambda: builds(tmp), rss=lambda: rss(tmp),
-                            open=lambda: opening(cache), batch=lambda: batches(tmp, cache)).items():
+                            open=lambda: opening(cache), batch=lambda: batches(tmp, cache), video=lambda: video(tmp)).items():
             if name not in a.only.split(','): continue
             found |= (new := f()); out.write_text(json.dumps(found, indent=1) + '\n')
             for k, v in new.items(): print(f'{k:<32} {json.dumps(v)}', flush=True)
