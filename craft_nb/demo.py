@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZES', 'ARMS', 'DEFAULT', 'JUDGE', 'SCHEDULE', 'SEED', 'DATA', 'TEACH', 'TUNE', 'STAGES', 'Settings', 'keep',
            'view_of', 'end_with_parent', 'Run', 'register', 'lines_in', 'run_jobs', 'record', 'env_kw', 'workload',
-           'tokenizers', 'parted', 'train_config', 'train_job', 'train_arms', 'teacher', 'finetune', 'build_anchors',
-           'cache_job', 'caches', 'evaluate_job', 'evaluate_paths', 'cells', 'evaluate', 'drift_job', 'clip_job',
+           'tokenizers', 'train_config', 'train_job', 'train_arms', 'teacher', 'finetune', 'build_anchors', 'cache_job',
+           'caches', 'evaluate_job', 'evaluate_paths', 'cells', 'evaluate', 'drift_job', 'runs_page', 'clip_job',
            'clips', 'records', 'report', 'constant_actions', 'constant_job', 'check_tasks', 'parse', 'demo_main',
            'tiny_workload']
 
@@ -40,7 +40,7 @@ class Settings:
     held_out: int = 128  # anchors for drift, from episodes that no cache holds
     eval_episodes: int = 20  # a task and arm
     check_episodes: int = 100  # a task, of the blind policy in check-tasks: 20 leave too much to chance
-    arms: str = "sft,origin,replay,constant,craft:action_logits"  # of ARMS
+    arms: str = "sft,origin,constant,craft:action_logits"  # of ARMS
     seed: int = 0
 
     @property
@@ -70,7 +70,6 @@ def keep(view:str, share:float=0.3): # settings of the arm that keeps `view`
 ARMS = {
     "sft": None,
     "origin": dict(views="pooled", projection_gate="always", retention_freq=5),
-    "replay": dict(method="replay"),
     "constant": dict(method="constant", views="action_logits", initial_lambda=1.0, retention_freq=1, epsilon_start=0.0, epsilon_end=0.0),
     **{f"craft:{v}": keep(v) for v in ("action_logits", "action_tokens", "tokens")},
 }
@@ -209,12 +208,6 @@ def tokenizers(run:Run):
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
 
 # %% ../nbs/12_demo.ipynb #aa50eded
-def parted(run:Run): # episodes of the old tasks to keep by, and those held out
-    "The last tenth of each old task's episodes is held out, at least one."
-    keep, work = max(1, run.settings.episodes//10), workload(run)
-    split = [work.episodes(t) for t in run.settings.old_tasks]
-    return [e for x in split for e in x[:-keep]], [e for x in split for e in x[-keep:]]
-
 def train_config(run:Run, arm:str, blind:bool=False):
     "The `CraftTrainConfig` of an arm, or of `teacher`."
     from lerobot.configs.default import DatasetConfig
@@ -230,7 +223,6 @@ def train_config(run:Run, arm:str, blind:bool=False):
     tasks = {"teacher": s.old_tasks, "blind": s.tasks}.get(arm, s.new.split(","))
     how = dict(enabled=False)
     if not teacher and ARMS[arm]: how = dict(ARMS[arm])
-    if how.get("method") == "replay": how["method_options"] = f"episodes:{','.join(map(str, parted(run)[0]))},batch_size:{max(1, s.batch_size//2)}"
     if view := how.get("views"): how["anchor_cache_dir"] = str(run.folder/"caches"/view)
     if how.get("method") == "share": how["heldout_cache_dir"] = str(run.folder/"caches"/"held_out")  # shown while it trains; no budget, so it steers nothing
     return CraftTrainConfig(
@@ -261,7 +253,7 @@ def teacher(run:Run):
     "Train `pi0_fast_small` from nothing on the old tasks."
     return dict(path=train_arms(run, "teacher", ["teacher"], run.settings.teacher_steps)["teacher"])
 
-SCHEDULE = ("craft:action_tokens", "craft:tokens", "replay", "constant", "origin", "craft:action_logits", "sft")  # so two workers finish at about the same time
+SCHEDULE = ("craft:action_tokens", "craft:tokens", "craft:action_logits", "constant", "origin", "sft")  # so two workers finish at about the same time
 
 def finetune(run:Run):
     "Fine-tune the teacher on the new task, once with each arm."
@@ -293,9 +285,12 @@ def cache_job(run_args, name, view, anchors, episodes):
 
 def caches(run:Run):
     "One anchor cache for each view that an arm uses, and `held_out` for drift."
-    s, (train, held) = run.settings, parted(run)
+    s, work = run.settings, workload(run)
     done = run.folder/"caches"/"done.txt"
     done.unlink(missing_ok=True)
+    keep = max(1, s.episodes//10)  # held-out episodes a task
+    split = [work.episodes(t) for t in s.old_tasks]
+    train, held = [e for x in split for e in x[:-keep]], [e for x in split for e in x[-keep:]]
     plan = {v: (v, s.anchors, train) for v in s.views}
     plan["held_out"] = ",".join(dict.fromkeys(("pooled", JUDGE, *s.views))), s.held_out, held
     jobs = [(cache_job, ((str(run.folder), s), name, *how), done) for name, how in plan.items()]
@@ -351,6 +346,19 @@ def drift_job(run_args, path): # hidden drift on held-out anchors; {held_out, tr
     trained = anchor_drift(policy, caches/JUDGE, 32, run.settings.held_out)["losses"][JUDGE] if (caches/JUDGE).exists() else None
     return {k: held[k] for k in ("layers", "vectors", "n", "relative_l2", "cosine", "cka")}, dict(held_out=held["losses"][JUDGE], train=trained)
 
+# %% ../nbs/12_demo.ipynb #f7a3109b
+def runs_page(run:Run, found:dict): # found: {success, drift} of the evaluate stage; a `craft_nb.report.Report`
+    "The arms beside each other, as `craft-report` shows runs."
+    from craft_nb.report import Report
+    names = {a: a.replace(":", "-") for a in dict.fromkeys(run.settings.arm_names)} | dict(teacher="teacher")
+    paths, evals = dict(teacher=run.result("teacher")["path"]) | run.result("finetune"), []
+    (run.folder/"eval").mkdir(exist_ok=True)
+    for arm, name in names.items():
+        seen = dict(policy=paths[arm], success={t: c[arm] for t, c in found["success"].items()}, drift=found["drift"].get(arm))
+        (file := run.folder/"eval"/f"{name}.json").write_text(json.dumps(seen))
+        evals.append(f"{name}={file}")
+    return Report([run.folder/"runs"/n for n in names.values() if n != "teacher"], evals=evals, new=run.settings.new.split(","))
+
 # %% ../nbs/12_demo.ipynb #a9e60d7d
 def clip_job(task, seed, actions, spread):
     "Replay actions at 144 pixels; the frames as an animated GIF."
@@ -377,7 +385,7 @@ def records(run:Run): # {arm: step rows of metrics.jsonl}
     return {a: [r for r in read(a) if "task_loss" in r] for a in run.settings.arm_names}
 
 def report(run:Run):
-    "`report.html`, `report.json` and pictures."
+    "`report.html`, `report.json` and pictures; `runs.html`, the curves of every arm."
     import statistics, platform, torch, lerobot
     from craft_nb.anchors import cache_info
     from craft_nb.evaluate import render_report
@@ -396,6 +404,7 @@ def report(run:Run):
     if checked.exists(): data["blind"] = json.loads(checked.read_text())["success"]
     show = [a for a in ("teacher", "sft", data["default"]) if a == "teacher" or a in s.arm_names]
     path = render_report(data, rows, clips(run, show), run.folder)
+    runs_page(run, found).write(run.folder/"runs.html")
     return dict(report=str(path))
 
 # %% ../nbs/12_demo.ipynb #a5bfa0d5

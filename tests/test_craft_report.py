@@ -54,7 +54,6 @@ def steps_of(folder): return [r for r in map(json.loads, (folder / "metrics.json
 def as_written(x): return "" if x is None else {True: "true", False: "false"}.get(x, x) if isinstance(x, (bool, str)) else float(x)
 
 
-@pytest.mark.timeout(180)
 def test_the_page_in_a_browser(place, tmp_path):
     assert chromium, "no Chromium: apt-get install chromium"
     from playwright.sync_api import sync_playwright
@@ -62,10 +61,11 @@ def test_the_page_in_a_browser(place, tmp_path):
     assert r.gate("kept>=.9,budget")
     file, asked, said = r.write(tmp_path / "r.html"), [], []
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"], timeout=180_000)
         try:
             context = browser.new_context(color_scheme="dark", viewport=dict(width=400, height=800), offline=True, accept_downloads=True)
             page = context.new_page()
+            page.set_default_timeout(180_000)
             page.on("request", lambda q: asked.append(q.url))
             page.on("console", lambda m: said.append(m.text))
             page.on("pageerror", lambda e: said.append(str(e)))
@@ -202,7 +202,6 @@ def test_two_runs_of_one_name_are_told_apart(tmp_path):
     assert r.names == ["x/run", "y/run"] and r.differ["seed"] == {"x/run": 0, "y/run": 1} and {*r.differ} == {"seed", "policy.pretrained_path", "craft.anchor_cache_dir"}
 
 
-@pytest.mark.timeout(300)
 def test_drift_is_measured_now(work, tmp_path, capsys):
     "A real run: its records, its certificate, and its drift on a cache that it was not trained on, and on its own."
     import kill_training as K
@@ -222,3 +221,16 @@ def test_drift_is_measured_now(work, tmp_path, capsys):
     assert "not measured" in run_report(tmp_path / "run", f"--cache={cache}", "--gate=drift<=1e9"), "anchors that were trained on are not held out"
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert "has no checkpoint" in run_report(tmp_path / "run", f"--cache={tmp_path / 'held'}")
+
+
+def test_the_arms_of_a_demo_are_runs(tmp_path):
+    from dataclasses import replace
+    from craft_nb.demo import SIZES, Run, runs_page
+    settings = replace(SIZES["tiny"], old="drawer", new="window", arms="sft,craft:action_logits")
+    run = Run(tmp_path, settings)
+    paths = {a: str(make_run(tmp_path / "runs" / a.replace(":", "-"), plain=a == "sft") / "checkpoints/last/pretrained_model") for a in settings.arm_names}
+    (tmp_path / "stages").mkdir()
+    for name, result in dict(teacher=dict(path=str(tmp_path / "teacher")), finetune=paths).items(): run.marker(name).write_text(json.dumps(dict(settings={}, seconds=1., result=result)))
+    def cells(*n): return dict(zip(("teacher", "sft", "craft:action_logits"), (rate(x, 20) for x in n)))
+    r = runs_page(run, dict(success=dict(drawer=cells(20, 1, 19), window=cells(0, 18, 17)), drift={}))
+    assert r.tasks == dict(old=["drawer"], new=["window"]) and r.shares["craft-action_logits"]["ratio"] == .95 and r.gate("kept>=.9,budget,new>=.8")

@@ -127,6 +127,8 @@ def test_whole_demo_tiny(tmp_path, capsys):
     assert all(a["held_out"] > 0 and a["train"] > 0 and (a["projected"], a["steps"]) == (0, 4) for a in report["arms"].values()), report["arms"]
     page = (tmp_path / "report.html").read_text()
     assert "data:image/gif" in page and not re.search(r"""(src|href)=["']?https?:|@import|url\(["']?https?:""", page)  # opens without network
+    runs = json.loads((tmp_path / "runs.json").read_text())
+    assert {*runs["runs"]} == {"sft", "craft-action_logits"} and runs["tasks"]["new"] == ["window-open-v3"] and "teacher" in runs["measured"]
     first = json.loads((tmp_path / "runs/craft-action_logits/metrics.jsonl").read_text().splitlines()[1])
     assert first["step"] == 1 and first["retention_loss"] <= 1e-6  # the student is the teacher
     capsys.readouterr()
