@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'ARMS', 'DEFAULT', 'JUDGE', 'SCHEDULE', 'SEED', 'DATA', 'TEACH', 'TUNE', 'STAGES', 'Settings', 'keep',
            'view_of', 'end_with_parent', 'Run', 'register', 'lines_in', 'run_jobs', 'record', 'env_kw', 'workload',
-           'tokenizers', 'train_config', 'train_job', 'train_arms', 'teacher', 'finetune', 'build_anchors', 'cache_job',
-           'caches', 'evaluate_job', 'evaluate_paths', 'cells', 'evaluate', 'drift_job', 'runs_page', 'clip_job',
-           'clips', 'records', 'report', 'constant_actions', 'constant_job', 'check_tasks', 'parse', 'demo_main',
-           'tiny_workload']
+           'tokenizers', 'parted', 'train_config', 'train_job', 'train_arms', 'teacher', 'finetune', 'build_anchors',
+           'cache_job', 'caches', 'evaluate_job', 'evaluate_paths', 'cells', 'evaluate', 'drift_job', 'runs_page',
+           'clip_job', 'clips', 'records', 'report', 'constant_actions', 'constant_job', 'check_tasks', 'parse',
+           'demo_main', 'tiny_workload']
 
 # %% ../nbs/12_demo.ipynb #ed54baff
 import argparse, itertools, json, os, shutil, sys, threading, time, traceback
@@ -40,7 +40,7 @@ class Settings:
     held_out: int = 128  # anchors for drift, from episodes that no cache holds
     eval_episodes: int = 20  # a task and arm
     check_episodes: int = 100  # a task, of the blind policy in check-tasks: 20 leave too much to chance
-    arms: str = "sft,origin,constant,craft:action_logits"  # of ARMS
+    arms: str = "sft,origin,replay,constant,craft:action_logits"  # of ARMS
     seed: int = 0
 
     @property
@@ -70,6 +70,7 @@ def keep(view:str, share:float=0.3): # settings of the arm that keeps `view`
 ARMS = {
     "sft": None,
     "origin": dict(views="pooled", projection_gate="always", retention_freq=5),
+    "replay": dict(method="replay"),
     "constant": dict(method="constant", views="action_logits", initial_lambda=1.0, retention_freq=1, epsilon_start=0.0, epsilon_end=0.0),
     **{f"craft:{v}": keep(v) for v in ("action_logits", "action_tokens", "tokens")},
 }
@@ -208,6 +209,12 @@ def tokenizers(run:Run):
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
 
 # %% ../nbs/12_demo.ipynb #aa50eded
+def parted(run:Run): # episodes of the old tasks to keep by, and those held out
+    "The last tenth of each old task's episodes is held out, at least one."
+    keep, work = max(1, run.settings.episodes//10), workload(run)
+    split = [work.episodes(t) for t in run.settings.old_tasks]
+    return [e for x in split for e in x[:-keep]], [e for x in split for e in x[-keep:]]
+
 def train_config(run:Run, arm:str, blind:bool=False):
     "The `CraftTrainConfig` of an arm, or of `teacher`."
     from lerobot.configs.default import DatasetConfig
@@ -223,6 +230,7 @@ def train_config(run:Run, arm:str, blind:bool=False):
     tasks = {"teacher": s.old_tasks, "blind": s.tasks}.get(arm, s.new.split(","))
     how = dict(enabled=False)
     if not teacher and ARMS[arm]: how = dict(ARMS[arm])
+    if how.get("method") == "replay": how["method_options"] = f"episodes:{','.join(map(str, parted(run)[0]))},batch_size:{max(1, s.batch_size//2)}"
     if view := how.get("views"): how["anchor_cache_dir"] = str(run.folder/"caches"/view)
     if how.get("method") == "share": how["heldout_cache_dir"] = str(run.folder/"caches"/"held_out")  # shown while it trains; no budget, so it steers nothing
     return CraftTrainConfig(
@@ -253,7 +261,7 @@ def teacher(run:Run):
     "Train `pi0_fast_small` from nothing on the old tasks."
     return dict(path=train_arms(run, "teacher", ["teacher"], run.settings.teacher_steps)["teacher"])
 
-SCHEDULE = ("craft:action_tokens", "craft:tokens", "craft:action_logits", "constant", "origin", "sft")  # so two workers finish at about the same time
+SCHEDULE = ("craft:action_tokens", "craft:tokens", "replay", "constant", "origin", "craft:action_logits", "sft")  # so two workers finish at about the same time
 
 def finetune(run:Run):
     "Fine-tune the teacher on the new task, once with each arm."
@@ -285,12 +293,9 @@ def cache_job(run_args, name, view, anchors, episodes):
 
 def caches(run:Run):
     "One anchor cache for each view that an arm uses, and `held_out` for drift."
-    s, work = run.settings, workload(run)
+    s, (train, held) = run.settings, parted(run)
     done = run.folder/"caches"/"done.txt"
     done.unlink(missing_ok=True)
-    keep = max(1, s.episodes//10)  # held-out episodes a task
-    split = [work.episodes(t) for t in s.old_tasks]
-    train, held = [e for x in split for e in x[:-keep]], [e for x in split for e in x[-keep:]]
     plan = {v: (v, s.anchors, train) for v in s.views}
     plan["held_out"] = ",".join(dict.fromkeys(("pooled", JUDGE, *s.views))), s.held_out, held
     jobs = [(cache_job, ((str(run.folder), s), name, *how), done) for name, how in plan.items()]
