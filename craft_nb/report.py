@@ -43,7 +43,7 @@ def read_log(path: Path) -> tuple[list[dict], bool]:  # rows and events in order
     lines, rows, step = path.read_bytes().splitlines(), [], 0
     for i, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN is no JSON, and no page could read it
             if not isinstance(row, dict) or type(row.get("step")) is not int: raise ValueError("no step in it")
         except ValueError as e:
             if i == len(lines): return rows, True
@@ -55,7 +55,7 @@ def read_log(path: Path) -> tuple[list[dict], bool]:  # rows and events in order
     return rows, False
 
 def read_json(path: Path, what: str) -> dict:
-    try: found = json.loads(path.read_text())
+    try: found = json.loads(path.read_text(), parse_constant=lambda _: None)
     except (ValueError, OSError) as e: raise ValueError(f"{path}: expected {what}, and cannot read it ({e})") from None
     if not isinstance(found, dict): raise ValueError(f"{path}: expected {what}, found a {type(found).__name__}")
     return found
@@ -102,7 +102,8 @@ def tail(rows: Sequence[dict], key: str) -> dict | None:  # {mean, se, n}; None 
     x = x[-max(1, len(x) // 10):]
     return dict(mean=statistics.fmean(x), se=statistics.stdev(x) / len(x)**.5 if len(x) > 1 else None, n=len(x))
 
-def share_of(rows: Sequence[dict], key: str) -> float | None: return sum(bool(r.get(key)) for r in rows) / len(rows) if rows else None
+def share_of(rows: Sequence[dict], key: str) -> float | None:  # None: not recorded
+    return sum(bool(r.get(key)) for r in rows) / len(rows) if any(key in r for r in rows) else None
 
 def state_of(run: Recorded) -> str:
     "finished | stopped … | failed … | unfinished"
@@ -130,6 +131,19 @@ def facts(run: Recorded) -> dict:  # JSON-able
 # %% ../nbs/11f_report.ipynb #00492a5d
 MEASURES = ("success", "drift", "task_loss", "action_error", "mcq")
 
+def check_measured(found: dict, path: Path) -> None:
+    "Raise `ValueError` where what was measured has not the form that craft-eval gives it."
+    def numbers(x, *keys): return isinstance(x, dict) and all(isinstance(x.get(k), (int, float)) for k in keys)
+    for m in MEASURES:
+        if found.get(m) is not None and not isinstance(found[m], dict): raise ValueError(f"{path}: {m}: expected what craft-eval writes, found {str(found[m])[:60]!r}")
+    for t, c in (found.get("success") or {}).items():
+        if not numbers(c, "rate", "n", "low", "high") or not 0 <= c["low"] <= c["rate"] <= c["high"] <= 1 or c["n"] < 1:
+            raise ValueError(f"{path}: success of {t}: expected 0 ≤ low ≤ rate ≤ high ≤ 1 and n ≥ 1, found {str(c)[:80]}")
+    if found.get("task_loss") and not numbers(found["task_loss"], "loss", "frames"): raise ValueError(f"{path}: task_loss: expected loss and frames, found {str(found['task_loss'])[:80]}")
+    if (d := found.get("drift")) and "relative_l2" in d and not (len(d["relative_l2"]) == len(d.get("layers", ())) and all(len(r) == len(d.get("vectors", ())) for r in d["relative_l2"])):
+        raise ValueError(f"{path}: drift: expected relative_l2 by layers and vectors, found {str(d)[:80]}")
+
+# %% ../nbs/11f_report.ipynb #5b18fc80
 def teacher_of(runs: Sequence[Recorded]) -> set[str]:
     "Paths of the policies that the runs started from, as their settings say; one that went on from its own checkpoint does not know."
     paths = {str((r.config.get("policy") or {}).get("pretrained_path") or "") for r in runs} - {""}
@@ -155,6 +169,7 @@ def read_evals(given: Iterable[str | Path], runs: Sequence[Recorded]) -> dict[st
         if not path.exists(): raise FileNotFoundError(f"{text}: there is no such file; give the eval.json that craft-eval wrote, or NAME=FILE with NAME one of {', '.join(names)}")
         found = read_json(path, "the eval.json of craft-eval")
         if not any(found.get(m) for m in MEASURES): raise ValueError(f"{path} holds none of {', '.join(MEASURES)}: give the eval.json that craft-eval wrote")
+        check_measured(found, path)
         name = name or owner(str(found.get("policy", "")), runs)
         if name is None:
             raise ValueError(f"{path} is of {found.get('policy', 'an unnamed policy')}, which is no checkpoint of {', '.join(names[:-1])} and not known as their "
@@ -226,7 +241,7 @@ def losses_of(names: Sequence[str], all_facts: dict, evals: dict) -> tuple[str, 
         return f"on {next(iter(seen.values()))['frames']} frames", {n: (x["loss"], None) for n, x in seen.items()}
     ends = {n: all_facts[n]["task_loss"] for n in names}
     n = min((x["n"] for x in ends.values() if x), default=0)
-    return f"mean of the last {n} steps", {n: (x["mean"], x["se"]) for n, x in ends.items() if x}
+    return f"mean of the last {n} steps" if n > 1 else "of the last step alone, which says little", {n: (x["mean"], x["se"]) for n, x in ends.items() if x}
 
 # %% ../nbs/11f_report.ipynb #05035023
 def second_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str:

@@ -168,6 +168,8 @@ def wrong_inputs(d):
     (d / "binary.json").write_bytes(b"\xff\xfe\0")
     (d / "list.json").write_text("[1]")
     (d / "strange.json").write_text(json.dumps(dict(policy="/else", success=dict(x=rate(1, 2)))))
+    for n, x in dict(cells=dict(success=dict(x=.5)), words=dict(success="all"), loss=dict(task_loss=dict(loss="low")), shape=dict(drift=dict(relative_l2=[[1.]], layers=[-1], vectors=[]))).items():
+        (d / f"{n}.json").write_text(json.dumps(dict(policy=str(d / "a/checkpoints/last")) | x))
     (d / "mine.html").write_text("mine")
     shutil.copytree(d / "a", d / "b/a")
     make_run(d / "act", policy="act")
@@ -175,6 +177,7 @@ def wrong_inputs(d):
             ([d / "torn_middle"], "metrics.jsonl:2: expected one JSON record a line"), ([d / "no_step"], "holds no step"), ([d / "a", d / "act"], "runs of different policies"),
             ([d / "a", d / "empty/../a"], "given twice"), ([], "1"), ([d / "a", "--eval=" + str(d / "gone.json")], "no such file"), ([d / "a", f"--eval={d / 'binary.json'}"], "cannot read it"),
             ([d / "a", f"--eval={d / 'list.json'}"], "found a list"), ([d / "a", f"--eval={d / 'strange.json'}"], "NAME one of a, teacher"), ([d / "a", f"--cache={d / 'gone'}"], "no folder"),
+            *(([d / "a", f"--eval={d / n}.json"], f"{n}.json: {m}") for n, m in (("cells", "success of x"), ("words", "success: expected"), ("loss", "task_loss"), ("shape", "drift"))),
             ([d / "a", f"--out={d / 'mine.html'}"], "not of craft-report"), ([d / "a", "--out=r.txt"], "ends in .html"), ([d / "a", f"--out={d / 'mine.html'}/x.html"], "mine.html"),
             ([d / "a", "--gates=x"], "there is no --gates"), ([d / "a", "--gate"], "expected --gate=VALUE"), ([d / "a", "--gate=,"], "expected conditions"), ([d / "a", "--new=x"], "'x' was not measured")]
 
@@ -234,3 +237,15 @@ def test_the_arms_of_a_demo_are_runs(tmp_path):
     def cells(*n): return dict(zip(("teacher", "sft", "craft:action_logits"), (rate(x, 20) for x in n)))
     r = runs_page(run, dict(success=dict(drawer=cells(20, 1, 19), window=cells(0, 18, 17)), drift={}))
     assert r.tasks == dict(old=["drawer"], new=["window"]) and r.shares["craft-action_logits"]["ratio"] == .95 and r.gate("kept>=.9,budget,new>=.8")
+
+
+def test_what_is_not_finite_or_not_recorded(tmp_path):
+    log = make_run(tmp_path / "run") / "metrics.jsonl"
+    rows = [json.loads(x) for x in log.read_text().splitlines()]
+    for r in rows: r.pop("clipped", None)
+    rows[3]["task_loss"], rows[4]["task_loss"] = math.nan, math.inf
+    log.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    r = Report(tmp_path / "run")
+    assert r.facts["run"]["clipped"] is None and math.isfinite(r.facts["run"]["task_loss"]["mean"])
+    inside = re.search(r'id="data">(.*?)</script>', r.html())[1]
+    json.loads(inside, parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
