@@ -24,11 +24,12 @@ CHOICES = dict(
     projection_scope=("global", "layer", "tensor"),
     retain_dtype=("same", "bfloat16"),
     controller=("ascent", "ema", "pi", "landing", "share"),
+    anchor_actions=("dataset", "teacher"),
     long_instructions=("refuse", "shorten"),
     distance=("", "mse", "cosine", "cosine_vectors", "l1", "relative", "kl", "cross_entropy"),
 )
 RANGES = dict(  # inclusive
-    anchor_batch_size=(1, math.inf), retention_freq=(1, math.inf), initial_lambda=(0, math.inf), lambda_lr=(0, math.inf),
+    anchor_batch_size=(1, math.inf), anchor_draws=(1, math.inf), retention_freq=(1, math.inf), initial_lambda=(0, math.inf), lambda_lr=(0, math.inf),
     lambda_max=(0, math.inf), epsilon_start=(0, math.inf), epsilon_end=(0, math.inf), epsilon_decay_steps=(0, math.inf),
     conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1), pi_nu=(0, 1),
     pi_kp=(0, math.inf), pi_ki=(0, math.inf), lambda_warmup_steps=(0, math.inf), lambda_update_every=(1, math.inf),
@@ -155,6 +156,9 @@ class CraftConfig:
     allow_mismatch: str = ""  # cache checks to waive, e.g. "normalisation,weights"
     capture: str = ""  # module whose output is the policy's answer; empty: as the cache or the table of policy types says
     anchor_dataset: AnchorData = field(default_factory=AnchorData)
+    teacher: str = ""  # who answers for the anchors: empty: the cache | inside: this network with its adapters off | folder of a policy; frames of anchor_dataset then need no cache
+    anchor_actions: str = "dataset"  # teacher, anchor_dataset: what the answer is conditioned on, dataset | teacher (sampled on every retention step)
+    anchor_draws: int = 2  # teacher, anchor_dataset: draws of noise and time an anchor, where the answer depends on them
 
     def __post_init__(self): check_config(self)
 
@@ -208,6 +212,8 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.controller in ("landing", "share") and not cfg.shared_lambda:
         faults.append(f"controller: {cfg.controller} reads ‖r‖, which with shared_lambda=false already carries the λs; "
                       "expected shared_lambda=true, or one of ascent, ema, pi")
+    if cfg.teacher and cfg.anchor_dataset.prompts_file:
+        faults.append("anchor_dataset.prompts_file: frames that a teacher answers keep their own instructions; build a cache with craft-build-cache --prompts_file")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults
 

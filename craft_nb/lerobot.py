@@ -11,13 +11,14 @@ __all__ = ['LEAST', 'ANCHORS', 'CRAFT_STATE', 'METHOD_TENSORS', 'CARRIED', 'LOOK
            'instructions_of', 'state_size', 'heed', 'load_policy', 'BuildCacheConfig', 'build_cache', 'load_dataset',
            'say_decoder', 'versions', 'new_part', 'joinable', 'require_appendable', 'finished_part', 'append_part',
            'parse_count', 'parse_bytes', 'dataset_facts', 'chunk_length', 'episode_hashes', 'recompute_targets',
-           'open_cache', 'cache_adapter', 'check_cache', 'cache_views', 'asked_anchors', 'anchor_build', 'own_anchors',
-           'make_accelerator', 'main_first', 'train_and_held_out', 'FrameOrder', 'Redrawn', 'make_order', 'make_loader',
-           'ready_batches', 'OldDemonstrations', 'some_episodes', 'old_data', 'old_demonstrations', 'write_checkpoint',
+           'open_cache', 'cache_adapter', 'check_cache', 'cache_views', 'inputs_of', 'live_frames', 'open_anchors',
+           'check_frames', 'make_teacher', 'asked_anchors', 'anchor_build', 'own_anchors', 'make_accelerator',
+           'main_first', 'train_and_held_out', 'FrameOrder', 'Redrawn', 'make_order', 'make_loader', 'ready_batches',
+           'OldDemonstrations', 'some_episodes', 'old_data', 'old_demonstrations', 'write_checkpoint',
            'whole_or_nothing', 'sync', 'move_last', 'read_craft_state', 'read_method_tensors', 'Checkpoints',
            'Progress', 'Wandb', 'Evaluations', 'same_draws', 'once', 'rollouts', 'loader_by_task', 'loss_by_task',
            'refuse_held', 'claim', 'Locked', 'RunParts', 'make_trainer', 'assemble', 'go_on_from', 'check_resumed',
-           'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'make_retention',
+           'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'answered_by', 'make_retention',
            'sum_over_shards', 'train', 'finish', 'part_anchors', 'make_held_out', 'CraftEvalConfig', 'task_loss',
            'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
 
@@ -59,21 +60,21 @@ from lerobot.processor import rename_stats
 from torch import nn
 
 from .anchors import MANIFEST, AnchorCacheDataset, anchor_batch, build_anchor_dataloader, check_compatible, hash_json, hash_tensors, read_manifest
-from .builder import build_anchor_cache, teacher_targets
+from .builder import STORED, Answered, LiveFrames, build_anchor_cache, teacher_targets
 from .check import (OF_THE_CACHE, WAIVABLE, Finding, Numbers, attempt, blocks, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
                             check_times, check_videos, gathering, image_shape, recompute_line, refuse, tasks_of, waivers)
 from .config import CraftConfig, as_path, at_home, parse_numbers, parse_weights
 from .evaluate import hidden_drift, rate
 from .features import resolve_layers
 from .instructions import Heeded, heed_instructions
-from .losses import make_views
+from .losses import VIEWS, make_views, pass_needs
 from .machine import LOCK, Lock, Watched, follow, give_way, holder, point, undisturbed, watched
 from .monitor import RecordLog
 from .policies import adapter_for, base_policy, check_loaded_weights, check_views, extract_student_hidden_with_pooling
 from .tools import MAY, merge_caches, open_whole
 from .methods import MethodParts, find_method, make_method, read_options
 from .video import read_forward
-from .trainer import (AnchorPass, AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, cache_episodes, route_forward,
+from .trainer import (AnchorPass, AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, cache_episodes, nbytes, route_forward,
                               set_aside)
 
 # %% ../nbs/11_lerobot.ipynb #5b23f709
@@ -662,7 +663,9 @@ def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
         raise FileNotFoundError(f"CRaFT is on, but there is no anchor cache at {craft.anchor_cache_dir}: "
                                 f"build one with craft-build-cache --out_dir={craft.anchor_cache_dir}, "
                                 "name another with --craft.anchor_cache_dir, "
-                                "or train without retention with --craft.enabled=false")
+                                + ("name frames with --craft.anchor_dataset.repo_id, " if craft.teacher else "")
+                                + "or train without retention with --craft.enabled=false")
+    if craft.teacher: return inputs_of(AnchorCacheDataset(craft.anchor_cache_dir, frames=frames), list(parse_weights(craft.views)))
     cache = AnchorCacheDataset(craft.anchor_cache_dir, views=list(parse_weights(craft.views)) or None, frames=frames)
     token_level = cache.cache_type == "token_level"
     if token_level != (craft.retention_mode == "token_ce") and not craft.views:
@@ -688,7 +691,8 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
                  hashes={k: v for k, v in hashes.items() if not (resumed and k == "weights")})
     if m["hashes"]: found["dtype"] = facts["dtype"]  # old caches do not say the policy's dtype
     if dataset is not None: found["dataset"] = dict(fps=dataset.meta.fps, chunk=chunk_length(dataset))
-    out = check_compatible(m, found, craft.allow_mismatch, known=(*WAIVABLE, *OF_THE_CACHE), flag=flag)
+    allow = craft.allow_mismatch + ",weights" * bool(craft.teacher)  # what they once answered is not asked
+    out = check_compatible(m, found, allow, known=(*WAIVABLE, *OF_THE_CACHE), flag=flag)
     if "dataset.fps" in out["unknown"]:
         logging.warning("%s does not say at which recording rate (fps) its anchors were made: compare it yourself with the %s fps of the data",
                         cache.dir, dataset.meta.fps)
@@ -700,9 +704,67 @@ def cache_views(cache: AnchorCacheDataset, craft: CraftConfig) -> dict:
     "View objects for what the cache holds."
     m = cache.manifest
     weights = {int(k): v for k, v in parse_weights(craft.layer_weights, "layer_weights").items()} or None
-    how = {n: dict(distance=craft.distance or m["views"][n].get("distance", ""), layer_weights=weights) for n in cache.views}
+    how = {n: dict(distance=craft.distance or m["views"].get(n, {}).get("distance", ""), layer_weights=weights) for n in cache.views}
     stored = {k: m[k] for k in ("layers", "pooling") if m[k]}
     return {n: make_views([n], **stored, **how[n])[n] for n in cache.views}
+
+# %% ../nbs/11_lerobot.ipynb #a7d91a55
+def inputs_of(cache: AnchorCacheDataset, views: list[str]) -> AnchorCacheDataset:  # the same object
+    "A cache whose stored answers are not read, for a teacher that answers in `views`. Raises if it has no actions to ask about."
+    wanted = views or list(cache.views)
+    acts = any(pass_needs(list(make_views([n]).values()))[1] for n in cache.manifest["views"] if n in VIEWS)
+    if missing := [n for n in wanted if not acts and pass_needs(list(make_views([n]).values()))[1]]:
+        raise ValueError(f"views: {', '.join(missing)} looks at what the policy answers, and the anchors of {cache.dir} hold no actions to ask about "
+                         f"(views {', '.join(cache.manifest['views'])}): name a cache built with one of that kind, or frames with --craft.anchor_dataset.repo_id")
+    cache.names, cache.views = [k for k in cache.names if k not in STORED], {n: cache.manifest["views"].get(n, {}) for n in wanted}
+    return cache
+
+def live_frames(craft: CraftConfig, policy: PreTrainedConfig) -> LiveFrames:
+    "The frames that `anchor_dataset` names, for a teacher to answer."
+    a = craft.anchor_dataset
+    cfg = localise(DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes))
+    dataset, n = load_dataset(cfg, policy), parse_count(a.num_anchors or "all")
+    frames = LiveFrames(dataset, a.repo_id, dict(repo_id=cfg.repo_id, fps=dataset.meta.fps, chunk=chunk_length(dataset), episodes=cfg.episodes,
+                                                 frames=len(dataset)), None if n == "all" else n, draws=craft.anchor_draws)
+    frames.views, frames.source = {n: {} for n in parse_weights(craft.views)}, dataset
+    return frames
+
+def open_anchors(craft: CraftConfig, policy: PreTrainedConfig | None) -> AnchorCacheDataset:
+    "The anchors of a run: a cache, or frames."
+    return live_frames(craft, policy) if craft.teacher and craft.anchor_dataset.repo_id else open_cache(craft)
+
+def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, policy: nn.Module) -> None:
+    "Refuse frames that the policy would not see as it sees the data it is trained on."
+    meta = frames.source.meta
+    if not frames.views: frames.views[adapter_for(policy, cfg.craft.capture).usual] = {}
+    require_fit(camera_findings(cfg.policy, meta, cfg.rename_map), cfg.craft.allow_mismatch)
+    check_features(pre, meta, cfg.rename_map)
+    heed(pre, cfg.policy, instructions_of(frames.source), cfg.craft.long_instructions, f"{frames.dir} (anchor_dataset)", "--craft.long_instructions",
+         ds_meta=meta, rename_map=cfg.rename_map)
+
+# %% ../nbs/11_lerobot.ipynb #f37c2cbe
+def make_teacher(craft: CraftConfig, policy: nn.Module, pre, device, sharded: bool = False) -> nn.Module | None:
+    "Who answers for the anchors: None where the cache does. Raises `ValueError` if nobody can."
+    if not craft.teacher: return None
+    if sharded: raise ValueError("teacher: FSDP keeps pieces of the policy, and a teacher needs a whole one; build a cache, or use DDP")
+    if craft.teacher == "inside":
+        if hasattr(policy, "disable_adapter"): return policy
+        raise ValueError("teacher=inside: the teacher would be this network with its adapters off, and this run trains without adapters. Train some with "
+                         "--peft.method_type=LORA --peft.r=16, or start from a checkpoint that has them; or give a second model with "
+                         "--craft.teacher=FOLDER, or a cache (--craft.anchor_cache_dir) without --craft.teacher")
+    folder = Path(follow(as_path(craft.teacher)))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"teacher: expected inside, or the folder of a policy (…/pretrained_model) with config.json; found {craft.teacher!r}")
+    cfg = PreTrainedConfig.from_pretrained(folder)
+    cfg.pretrained_path, cfg.device = folder, str(device)
+    if cfg.type != (kind := base_policy(policy).config.type): raise ValueError(f"teacher: {folder} is a {cfg.type}, this run trains a {kind}")
+    with torch.random.fork_rng(): teacher, own, _ = load_policy_alone(cfg)  # its random weights are no draw of the run
+    theirs, ours = run_hashes(teacher, own), run_hashes(policy, pre)
+    waived = waivers(craft.allow_mismatch)
+    if differ := [k for k in theirs.keys() & ours.keys() - {"weights"} if theirs[k] != ours[k] and k not in waived]:
+        raise ValueError(f"teacher: {folder} differs from this run's policy in {', '.join(sorted(differ))}, so it would not see the same; use a teacher that "
+                         "the student was made from, or waive it with --craft.allow_mismatch")
+    return teacher.to(device).requires_grad_(False)
 
 # %% ../nbs/11_lerobot.ipynb #429f8a42
 def asked_anchors(craft: CraftConfig) -> dict:
@@ -1195,8 +1257,8 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     if cfg.resume: cfg.checkpoint_path = Path(follow(cfg.checkpoint_path))
     require_writable(Path(cfg.output_dir))
     if cfg.policy.pretrained_path: attempt("setup", require_parts, cfg.policy)
-    if cfg.craft.enabled and cfg.craft.anchor_dataset.repo_id: attempt("cache", own_anchors, cfg, not quiet)
-    cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft) if cfg.craft.enabled else None) or (None, None, [])
+    if cfg.craft.enabled and cfg.craft.anchor_dataset.repo_id and not cfg.craft.teacher: attempt("cache", own_anchors, cfg, not quiet)
+    cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft, cfg.policy) if cfg.craft.enabled else None) or (None, None, [])
     acc = accelerator or make_accelerator(cfg)
     lock = claim(cfg, acc)
     try: return assemble(cfg, callbacks, acc, quiet, cache, lock, judged, judged_episodes)
@@ -1221,8 +1283,11 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     require_fit(data_findings(cfg.policy, pre, post, dataset, cfg.rename_map, True, held_out, not keep, cfg.tolerance_s), cfg.craft.allow_mismatch)
     heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)], cfg.craft.long_instructions,
          flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
+    teacher = (make_teacher(cfg.craft, policy, pre, acc.device, "FSDP" in str(acc.distributed_type))
+               if cache is not None or judged is not None else None)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
     state, hashes = {}, {}
+    for anchors in (a for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)): check_frames(anchors, cfg, pre, policy)
     for anchors in (a for a in (cache, judged) if a is not None):
         hashes = hashes or run_hashes(policy, pre)
         attempt("cache", check_cache, anchors, cfg.craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
@@ -1256,10 +1321,12 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         drawn = order is None or order.begin["start_index"] or (cfg.num_workers and cfg.persistent_workers)
         if drawn: batches = itertools.chain([next(batches)], batches)  # opening a loader draws; the unbroken run did that before
         load_rng_state(cfg.checkpoint_path / "training_state")
-    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(old_demonstrations, cfg, acc, dataset, pre, post)) if cfg.craft.enabled else None
+    def answered(anchors): return anchors if teacher is None or anchors is None else answered_by(teacher, anchors, cfg.craft, adapter, pre)
+    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(old_demonstrations, cfg, acc, dataset, pre, post), answered) if cfg.craft.enabled else None
+    if teacher is not None and cfg.craft.teacher != "inside": method.beside = nbytes([*teacher.parameters(), *teacher.buffers()])
     trainer = CraftTrainer(
         policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc, retention=method,
-        held_out=make_held_out(cfg, judged, judged_episodes, adapter, method) if judged is not None else None,
+        held_out=make_held_out(cfg, answered(judged), judged_episodes, adapter, method) if judged is not None else None,
         grad_clip_norm=cfg.optimizer.grad_clip_norm, accumulate=cfg.craft.gradient_accumulation_steps,
         cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
         callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts), Locked(parts)],
@@ -1283,7 +1350,8 @@ def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
     return step
 
 CARRIED = ("projection_gate", "initial_lambda", "lambda_lr", "lambda_max", "controller", "distance", "views", "shared_lambda",
-           "epsilon_unit", "layer_weights", "retention_mode", "method", "method_options", "heldout_fraction", "heldout_cache_dir")
+           "epsilon_unit", "layer_weights", "retention_mode", "method", "method_options", "heldout_fraction", "heldout_cache_dir",
+           "teacher", "anchor_actions", "anchor_draws")
 
 def check_resumed(cfg: CraftTrainConfig, step: int) -> None:
     "Refuse changes that a resumed run would not take: λ, its limits and the gate go on from the checkpoint."
@@ -1335,14 +1403,21 @@ def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     if cfg.peft is None or hasattr(policy, "get_base_model"): return policy
     return policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
 
-def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset | None, policy: nn.Module, adapter, acc, demonstrations) -> Method:
+def answered_by(teacher: nn.Module, anchors, craft: CraftConfig, adapter, pre) -> Answered:
+    "A cache or a loader whose anchors `teacher` answers."
+    cache = getattr(anchors, "dataset", anchors)
+    frames = cache.store if isinstance(cache.store, LiveFrames) else None
+    return Answered(anchors, teacher, cache_views(cache, craft), adapter, (lambda b: pre(frames.told(b))) if frames else None, craft.anchor_actions)
+
+def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset | None, policy: nn.Module, adapter, acc, demonstrations,
+                   answered=lambda anchors: anchors) -> Method:
     "The method of a run, with its anchors if it takes any, sharded over its ranks."
     craft, one = cfg.craft, acc.num_processes == 1
     total = sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None
     if cache is None: return make_method(MethodParts(policy, craft, cfg.steps, all_reduce=total, demonstrations=demonstrations))
-    anchors = build_anchor_dataloader(
+    anchors = answered(build_anchor_dataloader(
         cache, craft.anchor_batch_size, seed=cfg.seed or 0, rank=acc.process_index, world_size=acc.num_processes,
-        num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda")
+        num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda"))
     views = cache_views(cache, craft)
     spreads = {n: cache.spread(n) for n, v in views.items() if craft.epsilon_unit == "relative" and v.distance == "mse"}  # else refused
     stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
@@ -1376,10 +1451,10 @@ def finish(trainer: CraftTrainer) -> None:
 # %% ../nbs/11_lerobot.ipynb #25f7ac93
 LOOK, COST = 32, 0.01  # anchors a look; share of the run that looks, and the certificate, may take
 
-def part_anchors(craft: CraftConfig) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list[int]]:
+def part_anchors(craft: CraftConfig, policy: PreTrainedConfig | None = None) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list[int]]:
     "Anchors to train on, if the method takes any, anchors to judge on, and the episodes of those."
     read_options(method := find_method(craft.method), craft.method_options)
-    cache = open_cache(craft) if getattr(method, "needs", "") == "anchors" else None
+    cache = open_anchors(craft, policy) if getattr(method, "needs", "") == "anchors" else None
     if craft.heldout_cache_dir:
         held = open_cache(replace(craft, anchor_cache_dir=craft.heldout_cache_dir))
         if cache is not None and held.manifest.get("cache_id") and held.manifest["cache_id"] == cache.manifest.get("cache_id"):

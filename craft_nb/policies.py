@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'TEXT', 'AnchorAdapter', 'base_policy', 'adapter_for', 'check_views', 'labels_to_actions', 'trim_anchors',
-           'pi0_fast_decoder', 'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'pi0_fast_decode',
+           'pi0_fast_decoder', 'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'adapters_off', 'pi0_fast_decode',
            'pi0_fast_decodable', 'decodable', 'pi0_fast_features', 'mixed_precision', 'decoder_facts', 'TokenAdapter',
            'PI0FastAdapter', 'RowDraws', 'RowDrawsError', 'submodule', 'captured', 'replaced', 'once_a_row',
            'draws_in_a_row', 'conditioned_by_draw', 'pack_image', 'unpack_image', 'Door', 'chunk_shape', 'door_inputs',
@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,21 @@ def eval_mode(policy: nn.Module):
     try: yield policy
     finally:
         for m, training in modes: m.training = training
+
+# %% ../nbs/06_policies.ipynb #01a5012f
+@contextmanager
+def adapters_off(policy: nn.Module) -> Iterator[nn.Module]:
+    "Inside the `with`, a policy as it is without its adapters, if it has any; what was trained is trained again afterwards."
+    for attr in ("module", "_orig_mod"):
+        while not hasattr(policy, "disable_adapter") and isinstance(getattr(policy, attr, None), nn.Module): policy = getattr(policy, attr)
+    if not hasattr(policy, "disable_adapter"):
+        yield policy
+        return
+    trained = [(p, p.requires_grad) for p in policy.parameters()]  # peft switches these too
+    try:
+        with policy.disable_adapter(): yield policy
+    finally:
+        for p, was in trained: p.requires_grad = was
 
 # %% ../nbs/06_policies.ipynb #1ea2f939
 @torch.no_grad()
@@ -474,6 +490,8 @@ def door_prepare(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Ten
     return out
 
 # %% ../nbs/06_policies.ipynb #5b3e092e
+_DRAWS = WeakKeyDictionary()  # policy → {door: does it draw anything}, asked once
+
 @torch.no_grad()
 def door_condition(door: Door, policy: nn.Module, anchors: dict[str, Tensor], actions: str, seeds: Tensor) -> dict[str, Tensor]:
     "Anchors with `action` (b, t, a) as `actions` says and with `draw_seed` (b, n)."
@@ -487,10 +505,10 @@ def door_condition(door: Door, policy: nn.Module, anchors: dict[str, Tensor], ac
     elif "action" not in anchors:
         raise ValueError(f"the answer of {policy.config.type} depends on actions, and this batch has none"
                          + (": use actions=teacher" if door.chunk else ""))
-    one = door_prepare(policy, {k: v[:1] for k, v in anchors.items()} | {"draw_seed": seeds[:1, :1]})
-    draws = []
-    door_features(door, policy, one, [], True, draws)
-    return anchors | {"draw_seed": seeds if sum(draws) else seeds[:, :1]}  # what draws nothing says the same each time
+    if door not in (known := _DRAWS.setdefault(policy, {})):
+        door_features(door, policy, door_prepare(policy, {k: v[:1] for k, v in anchors.items()} | {"draw_seed": seeds[:1, :1]}), [], True, draws := [])
+        known[door] = sum(draws) > 0
+    return anchors | {"draw_seed": seeds if known[door] else seeds[:, :1]}  # what draws nothing says the same each time
 
 def door_pass_inputs(anchors): return {k: v for k, v in anchors.items() if "observation." in k}
 

@@ -307,7 +307,7 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
         attempt("output", free_folder, cfg)
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, 0
-        if to_build := cfg.craft.enabled and bool(cfg.craft.anchor_dataset.repo_id) and not cfg.resume:
+        if to_build := cfg.craft.enabled and bool(cfg.craft.anchor_dataset.repo_id) and not cfg.craft.teacher and not cfg.resume:
             words, cfg.craft.enabled = attempt("anchors", anchors_to_build, cfg), False  # the rest as it would be without them
         trainer = attempt("setup", make_trainer, cfg, quiet=True)
         if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found): attempt("cache", open_cache, cfg.craft)

@@ -168,6 +168,7 @@ class Method:
     config = None  # goes into the log
     duals: dict = {}  # multipliers by name
     copies = 0  # of the trained weights that it holds, for the memory estimate
+    beside = 0  # bytes of a teacher that it holds
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -436,7 +437,8 @@ class Retention(Constraint):
         if not (self.streams and self.due(trainer.step)):
             yield
             return
-        with self.surgery.record(): losses = anchor_losses(self, trainer.policy, next(self.line), trainer.autocast)
+        anchors = next(self.line)  # here, for a teacher at hand may have to answer
+        with self.surgery.record(): losses = anchor_losses(self, trainer.policy, anchors, trainer.autocast)
         row |= violations(self, stacked(self, losses).tolist(), trainer.step)
         clip = trainer.grad_clip_norm or None
         with self.surgery.merge_(pressed(self, losses), merge_weight(self), row["violation"] > 0, clip, self.remainder(trainer)) as out: yield
@@ -874,6 +876,7 @@ def estimate_memory(trainer: CraftTrainer) -> dict[str, int]:  # bytes
     out = dict(weights=nbytes([*trainer.policy.parameters(), *trainer.policy.buffers()]), gradients=g,
                optimizer=g * moments(trainer.optimizer), surgery=0, task_pass=g, anchor_pass=0)
     if trainer.method.copies: out["method"] = int(g * trainer.method.copies)
+    if trainer.method.beside: out["teacher"] = trainer.method.beside
     if not (acc and "FSDP" in str(acc.distributed_type)):
         out |= measure_passes(trainer, acc.unwrap_model(trainer.policy) if acc else trainer.policy)
     streams = ret is not None and ret.streams
@@ -883,7 +886,7 @@ def estimate_memory(trainer: CraftTrainer) -> dict[str, int]:  # bytes
     anchor = out["anchor_pass"] and g + out["anchor_pass"] + (g if ret.config.anchor_micro_batch and out["surgery"] else 0)
     step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)  # foreach: one temporary
     buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
-    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + buckets + max(task, 0 if streams else anchor, step)}
+    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + out.get("teacher", 0) + buckets + max(task, 0 if streams else anchor, step)}
 
 def ahead(trainer: CraftTrainer) -> tuple[dict, dict | None]:
     "The next batch of the task and the next anchors, which are put back."
@@ -920,7 +923,7 @@ class Memory(Callback):
     def before_fit(self, trainer):
         self.device, self.expected = next(trainer.policy.parameters()).device, trainer.expected or estimate_memory(trainer)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
-        else: self.start = resident(forget_peak=True) - self.expected["weights"]
+        else: self.start = resident(forget_peak=True) - self.expected["weights"] - self.expected.get("teacher", 0)
         print("memory: " + ", ".join(f"{k.replace('_', ' ')} {v / 2**30:.3g}" for k, v in self.expected.items()) + " GiB")
 
     def on_event(self, trainer, row):

@@ -1,4 +1,4 @@
-"""Kill craft-train with SIGKILL: `python tests/kill_training.py 20 [seed]`.
+"""Kill craft-train with SIGKILL: `python tests/kill_training.py 20 [seed [policy]]`; without a seed and a policy both are drawn.
 Each run is killed at random moments, every other time inside a checkpoint write, and resumed by its own command line until it
 gets through; weights, optimizer, λ, counters and metrics must then equal those of an unbroken run, bit for bit."""
 import json
@@ -18,7 +18,10 @@ CRAFT = dict(anchor_batch_size=4, retention_freq=2, conflict_threshold=0.9, cont
              epsilon_end=1e-5, lambda_lr=0.5, lambda_update_every=2)
 
 
-def prepare(folder, work=None, seed=0):  # → work, folder of a cache
+POLICIES = ("pi0_fast", "pi0", "smolvla")
+
+
+def prepare(folder, work=None, seed=0, kind="pi0_fast"):  # → work, folder of a cache
     "A tiny policy and data set, and an anchor cache made by that policy."
     from craft_nb.lerobot import BuildCacheConfig, build_cache
     from craft_nb.small import tiny_workload
@@ -26,19 +29,25 @@ def prepare(folder, work=None, seed=0):  # → work, folder of a cache
     from lerobot.configs.policies import PreTrainedConfig
     work, cache = work or tiny_workload(Path(folder) / "work", episodes=1), Path(folder) / "cache"
     if not cache.exists():
-        policy = PreTrainedConfig.from_pretrained(work.policy_path)
-        policy.pretrained_path, policy.push_to_hub = work.policy_path, False
+        policy = PreTrainedConfig.from_pretrained(path := policy_of(work, kind))
+        policy.pretrained_path, policy.push_to_hub = path, False
         build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache),
-                                     num_anchors=24, views="pooled,action_logits", batch_size=8, seed=seed,
+                                     num_anchors=24, views="pooled," + ("action_logits" if kind == "pi0_fast" else "answer"), batch_size=8, seed=seed,
                                      allow_undecodable=True), progress=False)
     return work, cache
 
 
-def first_line(work, cache, out, *more, steps=8, save_freq=2, **craft):
+def policy_of(work, kind):
+    if kind == "pi0_fast": return work.policy_path
+    from craft_nb.zoo import zoo_checkpoint
+    return zoo_checkpoint(work, kind, steps=4)
+
+
+def first_line(work, cache, out, *more, steps=8, save_freq=2, kind="pi0_fast", **craft):
     "The flags of a fresh run."
     craft = CRAFT | dict(anchor_cache_dir=cache) | craft
     own = dict(steps=steps, save_freq=save_freq, batch_size=2, num_workers=0, log_freq=0, seed=3) | {
-        "policy.path": work.policy_path, "dataset.repo_id": work.root, "output_dir": out}
+        "policy.path": policy_of(work, kind), "dataset.repo_id": work.root, "output_dir": out}
     return [f"--{k}={v}" for k, v in (own | {f"craft.{k}": v for k, v in craft.items()}).items()] + [
         "--env_eval_freq=0", "--dataloader_multiprocessing_context=fork", *more]
 
@@ -169,8 +178,11 @@ def kill_runs(folder, work, cache, kills, per_run=3, seed=0, progress=False, **c
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    n, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 20, int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    args = sys.argv[1:]
+    n, seed = int(args[0]) if args else 20, int(args[1]) if len(args) > 1 else random.randrange(1000)
+    kind = args[2] if len(args) > 2 else random.Random(seed).choice(POLICIES)
+    print(f"{kind}, seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as tmp:
-        runs, writing = kill_runs(tmp, *prepare(tmp), n, seed=seed, progress=True)
-    print(f"{n} kills over {runs} runs, {writing} of them inside a checkpoint write: "
+        runs, writing = kill_runs(tmp, *prepare(tmp, kind=kind), n, seed=seed, progress=True, kind=kind)
+    print(f"{kind}: {n} kills over {runs} runs, {writing} of them inside a checkpoint write: "
           "every resumed run is bit-equal to the unbroken one")

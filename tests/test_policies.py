@@ -88,7 +88,7 @@ def test_first_loss_is_zero_and_rows_do_not_depend_on_their_batch(work, zoo, kin
     policy, batch = loaded(work, zoo, kind)
     policy.train()
     adapter = adapter_for(policy)
-    names = ["answer"] + (["pooled", "tokens"] if "hidden" in adapter.gives else [])
+    names = ["answer"] + (["pooled", "tokens", "action_tokens"] if "hidden" in adapter.gives else [])
     views = make_views(names, layers=[-2, -1])
     rows = anchor_batch_targets(policy, batch, views, seeds=draw_seeds(0, range(len(ROWS))))
     def losses(which): return AnchorPass(adapter, views, {k: v[which] for k, v in rows.items()})(policy)
@@ -128,6 +128,25 @@ def test_the_observation_is_seen_once_for_all_draws(work, zoo):
     adapter.features(policy, adapter.prepare(policy, rows), [], True, False)
     hook.remove()
     assert rows["answer"].shape[1] == 3 and seen == [len(ROWS)]
+
+
+@pytest.mark.parametrize("kind", ["pi0", "pi05", "smolvla"])
+def test_draws_share_one_prefix(work, zoo, kind):
+    "The language model reads each observation once for three draws, the expert three suffixes in a row; what comes out is that of three passes."
+    policy, batch = loaded(work, zoo, kind)
+    adapter, seeds = adapter_for(policy), draw_seeds(0, range(len(ROWS)), 3)
+    rows = adapter.condition(policy, adapter.inputs(policy, batch), "dataset", seeds)
+    shapes, norm = [], policy.get_submodule(adapter.decoder).layers[0].input_layernorm
+    hook = norm.register_forward_pre_hook(lambda m, args, kw: shapes.append(tuple((args[0] if args else kw["hidden_states"]).shape[:2])), with_kwargs=True)
+    with torch.no_grad():
+        f = adapter.features(policy, adapter.prepare(policy, rows), [-2, -1], True, False)
+        alone = [adapter.features(policy, adapter.prepare(policy, rows | {"draw_seed": seeds[:, j : j + 1]}), [-2, -1], True, False) for j in range(3)]
+    hook.remove()
+    assert len(set(shapes)) == 1 and shapes[0][0] == len(ROWS)
+    torch.testing.assert_close(f.answer, torch.cat([a.answer for a in alone], 1), rtol=1e-5, atol=1e-5)
+    for i in (-2, -1):
+        torch.testing.assert_close(f.actions(i), torch.cat([a.actions(i) for a in alone], 1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(f.prefix(i)[f.prefix_mask], alone[0].prefix(i)[f.prefix_mask], rtol=1e-5, atol=1e-5)
 
 
 def run_parity(kind, work, folder, root, monkeypatch):
@@ -269,15 +288,17 @@ def test_a_draw_that_rows_share_is_refused(work, zoo):
     with contextlib.suppress(AttributeError): del policy.model.sample_time
 
 
-LORA = dict(act=["--peft.target_modules=.*model.decoder.*linear1"], pi0=[])  # pi0 has targets of its own
+LORA = dict(act=["--peft.target_modules=.*model.decoder.*linear1"], pi0=[], smolvla=[])  # two have targets of their own
 
 
-@pytest.mark.parametrize("kind", ["act", "pi0"])
+def adapters(kind): return ["--peft.method_type=LORA", "--peft.r=4", "--policy.optimizer_lr=0.01", *LORA[kind]]
+
+
+@pytest.mark.parametrize("kind", LORA)
 def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind, inside):
     from safetensors.torch import load_file
     build(work, zoo(kind))
-    adapters = ["--peft.method_type=LORA", "--peft.r=4", "--policy.optimizer_lr=0.01", *LORA[kind]]
-    train(work, zoo(kind), "--steps=4", "--save_freq=2", *adapters)
+    train(work, zoo(kind), "--steps=4", "--save_freq=2", *adapters(kind))
     rows, end = steps(), Path("run/checkpoints/last/pretrained_model")
     assert rows[0]["retention_loss"] <= 1e-6 < rows[3]["retention_loss"]
     whole = load_file(end / "adapter_model.safetensors")
@@ -291,3 +312,87 @@ def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind
     assert steps("more")[0]["retention_loss"] == pytest.approx(drift, rel=1e-4)  # where the adapter stood
     more = load_file("more/checkpoints/last/pretrained_model/adapter_model.safetensors")
     assert {k: v.shape for k, v in more.items()} == {k: v.shape for k, v in whole.items()}  # neither dropped nor wrapped anew
+    from craft_nb.anchors import AnchorCacheDataset
+    from craft_nb.lerobot import load_policy_alone
+    from craft_nb.small import save_checkpoint_folder
+    from lerobot.configs.policies import PreTrainedConfig
+    cfg = PreTrainedConfig.from_pretrained(end)
+    cfg.pretrained_path = end
+    policy, pre, post = load_policy_alone(cfg)
+    base = policy.merge_and_unload()
+    base.config.use_peft = False
+    merged = save_checkpoint_folder(base, pre, post, Path("merged").absolute())
+    build(work, end, "of_adapter"), build(work, merged, "of_merged")
+    a, b = (AnchorCacheDataset(n).batch(range(12)) for n in ("of_adapter", "of_merged"))
+    torch.testing.assert_close(a["answer"], b["answer"], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(a["answer"], AnchorCacheDataset("cache").batch(range(12))["answer"], atol=1e-4)
+
+
+def event(what, run="run"):
+    return next(r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) if r.get("event") == what)
+
+
+@pytest.mark.parametrize("kind", ["act", "smolvla"])
+def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
+    "Inside a student with adapters, and as a second model: the losses of a cached run; the first is 0; a resumed run is the unbroken one."
+    from safetensors.torch import load_file
+    build(work, zoo(kind))
+    how = ["--steps=10", "--save_freq=5", *adapters(kind)]
+    train(work, zoo(kind), *how)
+    train(work, zoo(kind), "--output_dir=live", "--craft.teacher=inside", *how)
+    train(work, zoo(kind), "--output_dir=second", f"--craft.teacher={zoo(kind)}", *how)
+    cached, live, second = steps(), steps("live"), steps("second")
+    assert live[0]["retention_loss"] == 0 and cached[9]["retention_loss"] > 1e-6
+    for rows in (live, second):
+        assert [r["retention_loss"] for r in rows] == pytest.approx([r["retention_loss"] for r in cached], abs=1e-5, rel=1e-3)
+        assert [r["task_loss"] for r in rows] == pytest.approx([r["task_loss"] for r in cached], abs=1e-5, rel=1e-3)
+    m, mine = event("memory", "second"), event("memory", "live")
+    assert m["peak"] - mine["peak"] >= m["teacher"] > 0.5 * m["weights"] and "teacher" not in mine
+    whole = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    cli.train(["--resume", "--config_path=live/checkpoints/000005/pretrained_model/train_config.json"])
+    again = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
+    from safetensors.torch import load_file
+    how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}", "--craft.anchor_dataset.episodes=[0,1]", "--craft.views=answer,action_tokens,pooled",
+           "--craft.heldout_fraction=0.5", "--steps=4", "--save_freq=2", *adapters("pi0")]
+    train(work, zoo("pi0"), *how)
+    rows = steps()
+    assert rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"] and set(rows[0]["retention_losses"]) == {"answer", "action_tokens", "pooled"}
+    assert event("certificate")["held_out"] > 0 and rows[0]["cache_type"] == "frames"
+    whole = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    cli.train(["--resume", "--config_path=run/checkpoints/000002/pretrained_model/train_config.json"])
+    again = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_a_second_model_answers_in_views_that_no_cache_holds(work, inside):
+    build(work, work.policy_path, "cache", "--views=pooled")
+    train(work, work.policy_path, "--craft.views=pooled,tokens", f"--craft.teacher={work.policy_path}", "--steps=2")
+    rows = steps()
+    assert set(rows[0]["retention_losses"]) == {"pooled", "tokens"} and rows[0]["retention_loss"] <= 1e-6 < rows[1]["retention_loss"]
+
+
+def test_wrong_teachers_are_one_line(work, zoo, inside):
+    build(work, zoo("act"), "cache")
+    base = [f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--output_dir=new", "--craft.anchor_cache_dir=cache", "--steps=1",
+            "--craft.anchor_batch_size=4"]
+    frames = f"--craft.anchor_dataset.repo_id={work.root}"
+    for flags, says in [
+        (["--craft.teacher=inside"], "this run trains without adapters. Train some with --peft.method_type=LORA"),
+        (["--craft.teacher=inside", frames, "--craft.anchor_cache_dir=none"], "this run trains without adapters"),
+        (["--craft.teacher=insde"], "expected inside, or the folder of a policy"),
+        ([f"--craft.teacher={zoo('pi0')}"], "is a pi0_small, this run trains a act"),
+        (["--craft.teacher=inside", frames, "--craft.anchor_dataset.episodes=[9]"], "not there"),
+        (["--craft.teacher=inside", frames, "--craft.anchor_dataset.prompts_file=x"], "keep their own instructions"),
+        (["--craft.teacher=inside", "--craft.views=pooled", *adapters("act")], "act has no hidden states of a language model. It can have: answer"),
+        (["--craft.teacher=inside", "--craft.anchor_cache_dir=none"], "there is no anchor cache at none"),
+    ]:
+        line = refused(cli.train, *base, *flags)
+        assert says in line and "\n" not in line.strip() and not Path("new").exists(), (flags, line)
+    build(work, work.policy_path, "of_tokens", "--views=pooled")
+    line = refused(cli.train, *[f"--policy.path={work.policy_path}" if "policy.path" in b else b for b in base], f"--craft.teacher={work.policy_path}",
+                   "--craft.anchor_cache_dir=of_tokens", "--craft.views=action_logits")
+    assert "hold no actions to ask about" in line and "--craft.anchor_dataset.repo_id" in line and not Path("new").exists()
