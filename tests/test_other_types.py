@@ -49,7 +49,7 @@ def test_multi_task_dit(tmp_path, objective):
     CLIPTextModel(CLIPTextConfig(**size, vocab_size=32, max_position_embeddings=8, pad_token_id=0, bos_token_id=1, eos_token_id=2)).save_pretrained(words)
     policy = MultiTaskDiTPolicy(MultiTaskDiTConfig(
         **FEATURES, objective=objective, vision_encoder_name=str(eyes), text_encoder_name=str(words), image_crop_shape=None, n_obs_steps=2, horizon=8,
-        n_action_steps=4, hidden_dim=32, num_layers=1, num_heads=2, timestep_embed_dim=16, num_train_timesteps=10))
+        n_action_steps=4, hidden_dim=32, num_layers=1, num_heads=2, timestep_embed_dim=16, num_train_timesteps=10, tokenizer_max_length=6))
     with torch.no_grad():
         for p in policy.noise_predictor.parameters(): p.add_(0.1 * torch.randn_like(p))  # its last layer begins at zero
     assert holds(policy, "noise_predictor", seen(4, 2, 8, words=True)) == (4, 2, 8, 4)

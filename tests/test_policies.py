@@ -337,7 +337,7 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
     "Inside a student with adapters, and as a second model: the losses of a cached run; the first is 0; a resumed run is the unbroken one."
     from safetensors.torch import load_file
     build(work, zoo(kind))
-    how = ["--steps=10", "--save_freq=5", *adapters(kind)]
+    how = ["--steps=10", "--save_freq=5", "--craft.check=false", *adapters(kind)]
     train(work, zoo(kind), *how)
     train(work, zoo(kind), "--output_dir=live", "--craft.teacher=inside", *how)
     train(work, zoo(kind), "--output_dir=second", f"--craft.teacher={zoo(kind)}", *how)
@@ -357,7 +357,7 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
 def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
     from safetensors.torch import load_file
     how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}", "--craft.anchor_dataset.episodes=[0,1]", "--craft.views=answer,action_tokens,pooled",
-           "--craft.heldout_fraction=0.5", "--steps=4", "--save_freq=2", *adapters("pi0")]
+           "--craft.heldout_fraction=0.5", "--craft.check=false", "--steps=4", "--save_freq=2", *adapters("pi0")]
     train(work, zoo("pi0"), *how)
     rows = steps()
     assert rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"] and set(rows[0]["retention_losses"]) == {"answer", "action_tokens", "pooled"}
@@ -372,7 +372,7 @@ def test_a_second_model_answers_in_views_that_no_cache_holds(work, inside):
     build(work, work.policy_path, "cache", "--views=pooled")
     train(work, work.policy_path, "--craft.views=pooled,tokens", f"--craft.teacher={work.policy_path}", "--steps=2")
     rows = steps()
-    assert set(rows[0]["retention_losses"]) == {"pooled", "tokens"} and rows[0]["retention_loss"] <= 1e-6 < rows[1]["retention_loss"]
+    assert set(rows[0]["retention_losses"]) == {"pooled", "tokens"} and rows[0]["retention_loss"] <= 1e-6 and rows[1]["retention_loss"] > 0
 
 
 def test_wrong_teachers_are_one_line(work, zoo, inside):
