@@ -20,7 +20,7 @@ __all__ = ['LEAST', 'ANCHORS', 'CRAFT_STATE', 'METHOD_TENSORS', 'CARRIED', 'LOOK
            'refuse_held', 'claim', 'Locked', 'RunParts', 'make_trainer', 'assemble', 'go_on_from', 'check_resumed',
            'keeps_statistics', 'check_features', 'require_writable', 'make_student', 'answered_by', 'make_retention',
            'sum_over_shards', 'train', 'finish', 'part_anchors', 'make_held_out', 'CraftEvalConfig', 'task_loss',
-           'anchor_drift', 'evaluate', 'measured', 'load_policy_alone', 'eval_table']
+           'anchor_drift', 'evaluate', 'evaluate_into', 'measured', 'load_policy_alone', 'eval_table']
 
 # %% ../nbs/11_lerobot.ipynb #e0b04bf5
 import copy
@@ -1531,16 +1531,21 @@ def anchor_drift(policy: nn.Module, folder: str, batch_size: int, most: int = 0)
 
 # %% ../nbs/11_lerobot.ipynb #884e1802
 def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
-    "Run what `cfg` asks for. → the table (Markdown) and the folder with `eval.json` and `eval.md`."
-    from contextlib import nullcontext
+    "Run what `cfg` asks for. → the table (Markdown) and the folder with `eval.json` and `eval.md`. One process at a time writes a folder."
     if not (at_home(cfg).env or cfg.dataset or cfg.anchors):
         raise ValueError("nothing to evaluate: give --env.type=…, --dataset.repo_id=… or --anchors=FOLDER")
     if cfg.policy is None or not cfg.policy.pretrained_path: raise ValueError("no policy: give --policy.path=FOLDER")
     out = Path(cfg.out_dir)
-    if out.exists(): raise FileExistsError(f"{out} exists: give another --out_dir")
+    free = out.is_dir() and {p.name for p in out.iterdir()} <= {LOCK}  # a run that was killed may have left its lock
+    if out.exists() and not free and not holder(out): raise FileExistsError(f"{out} exists: give another --out_dir")
     require_writable(out, "--out_dir")
     for name, x in (("batch_size", cfg.batch_size), ("max_frames", cfg.max_frames), ("eval.n_episodes", cfg.eval.n_episodes)):
         if x < 1: raise ValueError(f"{name}: expected at least 1, found {x}")
+    with Lock(out, "--out_dir").take(new=not free): return evaluate_into(out, cfg)
+
+def evaluate_into(out: Path, cfg: CraftEvalConfig) -> tuple[str, Path]:
+    "`evaluate` in a folder that is this process's own."
+    from contextlib import nullcontext
     if cfg.anchors: AnchorCacheDataset(cfg.anchors)
     dataset = load_dataset(cfg.dataset, cfg.policy) if cfg.dataset else None
     rename = rename_of(cfg.policy, cfg.rename_map, dataset.meta.features) if dataset else cfg.rename_map

@@ -202,6 +202,25 @@ def test_eval_writes_a_table(inside, work):
     assert "nothing to evaluate" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--out_dir=other")
 
 
+def test_a_second_eval_into_the_same_folder_is_refused_while_the_first_measures(inside, work, monkeypatch):
+    from craft_nb import lerobot
+    flags, seen = [f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden"], []
+    def measured(*_):  # the first is at work
+        seen.append(refused(cli.evaluate, *flags, "--out_dir=twice"))
+        cli.evaluate([*flags, "--out_dir=twice-too"]) if len(seen) == 1 else None  # another folder is free
+        return dict(anchors=1, losses={})
+    monkeypatch.setattr(lerobot, "anchor_drift", measured)
+    cli.evaluate([*flags, "--out_dir=twice"])
+    assert len(seen) == 2 and all("this very process" in s and "writes here" in s and "--out_dir" in s for s in seen)
+    assert sorted(p.name for p in Path("twice").iterdir()) == sorted(p.name for p in Path("twice-too").iterdir()) == ["eval.json", "eval.md"]
+    Path("stale").mkdir(); Path("stale/.craft.lock").write_text('{"pid": 999999999, "host": "elsewhere"}')  # of a run that was killed
+    cli.evaluate([*flags, "--out_dir=stale"])
+    assert "exists" in refused(cli.evaluate, *flags, "--out_dir=stale") and not Path("stale/.craft.lock").exists()
+    def fails(*_): raise ValueError("made up")
+    monkeypatch.setattr(lerobot, "anchor_drift", fails)
+    assert "made up" in refused(cli.evaluate, *flags, "--out_dir=made/for/nothing") and not Path("made").exists()
+
+
 def test_cache_commands(inside, work, capsys):
     for flags, says in [(["info", "data/anchor_cache_hidden"], "64"), (["verify", "data/anchor_cache_hidden"], ""),
                         (["verify", "data/anchor_cache_hidden", "--policy", str(work.policy_path)], "")]:

@@ -125,9 +125,9 @@ def order():
 
 
 def names():
-    "No undefined names, no syntax errors."
+    "No undefined names, no name defined twice, no syntax errors."
     folders = [f for f in ('craft_nb', 'tests', 'tools', 'bench') if (root/f).exists()]
-    ruff = 'ruff check -q --isolated --select F821,F822,E9 --exclude _modidx.py --output-format concise'
+    ruff = 'ruff check -q --isolated --select F811,F821,F822,E9 --exclude _modidx.py --output-format concise'
     run = subprocess.run([sys.executable, '-m', *ruff.split(), *folders], cwd=root, capture_output=True, text=True)
     return (run.stdout + run.stderr).strip().splitlines() if run.returncode else []
 
