@@ -117,6 +117,11 @@ def test_the_page_in_a_browser(place, tmp_path):
             assert path.read_text().startswith("<svg") and "var(--" not in path.read_text() and "kept &#60;b&#62;" in path.read_text()
             name, path = load("#chart-task_loss button", "PNG")
             assert name == "task_loss.png" and path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 3000
+
+            # a notebook shows it in a frame of its own
+            (tmp_path / "notebook.html").write_text(f"<!doctype html><meta charset=utf-8>{r._repr_html_()}")
+            page.goto((tmp_path / "notebook.html").as_uri())
+            page.frame_locator("iframe").locator("#chart-task_loss path").first.wait_for()
         finally: browser.close()
     assert [u for u in asked if not u.startswith(("file:", "data:", "blob:"))] == [] and said == []
 
