@@ -102,7 +102,7 @@ class AnchorData:
 class CraftConfig:
     "All settings of constrained retention fine-tuning. Wrong values raise `ValueError` that names the field."
     enabled: bool = True  # false: plain training, step for step LeRobot's own
-    method: str = "craft"  # craft | constant | share | sft | l2sp | retain | consft | der | agem | replay | package.module:Class
+    method: str = "craft"  # craft | constant | share | sft | l2sp | retain | consft | replay | ewc | lwf | der | mir | agem | aegis | package.module:Class
     method_options: str = ""  # of the method, "name:value,…"
     anchor_cache_dir: str = "data/anchor_cache_hidden"  # folder written by craft-build-cache
     anchor_batch_size: int = 16  # anchors per retention step and process

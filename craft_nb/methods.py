@@ -4,24 +4,31 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'OLD', 'MethodParts', 'register_method', 'find_method', 'read_options', 'make_method', 'Craft', 'Constant',
-           'Share', 'Sft', 'FromStart', 'L2SP', 'Retain', 'sample_losses', 'ConSFT', 'OldData', 'Replay', 'LogitsView',
-           'Der', 'AGem']
+           'Share', 'Sft', 'refuse_shards', 'FromStart', 'L2SP', 'Retain', 'sample_losses', 'ConSFT', 'OldData',
+           'Replay', 'unwrapped', 'same_draws', 'EWC', 'SoftLogitsView', 'LwF', 'LogitsView', 'require_view', 'Der',
+           'AGem', 'GaussianView', 'Aegis', 'EachAnchor', 'Mir']
 
 # %% ../nbs/08a_methods.ipynb #061f5563
 import importlib
+import itertools
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from .builder import anchor_batch_targets, draw_seeds
 from .config import CraftConfig, parse_options
-from .losses import ActionLogitsView
+from .features import pool
+from .losses import ActionLogitsView, PooledView, make_views
+from .policies import eval_mode
 from .surgery import Surgery
-from .trainer import AnchorMethod, Method, Retention, across_ranks, endless, retention_backward, stacked, surgery_row
+from .trainer import (AnchorMethod, Method, Retention, across_ranks, anchor_losses, count_rows, endless, pressed, retention_backward,
+                              stacked, surgery_row)
 
 # %% ../nbs/08a_methods.ipynb #00ad9486
 @dataclass
@@ -101,12 +108,16 @@ class Sft(Method):
     def __init__(self, parts: MethodParts): pass
 
 # %% ../nbs/08a_methods.ipynb #5e7e745c
+def refuse_shards(method: Method, trainer) -> None:
+    "Raise `ValueError` where weights are in pieces."
+    if trainer.accelerator and "FSDP" in str(trainer.accelerator.distributed_type):
+        raise ValueError(f"method: {method.name} keeps whole weights, which FSDP shards; use one process or DDP")
+
 class FromStart(Method):
     "A method that keeps the weights training began with."
-    needs, copies = "", 1
+    copies = 1
     def attach(self, trainer):
-        if trainer.accelerator and "FSDP" in str(trainer.accelerator.distributed_type):
-            raise ValueError(f"method: {self.name} keeps whole weights, which FSDP shards; use one process or DDP")
+        refuse_shards(self, trainer)
         self.start = [p.detach().clone() for p in trainer.params]
 
     def tensors(self) -> dict[str, Tensor]: return {f"start.{i}": x for i, x in enumerate(self.start)}
@@ -193,6 +204,98 @@ class Replay(OldData):
         trainer.backward(self.weight * loss)
         row |= {"retention_loss": across_ranks(trainer, loss.detach()).item(), "lambda": self.weight}
 
+# %% ../nbs/08a_methods.ipynb #28c1136f
+def unwrapped(trainer) -> nn.Module: return trainer.accelerator.unwrap_model(trainer.policy) if trainer.accelerator else trainer.policy
+
+@contextmanager
+def same_draws(trainer) -> Iterator[None]:
+    "Inside, random numbers may be drawn that training shall not miss."
+    with torch.random.fork_rng(devices=[trainer.params[0].device] if trainer.params[0].is_cuda else []): yield
+
+@register_method
+class EWC(FromStart, OldData):
+    "Σ λ/2 Fᵢ (θᵢ − θ₀ᵢ)²."
+    name, copies, options = "ewc", 2, OLD | dict(samples=256, weight=5e4)
+    def __init__(self, parts: MethodParts, samples: int, weight: float, **which):
+        self.samples, self.weight = samples, weight
+        self.recall(parts, 1, **which)
+
+    def attach(self, trainer):
+        super().attach(trainer)
+        self.fisher = [torch.zeros_like(p, dtype=torch.float32) for p in trainer.params]
+
+    def setup(self, trainer):
+        policy, n = unwrapped(trainer), max(1, self.samples // (1 if trainer.alone else trainer.accelerator.num_processes))
+        with same_draws(trainer):
+            for batch in itertools.islice(self.line, n):
+                with trainer.autocast(): loss = policy(batch)[0]
+                for f, g in zip(self.fisher, torch.autograd.grad(loss, trainer.params, allow_unused=True), strict=True):
+                    if g is not None: f.addcmul_(g.float(), g.float(), value=1 / n)
+        self.fisher = [across_ranks(trainer, f) for f in self.fisher]
+
+    @torch.no_grad()
+    def gradients(self, trainer, row: dict):
+        away = 0.0
+        for p, start, f in zip(trainer.params, self.start, self.fisher, strict=True):
+            d = p.detach() - start
+            pull = (self.weight * f * d).to(p.dtype)
+            p.grad = pull if p.grad is None else p.grad.add(pull)
+            away = away + (f * d.square()).sum()
+        row |= {"retention_loss": away.item() / 2, "lambda": self.weight}
+
+    def state_dict(self) -> dict: return {}  # old demonstrations were only looked at before the first step
+    def tensors(self): return super().tensors() | {f"fisher.{i}": x for i, x in enumerate(self.fisher)}
+    def load_tensors(self, tensors):
+        super().load_tensors(tensors)
+        for i, x in enumerate(self.fisher): x.copy_(tensors[f"fisher.{i}"])
+
+# %% ../nbs/08a_methods.ipynb #3efec63f
+class SoftLogitsView(ActionLogitsView):
+    "Next-token distributions at a temperature."
+    def __init__(self, temperature: float = 2.0, **how):
+        super().__init__(**how)
+        self.temperature = temperature
+    def targets(self, f): return super().targets(replace(f, logits=f.logits.float() / self.temperature))
+    def per_row(self, f, anchors): return super().per_row(replace(f, logits=f.logits.float() / self.temperature), anchors)
+
+@register_method
+class LwF(FromStart):
+    "L_new + w L_KD on the new inputs."
+    name, needs, options = "lwf", "teacher", dict(weight=1.0, temperature=2.0, top_k=32)
+    def __init__(self, parts: MethodParts, weight: float, temperature: float, top_k: int):
+        if not temperature or not top_k: raise ValueError(f"method_options: expected temperature and top_k above 0, found {temperature:g} and {top_k}")
+        self.adapter, self.config, self.weight, self.shown = parts.adapter, parts.config, weight, []
+        self.views = {"action_logits": SoftLogitsView(temperature, top_k=top_k)} if "logits" in self.adapter.gives else make_views(["answer"])
+        self.dtypes = {p.dtype for p in parts.policy.parameters() if p.dtype.is_floating_point}
+        self.named = [(n, p) for n, p in parts.policy.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def at_start(self, trainer) -> Iterator[nn.Module]:
+        "Inside, the policy is its own teacher."
+        def swap():
+            for p, s in zip(trainer.params, self.start, strict=True): p.data, s.data = s.data, p.data
+        policy = unwrapped(trainer)
+        with same_draws(trainer), eval_mode(policy), trainer.autocast():
+            swap()
+            try: yield policy
+            finally: swap()
+
+    def batch(self, trainer, batch: dict) -> dict:
+        self.shown.append(batch)
+        return batch
+
+    def terms(self, trainer, row: dict):
+        shown, self.shown, total = self.shown, [], 0.0
+        for i, batch in enumerate(shown):
+            with self.at_start(trainer) as policy:
+                n = next(len(v) for v in batch.values() if isinstance(v, Tensor))
+                first = (trainer.step * len(shown) + i) * n
+                anchors = anchor_batch_targets(policy, batch, self.views, "dataset", seeds=draw_seeds(0, range(first, first + n)), adapter=self.adapter)
+            loss = sum(anchor_losses(self, trainer.policy, anchors, trainer.autocast).values()) / len(shown)
+            trainer.backward(self.weight * loss)
+            total = total + loss.detach()
+        row |= {"retention_loss": across_ranks(trainer, total).item(), "lambda": self.weight}
+
 # %% ../nbs/08a_methods.ipynb #e0748276
 class LogitsView(ActionLogitsView):
     "Squared distance of log-probabilities over the teacher's top-k."
@@ -203,15 +306,18 @@ class LogitsView(ActionLogitsView):
         logq = torch.log_softmax(f.logits.float(), -1).gather(-1, anchors["action_topk"][m].long())
         return (logq - anchors["action_logp"][m]).square().mean(-1)
 
+def require_view(method: type[Method], parts: MethodParts, view: str) -> CraftConfig:
+    "The config with that view alone. Raises `ValueError` if the cache has it not."
+    if view not in parts.views: raise ValueError(f"method: {method.name} needs a cache with the view {view}; found {', '.join(parts.views)}")
+    return replace(parts.config, views=view)
+
 @register_method
 class Der(AnchorMethod):
     "α times the squared distance to stored log-probabilities."
     name, needs, options = "der", "anchors", dict(alpha=0.03)
     def __init__(self, parts: MethodParts, alpha: float):
-        if "action_logits" not in parts.views: raise ValueError(f"method: der needs a cache with the view action_logits; found {', '.join(parts.views)}")
-        self.alpha = alpha
-        super().__init__(parts.policy, parts.anchors, {"action_logits": LogitsView()}, parts.adapter,
-                         replace(parts.config, views="action_logits"), parts.teacher_dtype)
+        config, self.alpha = require_view(type(self), parts, "action_logits"), alpha
+        super().__init__(parts.policy, parts.anchors, {"action_logits": LogitsView()}, parts.adapter, config, parts.teacher_dtype)
 
     def terms(self, trainer, row: dict):
         loss = across_ranks(trainer, retention_backward(self, trainer, self.alpha)).item()
@@ -220,10 +326,10 @@ class Der(AnchorMethod):
 @register_method
 class AGem(AnchorMethod):
     "g − (⟨g,r⟩/‖r‖²) r where ⟨g,r⟩ < 0."
-    name, needs, options = "agem", "anchors", {}
+    name, needs, scope = "agem", "anchors", "global"
     def __init__(self, parts: MethodParts):
         super().__init__(parts.policy, parts.anchors, parts.views, parts.adapter, parts.config, parts.teacher_dtype)
-        self.surgery = Surgery(self.named, conflict_threshold=0.0, all_reduce=parts.all_reduce)
+        self.surgery = Surgery(self.named, scope=self.scope, conflict_threshold=0.0, all_reduce=parts.all_reduce)
 
     def apart(self, trainer) -> bool: return True
     def terms(self, trainer, row: dict):
@@ -231,3 +337,74 @@ class AGem(AnchorMethod):
         row["retention_loss"] = sum(w * x for w, x in zip(self.weights_of.values(), losses, strict=True))
     def merge(self, trainer, g: list, r: list, row: dict):
         row |= surgery_row(self.surgery.merge_(g, r, 0.0, True, trainer.grad_clip_norm or None))
+
+# %% ../nbs/08a_methods.ipynb #80a9c554
+class GaussianView(PooledView):
+    "Squared 2-Wasserstein distance of diagonal Gaussians over a batch of anchors: mean over layers, vectors and width."
+    def per_row(self, f, anchors):  # (1,)
+        def gauss(x): return x.float().mean(0), (x.float().var(0, unbiased=False) + 1e-8).sqrt()
+        (m, s), (m0, s0) = gauss(pool(f, self.layers, self.pooling)), gauss(anchors["teacher_hidden"])
+        return ((m - m0).square() + (s - s0).square()).mean()[None]
+
+@register_method
+class Aegis(AGem):
+    "A-GEM's projection, block by block, against the drift of hidden Gaussians."
+    name, scope = "aegis", "layer"
+    def __init__(self, parts: MethodParts):
+        config = require_view(type(self), parts, "pooled")
+        if config.anchor_micro_batch or config.anchor_batch_size < 2:
+            raise ValueError(f"method: aegis compares whole batches of anchors: expected anchor_micro_batch 0 and anchor_batch_size of 2 or more, "
+                             f"found {config.anchor_micro_batch} and {config.anchor_batch_size}")
+        stored = parts.views["pooled"]
+        super().__init__(replace(parts, config=config, views={"pooled": GaussianView(stored.layers, stored.pooling)}))
+
+# %% ../nbs/08a_methods.ipynb #a1b39798
+class EachAnchor:
+    "A view whose `loss` is that of each anchor by itself, (b,)."
+    def __init__(self, view): self.view = view
+    def __getattr__(self, name): return getattr(self.view, name)
+    def loss(self, f, anchors):
+        rows = self.view.per_row(f, anchors)
+        counts = [self.view.terms({t: anchors[t][i : i + 1] for t in self.view.tensors}) for i in range(len(anchors[self.view.tensors[0]]))]
+        if len(rows) != sum(counts): raise ValueError(f"method: mir scores each anchor by itself, and the view {self.view.name} has one loss for all")
+        return torch.stack([x.sum() / max(x.numel(), 1) for x in rows.split(counts)])
+
+@register_method
+class Mir(AnchorMethod):
+    "L_task + w L_ret on the anchors that the step would harm most."
+    name, needs, options, copies = "mir", "anchors", dict(among=2, every=1, weight=1.0, virtual_lr=0.0), 1
+    def __init__(self, parts: MethodParts, among: int, every: int, weight: float, virtual_lr: float):
+        if among < 2 or every < 1: raise ValueError(f"method_options: expected among of 2 or more and every of 1 or more, found {among} and {every}")
+        super().__init__(parts.policy, parts.anchors, parts.views, parts.adapter, parts.config, parts.teacher_dtype)
+        self.among, self.every, self.weight, self.virtual_lr = among, every, weight, virtual_lr
+
+    def attach(self, trainer): refuse_shards(self, trainer)
+
+    @torch.no_grad()
+    def scores(self, trainer, batches: list[dict]) -> Tensor:  # (among · b,)
+        each, out = {n: EachAnchor(v) for n, v in self.views.items()}, []
+        own, self.views = self.views, each
+        try:
+            with same_draws(trainer), eval_mode(trainer.policy):
+                for b in batches: out.append(pressed(self, anchor_losses(self, trainer.policy, b, trainer.autocast)))
+        finally: self.views = own
+        return torch.cat(out)
+
+    @torch.no_grad()
+    def choose(self, trainer) -> dict:
+        "The anchors that lose most by a virtual step along the gradient in `.grad`."
+        batches, moved = [next(self.line) for _ in range(self.among)], [p for p in trainer.params if p.grad is not None]
+        before, kept = self.scores(trainer, batches), [p.detach().clone() for p in moved]
+        norm = torch.stack([p.grad.float().square().sum() for p in moved]).sum().sqrt().clamp(min=1e-30).item()
+        rate = self.virtual_lr or trainer.lr * sum(p.numel() for p in moved) ** 0.5 / norm
+        for p in moved: p.sub_(p.grad, alpha=rate)
+        try: rise = self.scores(trainer, batches) - before
+        finally:
+            for p, x in zip(moved, kept, strict=True): p.copy_(x)
+        top = rise.topk(count_rows(batches[0])).indices.sort().values.cpu()
+        return {k: torch.cat([b[k] for b in batches])[top] for k in batches[0]}
+
+    def terms(self, trainer, row: dict):
+        batch = self.choose(trainer) if trainer.step % self.every == 0 else None
+        losses = across_ranks(trainer, retention_backward(self, trainer, self.weight, batch)).tolist()
+        row |= {"retention_loss": sum(w * x for w, x in zip(self.weights_of.values(), losses, strict=True)), "lambda": self.weight}

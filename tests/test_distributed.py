@@ -92,6 +92,36 @@ def linear_rank(kind, folder, steps=8, **config):
                         accelerator=acc, cache_type="hidden")
 
 
+def sum_or_apart(kind, folder, rank):
+    "g + λr summed in `.grad`, against g and r kept apart and never projected."
+    from craft_nb.trainer import one_step
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+    def end(**config):
+        trainer = linear_rank(kind, folder, steps=16, retention_freq=1, **config)
+        rows = [one_step(trainer) for _ in range(16)]
+        with FSDP.summon_full_params(trainer.policy) if kind == "fsdp" else torch.no_grad():
+            return rows, torch.cat([p.detach().flatten().clone() for p in trainer.policy.parameters()])
+    (summed, w), (apart, v) = end(projection_gate="never", measure_every=3), end(projection_gate="always", conflict_threshold=-1.0)
+    assert [r["step"] for r in summed if r["grad_norm_retain"] is None] == [11, 12, 14, 15]  # the first ten are all measured
+    for a, b in zip(summed, apart, strict=True):
+        for key in ("task_loss", "retention_loss", "lambda", "grad_norm"): assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (key, a, b)
+    torch.testing.assert_close(w, v, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_sum_on_two_ranks_is_what_it_is_apart(tmp_path, kind):
+    R.on_ranks(2, tmp_path / "log", lambda rank: sum_or_apart(kind, tmp_path, rank))
+
+
+@pytest.mark.parametrize("method", ["l2sp", "mir"])
+def test_a_method_that_holds_whole_weights_refuses_shards(method):
+    from types import SimpleNamespace
+    from craft_nb.methods import find_method
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(distributed_type="DistributedType.FSDP"), params=[])
+    cls = find_method(method)
+    with pytest.raises(ValueError, match=f"method: {method} keeps whole weights"): cls.attach(cls.__new__(cls), trainer)
+
+
 def spoil(trainer, what, value):
     "Make one number of the next step `value`, on this rank only."
     def first(batch, key): return batch | {key: batch[key].index_fill(0, torch.tensor([0]), value)}

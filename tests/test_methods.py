@@ -1,6 +1,7 @@
 "Methods against straightforward loops of their own, on cases small enough to check."
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -158,6 +159,8 @@ def test_a_budget_is_judged_on_held_out_anchors(place):
     kept, held = set_aside(cache_episodes(AnchorCacheDataset(place[1])), 0.25)
     assert (c["anchors"], c["episodes"], c["met"]) == (len(held), 1, True) and c["held_out"] > 0 and c["unit"] == "nats per action token"
     assert f"Budget 1e+03 nats per action token, held-out {c['held_out']:.3g} (1 episode), met" in said
+    card = (out / "checkpoints/last/pretrained_model/README.md").read_text()
+    assert said[said.index("held-out"):].split(", met")[0] + ", met" in card and f"{len(held)} anchors that were not trained on" in card
     out, said = run(place, "missed", "--craft.budget=1e-9", "--craft.require_budget=true", code=2)
     assert "not met" in said and events(out, "certificate")[0]["met"] is False
     # the judge agrees with a pass of its own
@@ -193,7 +196,7 @@ def test_what_cannot_be_judged_is_refused(place):
 
 
 METHODS = dict(constant="", share="", sft="", l2sp="alpha:0.5", retain="alpha:0.5", consft="", der="", agem="",
-               replay="episodes:2,3,batch_size:4")
+               replay="episodes:2,3,batch_size:4", ewc="episodes:2,3,samples:4", lwf="top_k:8", mir="among:2", aegis="")
 NEW = "--dataset.episodes=[0,1]"
 
 
@@ -202,14 +205,14 @@ def test_every_method_trains_by_one_flag(place, method):
     import kill_training as K
     from craft_nb.monitor import read_records
     out, said = run(place, f"method-{method}", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", NEW, "--steps=2", "--save_freq=2",
-                    controller="ascent", heldout_fraction=0.0)
+                    controller="ascent", heldout_fraction=0.0, views="pooled" if method == "aegis" else "action_logits")
     rows = K.rows(out)
     assert [r["step"] for r in rows] == [1, 2] and all(r["skipped"] is None for r in rows) and "Trained to step 2/2" in said
     assert (rows[-1]["retention_loss"] is not None) == (method not in ("sft", "retain", "consft"))
     assert read_records(out / "metrics.jsonl")[0]["craft"]["method"] == method
 
 
-@pytest.mark.parametrize("method", ["l2sp", "replay"])
+@pytest.mark.parametrize("method", ["l2sp", "replay", "ewc"])
 def test_what_a_method_keeps_survives_a_resume(place, method):
     import kill_training as K
     more = [] if method == "l2sp" else [NEW]
@@ -262,3 +265,13 @@ def test_old_demonstrations_that_do_not_fit_are_refused(work):
 def test_an_unknown_method_is_refused(place):
     assert "method: expected one of craft, constant" in run(place, "nobody", "--craft.method=nobody", code=1)[1]
     assert "method_options: l2sp takes alpha" in run(place, "beta", "--craft.method=l2sp", "--craft.method_options=beta:1", heldout_fraction=0.0, code=1)[1]
+
+
+def test_a_method_of_ones_own_is_found_where_the_command_is_called(tmp_path, monkeypatch):
+    from craft_nb.methods import MethodParts, find_method, make_method
+    (tmp_path / "mine_alone.py").write_text("from craft_nb.trainer import Method\nclass Ball(Method):\n    name, options = 'ball', dict(radius=1.0)\n"
+                                            "    def __init__(self, parts, radius): self.radius = radius\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert make_method(MethodParts(None, CraftConfig(method="mine_alone:Ball", method_options="radius:0.5"), 1)).radius == 0.5
+    with pytest.raises(ValueError, match="cannot be loaded"): find_method("mine_alone:Box")
