@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATHS', 'today', 'expanded', 'flags', 'as_called', 'refuse_clearly', 'opened', 'parsed', 'kinds', 'quoted',
            'as_written', 'build_cache', 'with_path', 'train', 'look', 'no_cache', 'summary', 'check', 'evaluate',
-           'cache', 'recompute', 'demo']
+           'cache', 'recompute', 'demo', 'report']
 
 # %% ../nbs/13_cli.ipynb #07fe53fd
 import functools
@@ -23,7 +23,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 
-from .config import FIELD_NAMES, unknown_field
+from .config import ANCHOR_FIELDS, FIELD_NAMES, unknown_field
 from .machine import follow
 
 # %% ../nbs/13_cli.ipynb #11bcf955
@@ -34,8 +34,8 @@ def today(argv: list[str], training: bool = False) -> list[str]:
     renamed = {"--eval_freq": "--env_eval_freq"} if training else {"--policy.pretrained_path": "--policy.path", "--craft.capture": "--capture"}
     if clash := [o for o, n in renamed.items() if o in names and n in names]:
         raise SystemExit(f"{clash[0]} and {renamed[clash[0]]} mean the same: give one of them")
-    wrong = [n.removeprefix("--craft.") for n in names
-             if n.startswith("--craft.") and n.removeprefix("--craft.") not in FIELD_NAMES]
+    known = {*FIELD_NAMES, *(f"anchor_dataset.{f}" for f in ANCHOR_FIELDS)}
+    wrong = [n.removeprefix("--craft.") for n in names if n.startswith("--craft.") and n.removeprefix("--craft.") not in known]
     if wrong: raise SystemExit("--craft: " + "; ".join(map(unknown_field, wrong)))
     out = [a.replace(n, renamed.get(n, n), 1) for a, n in zip(argv, names, strict=True)]
     if training:
@@ -186,7 +186,7 @@ def train(argv: list[str] | None = None) -> None:
     if given.get("--craft.enabled", "true").lower() != "false" and not {"--help", "-h", "--config_path"} & {*argv, *given}:
         folder = given.get("--craft.anchor_cache_dir", "data/anchor_cache_hidden")
         with_anchors = given.get("--craft.method", "craft") in ("craft", "constant", "share", "der", "mir", "agem", "aegis")
-        if with_anchors and not Path(folder).is_dir(): raise SystemExit(no_cache(folder))
+        if with_anchors and not Path(folder).is_dir() and "--craft.anchor_dataset.repo_id" not in given: raise SystemExit(no_cache(folder))
     def main():
         ours = opened()
         from lerobot.utils.utils import init_logging
@@ -204,19 +204,21 @@ def train(argv: list[str] | None = None) -> None:
     refuse_clearly(main)
 
 def look(trainer, found: list) -> None:
-    "Print what `craft-check` would; without `--craft.check=false` keep it beside the records of the run."
+    "Print the gist of what `craft-check` would; without `--craft.check=false` keep all of it beside the records of the run."
     from craft_nb.preflight import report_of
     cfg, out = trainer.parts.cfg, Path(trainer.parts.cfg.output_dir)
     slow = cfg.craft.check and not cfg.resume
     r = report_of(trainer, found, slow, out / "check.png" if slow else None)
-    print(r.text())
+    print(r.text(brief=True) + (f"\n{'more':<15}{out / 'check.txt'}" if slow else ""))
     if slow:
         out.mkdir(parents=True, exist_ok=True)
+        (out / "check.txt").write_text(r.text() + "\n")
         (out / "check.json").write_text(json.dumps(r.json(), indent=1))
 
 def no_cache(folder: str) -> str:
     return (f"CRaFT is on, but there is no anchor cache at {folder}: build one with craft-build-cache --out_dir={folder}, "
-            "name another with --craft.anchor_cache_dir, or train without retention with --craft.enabled=false")
+            "name another with --craft.anchor_cache_dir, name data to build one from with --craft.anchor_dataset.repo_id, "
+            "or train without retention with --craft.enabled=false")
 
 def summary(trainer, r: dict) -> str:
     "The line a run ends with; what it says of retention is of the last step that had any."
@@ -279,3 +281,10 @@ def demo(argv: list[str] | None = None) -> None:
     "Entry point of `craft-demo`: the whole story on a real simulator, or one stage of it."
     from craft_nb.demo import demo_main
     sys.exit(refuse_clearly(lambda: demo_main(expanded(sys.argv[1:] if argv is None else argv))))
+
+# %% ../nbs/13_cli.ipynb #c47b90e2
+def report(argv: list[str] | None = None) -> None:
+    "Entry point of `craft-report`: runs beside each other on one page. Exit code 0, 1 (refused) or 2 (a `--gate` that is not passed)."
+    from craft_nb.report import report_main
+    argv = expanded(sys.argv[1:] if argv is None else argv)
+    sys.exit(refuse_clearly(lambda: report_main(argv)))
