@@ -1,4 +1,5 @@
-"""Data sets of videos, as robots record them: two cameras, several tasks, episodes of different lengths, H.264 and AV1: read forward, every frame is LeRobot's own."""
+"""Data sets of videos, as robots record them: two cameras, several tasks, episodes of different lengths, H.264 and AV1, through every command."""
+import functools
 import sys
 from pathlib import Path
 
@@ -6,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from craft_nb import cli
+
 OLD = ("top", "wrist"), [("Push and open a window", 11), ("Press a button from the top", 7), ("Push and open a window", 9)]
 NEW = ("front", "side"), [("Push and close a window", 12), ("Push and open a window", 8)]
+RENAME = '{"observation.images.front": "observation.images.top", "observation.images.side": "observation.images.wrist"}'
 
 
 def record(root, codec, cameras, episodes):
@@ -32,19 +36,29 @@ def record(root, codec, cameras, episodes):
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
-    "Old data in AV1, new ones with other cameras in H.264."
+    "Old data (AV1) with a small policy that was made for them, new ones (H.264) with other cameras."
+    from craft_nb.small import Workload, new_policy, save_checkpoint_folder, save_tokenizers
     folder = tmp_path_factory.mktemp("films")
-    record(folder / "dataset", "libsvtav1", *OLD)
+    work = Workload(folder)
+    record(work.root, "libsvtav1", *OLD)
+    save_tokenizers(work.dataset(), work.tokenizers)
+    save_checkpoint_folder(*new_policy(work), work.policy_path)
     record(folder / "new", "h264", *NEW)
-    return folder
+    return work
 
 
 @pytest.fixture
 def inside(films, monkeypatch):
-    monkeypatch.chdir(films)
+    monkeypatch.chdir(films.folder)
     monkeypatch.setattr(sys, "argv", ["craft"])
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"): monkeypatch.setenv(name, "1")
     return films
+
+
+def refused(main, *flags):
+    with pytest.raises(SystemExit) as stop: main(list(flags))
+    assert stop.value.code not in (0, None)
+    return str(stop.value.code)
 
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
@@ -61,3 +75,70 @@ def test_every_item_is_lerobots_own(inside, which):
         for i in (*range(0, len(ds), 2), len(ds) - 1, 3, 1, 1, 0): assert same(forward[i], ds[i]), i  # the last ones go back
     before, forward.process = forward.files, -1  # as in a worker that was forked while the files are open
     assert same(forward[2], ds[2]) and forward.files is not before and all(f is not before[c] for c, f in forward.files.items())
+
+
+def line(work, out, *more):
+    return [f"--policy.path={work.policy_path}", "--dataset.repo_id=new", f"--rename_map={RENAME}", f"--output_dir={out}", "--steps=4", "--save_freq=2", "--batch_size=2",
+            "--num_workers=0", "--seed=3", "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--craft.check=false", *more]
+
+
+def weights(run, step): return (Path(run) / f"checkpoints/{step:06}/pretrained_model/model.safetensors").read_bytes()
+
+
+def test_one_command_builds_and_trains_and_goes_on_wherever_it_was_killed(inside, monkeypatch):
+    import craft_nb.lerobot as ours
+    from craft_nb.anchors import AnchorCacheDataset, AnchorWriter
+    own = ["--craft.anchor_dataset.repo_id=dataset", "--craft.anchor_dataset.num_anchors=12"]
+    assert "give one of them" in refused(cli.train, *line(inside, "a", *own, "--craft.anchor_cache_dir=elsewhere")) and not Path("a").exists()
+    monkeypatch.setattr(ours, "BuildCacheConfig", functools.partial(ours.BuildCacheConfig, shard_size=4, batch_size=4))
+    cli.train(line(inside, "a", *own))
+    cache = AnchorCacheDataset("a/anchors")
+    assert len(cache) == 12 and sorted(set(cache.instructions())) == sorted({t for t, _ in OLD[1]}) and cache.manifest["dataset"]["fps"] == 30
+    data = inside.dataset()
+    for row, f in zip(cache.batch(range(12))["pixel_values"], cache.column("frame_index").tolist(), strict=True):
+        for picture, camera in zip(row, OLD[0], strict=True):
+            assert torch.allclose(picture.float() / 255, data[f][f"observation.images.{camera}"], atol=3e-3)
+    add, calls = AnchorWriter.add, []
+    def killed(self, rows):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        add(self, rows)
+    monkeypatch.setattr(AnchorWriter, "add", killed)
+    refused(cli.train, *line(inside, "b", *own))
+    monkeypatch.setattr(AnchorWriter, "add", add)
+    assert not Path("b/anchors/anchors.json").exists() and len(list(Path("b/anchors").glob("*.safetensors"))) == 2
+    written = {p.name: p.stat().st_mtime_ns for p in Path("b/anchors").glob("*.safetensors")}
+    cli.train(line(inside, "b", *own))
+    assert written.items() <= {p.name: p.stat().st_mtime_ns for p in Path("b/anchors").glob("*.safetensors")}.items()  # went on
+    assert weights("a", 2) == weights("b", 2) and weights("a", 4) == weights("b", 4)
+    before = weights("b", 4)
+    cli.train(["--resume=true", "--config_path=b/checkpoints/000002/pretrained_model/train_config.json"])
+    assert weights("b", 4) == before
+    assert "exists" in refused(cli.train, *line(inside, "b", *own))
+    Path("c").mkdir()
+    Path("a/anchors").rename("c/anchors")  # finished anchors of an earlier call are taken, if they are what is asked for
+    assert "num_anchors ('12' then, '13' now)" in refused(cli.train, *line(inside, "c", *own[:1], "--craft.anchor_dataset.num_anchors=13"))
+    cli.train(line(inside, "c", *own))
+    assert weights("c", 4) == before
+
+
+def test_other_cameras_need_a_map(inside):
+    plain = [f for f in line(inside, "d", "--craft.enabled=false") if not f.startswith("--rename_map")]
+    says = refused(cli.train, *plain)
+    assert "observation.images.front" in says and "--rename_map" in says and not Path("d").exists()
+    says = refused(cli.evaluate, f"--policy.path={inside.policy_path}", "--dataset.repo_id=new", "--out_dir=e")
+    assert "observation.images.front" in says and not Path("e").exists()
+    cli.evaluate([f"--policy.path={inside.policy_path}", "--dataset.repo_id=new", f"--rename_map={RENAME}", "--out_dir=e", "--max_frames=8", "--batch_size=4"])
+    assert "task loss: Push and close a window" in Path("e/eval.md").read_text()
+
+
+def test_a_damaged_video_is_named(inside, tmp_path):
+    import shutil
+    shutil.copytree("new", tmp_path / "film")
+    lost = next((tmp_path / "film/videos/observation.images.side").rglob("*.mp4"))
+    whole = lost.read_bytes()
+    flags = [f"--policy.path={inside.policy_path}", f"--dataset.repo_id={tmp_path / 'film'}", f"--rename_map={RENAME}", f"--out_dir={tmp_path / 'out'}", "--num_anchors=6"]
+    for damage in (b"", whole[: len(whole) // 2], b"\0" * len(whole)):
+        lost.write_bytes(damage)
+        says = refused(cli.build_cache, *flags)
+        assert lost.name in says and "observation.images.side" in says and not (tmp_path / "out").exists(), says
