@@ -40,7 +40,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -1429,7 +1429,10 @@ def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     path = cfg.policy.pretrained_path
     if path and Path(path).is_dir() and not getattr(cfg.policy, "use_peft", False): check_loaded_weights(policy, path)
     if cfg.peft is None or hasattr(policy, "get_base_model"): return policy
-    return policy.wrap_with_peft(peft_cli_overrides=asdict(cfg.peft))
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    made = PEFT_TYPE_TO_CONFIG_MAPPING.get(cfg.peft.method_type.upper())
+    alien = {"r", "lora_alpha"} - {f.name for f in fields(made)} if made else ()  # LeRobot hands its ranks to methods that have none, such as OSF
+    return policy.wrap_with_peft(peft_cli_overrides={k: v for k, v in asdict(cfg.peft).items() if k not in alien})
 
 def answered_by(teacher: nn.Module, anchors, craft: CraftConfig, adapter, pre) -> Answered:
     "A cache or a loader whose anchors `teacher` answers."

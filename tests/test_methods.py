@@ -267,6 +267,15 @@ def test_an_unknown_method_is_refused(place):
     assert "method_options: l2sp takes alpha" in run(place, "beta", "--craft.method=l2sp", "--craft.method_options=beta:1", heldout_fraction=0.0, code=1)[1]
 
 
+def test_osf_of_peft_is_a_flag_away(place):
+    import kill_training as K
+    whole, _ = run(place, "osf", "--peft.method_type=OSF", "--peft.target_modules=['q_proj','v_proj']", "--craft.method=constant", "--steps=4", controller="ascent", heldout_fraction=0.0)
+    config = whole / "checkpoints/000002/pretrained_model/train_config.json"
+    again, _ = run(place, "osf-again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / 'osf-again'}"])
+    a, b = K.result(whole), K.result(again)
+    assert a.pop("rows")[2:] == b.pop("rows") and not K.difference(a, b) and "pretrained_model/adapter_model.safetensors" in a
+
+
 def test_a_method_of_ones_own_is_found_where_the_command_is_called(tmp_path, monkeypatch):
     from craft_nb.methods import MethodParts, find_method, make_method
     (tmp_path / "mine_alone.py").write_text("from craft_nb.trainer import Method\nclass Ball(Method):\n    name, options = 'ball', dict(radius=1.0)\n"
