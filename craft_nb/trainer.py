@@ -850,6 +850,7 @@ def pass_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     device, held = next(model.parameters()).device, [(p, p.grad) for p in model.parameters()]
     gpus = [device] if device.type == "cuda" else []
     for p, _ in held: p.grad = None
+    buffers = [(b, b.clone()) for b in model.buffers()]  # running means of BatchNorm would move
     with torch.random.fork_rng(devices=gpus):
         try:
             if not gpus:
@@ -861,6 +862,7 @@ def pass_bytes(model: nn.Module, run: Callable[[], object]) -> int:
             return torch.cuda.max_memory_allocated(device) - before
         finally:
             for p, g in held: p.grad = g
+            for b, x in buffers: b.data.copy_(x)
 
 def gradient_pass(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     "`pass_bytes` of a loss and its gradient. No hook of the parameters is called, so that no rank waits for another."
