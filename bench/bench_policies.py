@@ -1,4 +1,4 @@
-"""What holding a policy costs a step: pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with a cache, with LoRA, and with the teacher inside.
+"""What holding a policy costs a step: pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with a cache, all weights trained.
 
     python bench/bench_policies.py                     every policy
     python bench/bench_policies.py --only smolvla --rounds 9
