@@ -22,12 +22,18 @@ if seeds_file.exists():
     repeated = f"""
 With {len(seeds['seeds'])} training seeds and {seeds['episodes']} episodes a cell (`python bench/seeds.py`), kept of the old and reached on the new task: {said}.
 """
+def number(x): return '–' if x is None else f'{x:.3f}'
+drift = ('Drift from the teacher on old episodes that no cache holds, in nats per action token (on the cache\'s): '
+         + '; '.join(f"`{a}` {number(x['held_out'])} ({number(x['train'])})" for a, x in report['arms'].items())
+         + '. Steps that projected: ' + ', '.join(f"`{a}` {x['projected']} of {x['steps']}" for a, x in report['arms'].items()) + '.')
 episodes = min(c['n'] for row in report['success'].values() for c in row.values())
 text = f'''{mark}
 Measured by `make demo` in {math.ceil(report["minutes"])} minutes on 2 CPU cores, {episodes} episodes a cell, 95 % intervals in brackets. `teacher` is the policy before fine-tuning, `sft` plain
-fine-tuning, `origin` the settings of the first CRaFT, `craft:<view>` ours with that view; *kept* is the success on the old tasks together, after over before.
+fine-tuning, `origin` the settings of the first CRaFT, `replay` 16 old demonstrations beside the 32 new of each step, `constant` λ = 1 throughout, `{report['default']}` what we recommend; *kept* is the success on the old tasks together, after over before.
 
 {success_markdown(report)}
+
+{drift}
 {repeated}
 ![Success by task and arm](images/demo_success.png)'''
 cells[0]['source'] = text.splitlines(keepends=True)
