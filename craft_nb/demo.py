@@ -209,9 +209,9 @@ def tokenizers(run:Run):
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
 
 # %% ../nbs/12_demo.ipynb #aa50eded
-def parted(run:Run): # episodes of the old tasks to keep by, and those held out
-    "The last tenth of each old task's episodes is held out, at least one."
-    keep, work = max(1, run.settings.episodes//10), workload(run)
+def parted(run:Run, least:int=1): # episodes of the old tasks to keep by, and those held out
+    "The last tenth of each old task's episodes is held out, `least` at least."
+    keep, work = max(least, run.settings.episodes//10), workload(run)
     split = [work.episodes(t) for t in run.settings.old_tasks]
     return [e for x in split for e in x[:-keep]], [e for x in split for e in x[-keep:]]
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHODS', 'OLD', 'MethodParts', 'register_method', 'find_method', 'read_options', 'make_method', 'Craft', 'Constant',
            'Share', 'Sft', 'refuse_shards', 'FromStart', 'L2SP', 'Retain', 'sample_losses', 'ConSFT', 'OldData',
-           'Replay', 'unwrapped', 'same_draws', 'EWC', 'SoftLogitsView', 'LwF', 'LogitsView', 'require_view', 'Der',
-           'AGem', 'GaussianView', 'Aegis', 'EachAnchor', 'Mir']
+           'Replay', 'EWC', 'SoftLogitsView', 'LwF', 'LogitsView', 'require_view', 'Der', 'AGem', 'GaussianView',
+           'Aegis', 'EachAnchor', 'Mir']
 
 # %% ../nbs/08a_methods.ipynb #061f5563
 import importlib
@@ -27,8 +27,8 @@ from .features import pool
 from .losses import ActionLogitsView, PooledView, make_views
 from .policies import eval_mode
 from .surgery import Surgery
-from .trainer import (AnchorMethod, Method, Retention, across_ranks, anchor_losses, count_rows, endless, pressed, retention_backward,
-                              stacked, surgery_row)
+from .trainer import (AnchorMethod, Method, Retention, across_ranks, anchor_losses, count_rows, endless, passing, pressed, retention_backward,
+                              stacked, surgery_row, unwrapped)
 
 # %% ../nbs/08a_methods.ipynb #00ad9486
 @dataclass
@@ -205,13 +205,6 @@ class Replay(OldData):
         row |= {"retention_loss": across_ranks(trainer, loss.detach()).item(), "lambda": self.weight}
 
 # %% ../nbs/08a_methods.ipynb #28c1136f
-def unwrapped(trainer) -> nn.Module: return trainer.accelerator.unwrap_model(trainer.policy) if trainer.accelerator else trainer.policy
-
-@contextmanager
-def same_draws(trainer) -> Iterator[None]:
-    "Inside, random numbers may be drawn that training shall not miss."
-    with torch.random.fork_rng(devices=[trainer.params[0].device] if trainer.params[0].is_cuda else []): yield
-
 @register_method
 class EWC(FromStart, OldData):
     "Σ λ/2 Fᵢ (θᵢ − θ₀ᵢ)²."
@@ -226,7 +219,7 @@ class EWC(FromStart, OldData):
 
     def setup(self, trainer):
         policy, n = unwrapped(trainer), max(1, self.samples // (1 if trainer.alone else trainer.accelerator.num_processes))
-        with same_draws(trainer):
+        with passing(policy):
             for batch in itertools.islice(self.line, n):
                 with trainer.autocast(): loss = policy(batch)[0]
                 for f, g in zip(self.fisher, torch.autograd.grad(loss, trainer.params, allow_unused=True), strict=True):
@@ -275,7 +268,7 @@ class LwF(FromStart):
         def swap():
             for p, s in zip(trainer.params, self.start, strict=True): p.data, s.data = s.data, p.data
         policy = unwrapped(trainer)
-        with same_draws(trainer), eval_mode(policy), trainer.autocast():
+        with passing(policy), eval_mode(policy), trainer.autocast():
             swap()
             try: yield policy
             finally: swap()
@@ -385,7 +378,7 @@ class Mir(AnchorMethod):
         each, out = {n: EachAnchor(v) for n, v in self.views.items()}, []
         own, self.views = self.views, each
         try:
-            with same_draws(trainer), eval_mode(trainer.policy):
+            with passing(trainer.policy), eval_mode(trainer.policy):
                 for b in batches: out.append(pressed(self, anchor_losses(self, trainer.policy, b, trainer.autocast)))
         finally: self.views = own
         return torch.cat(out)

@@ -30,7 +30,7 @@ from .instructions import Heeded
 from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, load_dataset, make_trainer, open_cache, ready_batches, rename_of, require_fit,
                               require_writable)
 from .policies import adapter_for, base_policy
-from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, pressed, count_rows
+from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows, unwrapped
 
 # %% ../nbs/11d_preflight.ipynb #6cc50d3a
 SECTIONS = {  # section: kinds of findings that are shown there
@@ -147,7 +147,7 @@ def say_anchors(r: Report, t: CraftTrainer, few: int = 6) -> None:
 def pass_seconds(t: CraftTrainer) -> dict[str, float] | None:  # None: the policy is in pieces (FSDP)
     "Seconds of a pass over a batch of the task, and over all anchors of a retention step. Leaves no trace."
     if "FSDP" in str(getattr(t.accelerator, "distributed_type", "")): return None
-    policy, start = t.accelerator.unwrap_model(t.policy) if t.accelerator else t.policy, time.perf_counter()
+    policy, start = unwrapped(t), time.perf_counter()
     (batch, anchors), device = ahead(t), next(t.policy.parameters()).device
     out, params = dict(load=time.perf_counter() - start, task=0.0, retention=0.0), [p for p in policy.parameters() if p.requires_grad]
     def task():
@@ -160,7 +160,7 @@ def pass_seconds(t: CraftTrainer) -> dict[str, float] | None:  # None: the polic
         if device.type == "cuda": torch.cuda.synchronize(device)
         return time.perf_counter() - start
     def twice(loss): return first if (first := timed(loss)) > 2 else min(first, timed(loss))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with passing(policy):
         out["task"] = twice(task) * t.accumulate
         if anchors: out["retention"] = twice(retention) * count_rows(anchors) / n
     return out
@@ -278,7 +278,7 @@ def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = T
     if not slow: return r
     with gathered() as more:
         say_costs(r, trainer)
-        if sheet: r.sheet = attempt("picture", contact_sheet, trainer, Path(sheet))
+        if sheet and (trainer.parts.cameras or base_policy(trainer.policy).config.image_features): r.sheet = attempt("picture", contact_sheet, trainer, Path(sheet))
     if r.count("refuse"):  # what is refused may be why it could not be measured
         for f in more: r.add(f.what if f.what in SECTIONS else "cameras", f"not measured, mend what is refused first ({f.text.splitlines()[0][:100]})")
     else: r.findings += more

@@ -99,10 +99,9 @@ def plan(arms=tuple(SEARCH), seeds=(0,), anchors: int = 4500, quick: bool = Fals
 def splits(run: demo.Run) -> dict[str, list[int]]:
     "Episodes: `anchors`, `held` and `third` of the old tasks, `new` and `unseen` of the new one."
     s, work = run.settings, demo.workload(run)
-    old, new = [work.episodes(t) for t in s.old_tasks], work.episodes(*s.new.split(","))
-    n = max(1 if len(old) > 1 else 2, s.episodes // 10)  # a task
-    held, last = [e for x in old for e in x[-n:]], max(1, len(new) // 7)
-    return dict(anchors=[e for x in old for e in x[:-n]], held=held[::2], third=held[1::2], new=new[:-last], unseen=new[-last:])
+    (anchors, held), new = demo.parted(run, 1 if len(s.old_tasks) > 1 else 2), work.episodes(*s.new.split(","))
+    last = max(1, len(new) // 7)
+    return dict(anchors=anchors, held=held[::2], third=held[1::2], new=new[:-last], unseen=new[-last:])
 
 def cache_job(run_args, out: str, name: str, views: str, number: int, part: str) -> None:
     demo.register()

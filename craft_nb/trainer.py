@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HOOKS', 'METHOD_HOOKS', 'FIRST_MEASURED', 'METHOD_WORDS', 'RECORD', 'PROBE_BATCHES', 'MOMENTS', 'Callback', 'Control',
-           'stop_on_signals', 'AnchorPass', 'route_forward', 'count_rows', 'make_duals', 'Method', 'AnchorMethod',
-           'endless', 'Constraint', 'anchor_error', 'rounding_losses', 'anchor_losses', 'enough_memory',
-           'retention_backward', 'pressed', 'stacked', 'violations', 'merge_weight', 'surgery_row',
+           'stop_on_signals', 'AnchorPass', 'route_forward', 'count_rows', 'unwrapped', 'passing', 'make_duals',
+           'Method', 'AnchorMethod', 'endless', 'Constraint', 'anchor_error', 'rounding_losses', 'anchor_losses',
+           'enough_memory', 'retention_backward', 'pressed', 'stacked', 'violations', 'merge_weight', 'surgery_row',
            'update_multipliers', 'added_gradients', 'take_grad', 'retention_taken', 'refuse_pieces', 'Retention',
            'AnchorRows', 'cache_episodes', 'set_aside', 'HeldOut', 'mean_over_episodes', 'certify', 'certificate_line',
            'CraftTrainer', 'with_method', 'task_backward', 'clip_gradients', 'across_ranks', 'step_gradients',
@@ -141,6 +141,20 @@ def route_forward(policy: nn.Module) -> nn.Module:
     return policy
 
 def count_rows(anchors: dict) -> int: return len(next(v for v in anchors.values() if isinstance(v, Tensor)))
+
+# %% ../nbs/08_trainer.ipynb #6a1f20c5
+def unwrapped(trainer) -> nn.Module:
+    "The policy itself, without what Accelerate put around it."
+    return trainer.accelerator.unwrap_model(trainer.policy) if trainer.accelerator else trainer.policy
+
+@contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    "Inside, `model` may be called as in training: random states and buffers are afterwards what they were, also after an error."
+    device, buffers = next(model.parameters()).device, [(b, b.clone()) for b in model.buffers()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try: yield
+        finally:
+            for b, was in buffers: b.data.copy_(was)
 
 # %% ../nbs/08_trainer.ipynb #8a519b0e
 def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads: dict[str, float]) -> dict[str, Dual]:
@@ -524,8 +538,7 @@ class HeldOut:
         "Loss of each view on some rows; no gradient, no random number is drawn, no mode is left changed."
         start, batch = time.perf_counter(), self.cache.batch(rows)
         self.named, self.dtypes = [("", p) for p in trainer.params], {p.dtype for p in trainer.policy.parameters() if p.is_floating_point()}
-        gpus = [trainer.params[0].device] if trainer.params[0].is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices=gpus), eval_mode(trainer.policy):
+        with torch.no_grad(), passing(trainer.policy), eval_mode(trainer.policy):
             out = {n: x.item() for n, x in anchor_losses(self, trainer.policy, batch, trainer.autocast).items()}
         self.seconds += time.perf_counter() - start
         return {n: (out[n], self.views[n].terms(batch)) for n in self.weights_of}
@@ -848,12 +861,10 @@ class PeakMemory(TorchDispatchMode):
 def pass_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     "Most bytes that the passes of `run()` hold beside the weights, new gradients among them. Leaves no trace."
     device, held = next(model.parameters()).device, [(p, p.grad) for p in model.parameters()]
-    gpus = [device] if device.type == "cuda" else []
     for p, _ in held: p.grad = None
-    buffers = [(b, b.clone()) for b in model.buffers()]  # running means of BatchNorm would move
-    with torch.random.fork_rng(devices=gpus):
+    with passing(model):
         try:
-            if not gpus:
+            if device.type != "cuda":
                 with PeakMemory(*model.parameters(), *model.buffers(), *(g for _, g in held if g is not None)) as memory: run()
                 return memory.peak
             before = torch.cuda.memory_allocated(device)
@@ -862,7 +873,6 @@ def pass_bytes(model: nn.Module, run: Callable[[], object]) -> int:
             return torch.cuda.max_memory_allocated(device) - before
         finally:
             for p, g in held: p.grad = g
-            for b, x in buffers: b.data.copy_(x)
 
 def gradient_pass(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     "`pass_bytes` of a loss and its gradient. No hook of the parameters is called, so that no rank waits for another."
@@ -889,7 +899,7 @@ def estimate_memory(trainer: CraftTrainer) -> dict[str, int]:  # bytes
     if trainer.method.copies: out["method"] = int(g * trainer.method.copies)
     if trainer.method.beside: out["teacher"] = trainer.method.beside
     if not (acc and "FSDP" in str(acc.distributed_type)):
-        out |= measure_passes(trainer, acc.unwrap_model(trainer.policy) if acc else trainer.policy)
+        out |= measure_passes(trainer, unwrapped(trainer))
     streams = ret is not None and ret.streams
     if streams: out["surgery"] = max(nbytes(ret.surgery.params[i] for i in ids) for ids in ret.surgery.groups.values())
     elif ret and (ret.separate or not ret.one_pass(trainer)): out["surgery"] = g

@@ -204,3 +204,12 @@ def test_a_command_called_from_python_leaves_the_command_line_as_it_was(place, w
         with pytest.raises(SystemExit): cli.build_cache([*flags, "--num_anchors=0"])
     else: cli.build_cache([*flags, "--num_anchors=4", "--allow_undecodable=true"])
     assert sys.argv == ["notebook", "--mine"] and parser.get_path_arg("policy") is None
+
+
+@pytest.mark.parametrize("main,flag", [("build_cache", "--num_anchors"), ("train", "--craft.heldout_every"), ("check", "--craft.heldout_every"), ("evaluate", "--anchors"),
+                                       ("cache", "verify"), ("demo", "--size"), ("report", "--gate")])
+def test_help_can_be_printed(main, flag, capsys, monkeypatch):
+    "argparse formats help texts with %: a per cent sign in the comment of one field ended craft-train --help with a ValueError."
+    monkeypatch.setattr(sys, "argv", ["craft", "--help"])
+    with pytest.raises(SystemExit) as stop: getattr(cli, main)(["--help"])
+    assert stop.value.code in (0, None) and flag in capsys.readouterr().out

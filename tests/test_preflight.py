@@ -139,3 +139,21 @@ def test_the_sheet_shows_blanks_and_policies_without_an_adapter(inside, capsys):
     code, said = facts(capsys, *argv, "--policy.type=act", "--policy.device=cpu", "--craft.enabled=false", "--policy.dim_model=32", "--policy.n_heads=2", "--policy.dim_feedforward=32",
                        "--policy.pretrained_backbone_weights=null", "--sheet=act.png")
     assert code == 0 and Image.open("act.png").width > 300 and said["cameras"]["cameras"][0]["data"] == "observation.image"
+
+
+def test_data_without_pictures_have_no_sheet(tmp_path, monkeypatch, capsys):
+    "A policy of states alone is as welcome; that there is nothing to draw is no fault."
+    from lerobot.datasets import LeRobotDataset
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["craft"])
+    features = {k: dict(dtype="float32", shape=(4,), names=None) for k in ("observation.state", "observation.environment_state", "action")}
+    ds, rng = LeRobotDataset.create("me/states", 10, features, root=tmp_path / "states", use_videos=False), np.random.default_rng(0)
+    for task in ("push", "open"):
+        for _ in range(12): ds.add_frame({k: rng.normal(size=4).astype(np.float32) for k in features} | dict(task=task))
+        ds.save_episode()
+    ds.finalize()
+    flags = [f"--dataset.repo_id={tmp_path / 'states'}", "--policy.type=act", "--policy.device=cpu", "--policy.dim_model=32", "--policy.n_heads=2", "--policy.dim_feedforward=32",
+             "--policy.push_to_hub=false", "--craft.enabled=false", "--output_dir=run", "--steps=4", "--batch_size=4", "--num_workers=0", "--env_eval_freq=0"]
+    code, said = facts(capsys, *flags)
+    assert code == 0 and said["sheet"] is None and said["cameras"]["cameras"] == [] and said["time"]["total"] > 0
+    assert list(tmp_path.glob("*.png")) == []
