@@ -14,7 +14,7 @@ def base(work, tmp_path_factory):  # arguments of `demo.Run` for a demo folder w
     for name in ("dataset", "tokenizers"): shutil.copytree(work.folder / name, folder / name)
     (folder / "stages").mkdir()
     (folder / "stages" / "teacher.json").write_text(json.dumps(dict(result=dict(path=str(work.policy_path)))))
-    settings = replace(SIZES["tiny"], old="window-open-v3,button-press-topdown-v3", new="window-open-v3", episodes=2, steps=2)
+    settings = replace(SIZES["tiny"], old="window-open-v3,button-press-topdown-v3", new="window-open-v3", episodes=2, steps=2, episode_length=20)
     return str(folder), settings
 
 
@@ -40,3 +40,26 @@ def test_jobs_leave_a_front(base, tmp_path, monkeypatch):
     assert share["certificate"]["held_out"] == pytest.approx(share["drift"], rel=1e-3) and share["certificate"]["met"] is None
     assert {sft["steps"], share["steps"]} == {2} and share["projected"] == 0 and min(sft["third"], share["drift"], share["task_loss"], share["task_loss_seen"]) > 0
     assert write_report(found, tmp_path).exists()
+
+
+def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
+    from craft_nb import lerobot
+    from craft_nb.study import Job, cache_jobs, collect, finished, run_job, tables
+    job, teacher = Job("sft", "lr=1", 0), Job("teacher", "", 0)
+    for f, args, _ in cache_jobs(base, tmp_path, [job], 8): f(*args)
+    run_job(base, str(tmp_path), job)
+    def refuse(*args, **kw): raise AssertionError("it is trained")
+    monkeypatch.setattr(lerobot, "make_trainer", refuse)
+    file = tmp_path / "jobs" / f"{job.key}.json"
+    first = json.loads(file.read_text())["result"]
+    for n in (1, 2):
+        run_job(base, str(tmp_path), job, n)
+        row = json.loads(file.read_text())["result"]
+        assert finished(file, n) and not finished(file, n + 1) and finished(file, 0)
+        assert (row["old"][1], row["new"][1]) == (2 * n, n) and {len(x) for x in row["starts"]["old"].values()} == {n}
+        assert row["drift"] == first["drift"]  # what was measured stays
+    run_job(base, str(tmp_path), teacher, 2)
+    found = collect(tmp_path)
+    assert found["demo"]["teacher"][""]["0"]["new"][1] == 2 and "| teacher" in tables(found["demo"])
+    shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(AssertionError, match="it is trained"): run_job(base, str(tmp_path), job, 3)  # without weights it is trained anew
