@@ -88,7 +88,7 @@ def masked_mean(h: Tensor, mask: Tensor) -> Tensor:  # (b, t, d), (b, t) bool â†
 def last_token(h: Tensor, mask: Tensor) -> Tensor:  # (b, t, d), (b, t) bool â†’ (b, d) float32
     "The last token where `mask` is true; zeros where it is true nowhere."
     last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)  # 0: nowhere
-    picked = h.float().gather(1, (last - 1).clamp(min=0)[:, None, None].expand(-1, 1, h.shape[2]))[:, 0]
+    picked = h[torch.arange(len(h), device=h.device), (last - 1).clamp(min=0)].float()
     return picked * (last > 0)[:, None]
 
 # %% ../nbs/01_features.ipynb #2ef50825

@@ -327,7 +327,7 @@ def submodule(policy: nn.Module, path: str) -> nn.Module:
 def _candidates(policy):  # "", or the modules that end in actions
     c = policy.config
     dims = {c.action_feature.shape[0], getattr(c, "max_action_dim", None)} if getattr(c, "output_features", None) and c.action_feature else ()
-    found = [n for n, m in policy.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", -1)) in dims]
+    found = [n for n, m in policy.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", "")) in dims]
     return f" (out of {', '.join(found[-3:])}?)" if found else ""
 
 @contextmanager
