@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ADAPTERS', 'TEXT', 'AnchorAdapter', 'base_policy', 'adapter_for', 'check_views', 'labels_to_actions', 'trim_anchors',
-           'pi0_fast_decoder', 'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'adapters_off', 'pi0_fast_decode',
-           'pi0_fast_decodable', 'decodable', 'pi0_fast_features', 'mixed_precision', 'decoder_facts', 'TokenAdapter',
-           'PI0FastAdapter', 'RowDraws', 'RowDrawsError', 'submodule', 'captured', 'replaced', 'once_a_row',
-           'draws_in_a_row', 'conditioned_by_draw', 'pack_image', 'unpack_image', 'Door', 'chunk_shape', 'door_inputs',
-           'door_prepare', 'door_condition', 'door_pass_inputs', 'own_chunk', 'door_features', 'door_batch',
-           'door_answer', 'extract_student_hidden_with_pooling', 'compute_retention_loss', 'check_loaded_weights']
+           'pi0_fast_decoder', 'pi0_fast_inputs', 'pi0_fast_prepare', 'eval_mode', 'adapters_off', 'pi0_fast_framed',
+           'pi0_fast_decode', 'pi0_fast_decodable', 'decodable', 'pi0_fast_features', 'mixed_precision',
+           'decoder_facts', 'TokenAdapter', 'PI0FastAdapter', 'RowDraws', 'RowDrawsError', 'submodule', 'captured',
+           'replaced', 'once_a_row', 'draws_in_a_row', 'conditioned_by_draw', 'pack_image', 'unpack_image', 'Door',
+           'chunk_shape', 'door_inputs', 'door_prepare', 'door_condition', 'door_pass_inputs', 'own_chunk',
+           'door_features', 'door_batch', 'door_answer', 'extract_student_hidden_with_pooling',
+           'compute_retention_loss', 'check_loaded_weights']
 
 # %% ../nbs/06_policies.ipynb #ce8f5a74
 from collections.abc import Callable, Iterator, Sequence
@@ -171,23 +172,28 @@ def adapters_off(policy: nn.Module) -> Iterator[nn.Module]:
         for p, was in trained: p.requires_grad = was
 
 # %% ../nbs/06_policies.ipynb #1ea2f939
+def pi0_fast_framed(policy: nn.Module, said: Tensor) -> dict[str, Tensor]:  # said: (b, n) decoded tokens
+    "`action_ids` (b, n+1) and `action_mask`: begin token and the answer up to its first end mark."
+    tokenizer = base_policy(policy)._paligemma_tokenizer
+    end = (said == tokenizer.convert_tokens_to_ids("|")).int()
+    mask = end.cumsum(1) - end == 0  # up to and with the first end mark
+    return dict(action_ids=torch.cat([said.new_full((len(said), 1), tokenizer.bos_token_id), said * mask], 1),
+                action_mask=torch.cat([mask.new_ones(len(mask), 1), mask], 1))
+
 @torch.no_grad()
 def pi0_fast_decode(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
     "`action_ids` (b, max_action_tokens) int32 and `action_mask`: begin token and the policy's greedy answer up to its end mark."
     policy = base_policy(policy)
-    tokenizer, width = policy._paligemma_tokenizer, policy.config.max_action_tokens
+    width = policy.config.max_action_tokens
     inputs = ("pixel_values", "image_mask", "input_ids", "attention_mask")
     anchors = pi0_fast_prepare(policy, {k: v for k, v in anchors.items() if k in inputs})
     with eval_mode(policy), mixed_precision(policy):
         said = policy.model.sample_actions_fast_kv_cache(
             *_images(anchors), anchors["input_ids"], anchors["attention_mask"],
             max_decoding_steps=min(policy.config.max_decoding_steps, width - 1), temperature=0.0)
-    end = (said == tokenizer.convert_tokens_to_ids("|")).int()
-    mask = end.cumsum(1) - end == 0  # up to and with the first end mark
-    ids = torch.cat([said.new_full((len(said), 1), tokenizer.bos_token_id), said * mask], 1)
-    mask = torch.cat([mask.new_ones(len(mask), 1), mask], 1)
-    pad = (0, width - ids.shape[1])
-    return dict(action_ids=nn.functional.pad(ids, pad).int().cpu(), action_mask=nn.functional.pad(mask, pad).cpu())
+    framed = pi0_fast_framed(policy, said)
+    pad = (0, width - framed["action_ids"].shape[1])
+    return dict(action_ids=nn.functional.pad(framed["action_ids"], pad).int().cpu(), action_mask=nn.functional.pad(framed["action_mask"], pad).cpu())
 
 # %% ../nbs/06_policies.ipynb #5a5bc03b
 def pi0_fast_decodable(policy: nn.Module, anchors: dict[str, Tensor]) -> Tensor:  # (b,) bool
