@@ -217,7 +217,7 @@ class AnchorMethod(Method):
     def __init__(
         self,
         policy: nn.Module,  # its trainable parameters are operated on
-        anchors: Iterable,  # batches without end, or a loader of `05_anchors`
+        anchors: Iterable,  # batches without end, or a loader of `05c_reading`
         views: dict[str, View],  # name → what is compared
         adapter,  # of `06_policies`
         config: CraftConfig,
@@ -251,7 +251,7 @@ class Constraint(AnchorMethod):
     def __init__(
         self,
         policy: nn.Module,  # its trainable parameters are operated on
-        anchors: Iterable,  # batches without end, or a loader of `05_anchors`
+        anchors: Iterable,  # batches without end, or a loader of `05c_reading`
         views: dict[str, View],  # name → what is compared
         adapter,  # of `06_policies`
         config: CraftConfig,

@@ -2,7 +2,7 @@
 Each damaged cache must be refused with an error that names a file, or read back exactly as it was written; no code in it may
 run, and memory may not follow what it claims. (The metadata.json of the origin's format has no checksum: there only its
 shards are damaged.)"""
-import json, os, pickle, random, resource, shutil, struct, sys, tempfile
+import hashlib, json, os, pickle, random, resource, shutil, struct, sys, tempfile
 from collections import Counter
 from pathlib import Path
 import torch
@@ -22,7 +22,7 @@ def leaves(x, at=()):
         for k, v in (x.items() if isinstance(x, dict) else enumerate(x)): yield from leaves(v, (*at, k)); yield (*at, k)
 def sign(m): # a manifest whose checksum was made good again
     m.pop('manifest_sha256', None)
-    try: m['manifest_sha256'] = A.hashlib.sha256(A._canonical(m)).hexdigest()
+    try: m['manifest_sha256'] = hashlib.sha256(A._canonical(m)).hexdigest()
     except (TypeError, ValueError): pass
     return m
 

@@ -366,7 +366,7 @@ def test_other_splits(inside, tmp_path, episodes, split, more, lost):
 
 def test_the_held_out_loss_is_told_by_task_and_weighted_by_frames(inside, tmp_path, monkeypatch):
     data = write(tmp_path / "data", [("push the button", 3), ("push the button", 3), ("open the window", 7), ("open the window", 7)])
-    from craft_nb import lerobot as ours
+    from craft_nb import checkpoints as ours
     events, real = [], ours.loss_by_task
     monkeypatch.setattr(ours, "loss_by_task", lambda policy, loader, *a: events.append((loader.tasks, real(policy, loader, *a))) or events[-1][1])
     assert run("train", inside, data, "--dataset.eval_split=0.5", "--eval_steps=1") == ""

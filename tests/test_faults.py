@@ -228,7 +228,7 @@ def test_the_lock_of_a_run_in_python(place):
         with pytest.raises(FileExistsError, match="already exists"): make_trainer(config(), quiet=True)
         shutil.rmtree(out.parent)
         with pytest.raises(ValueError, match="has no view"): make_trainer(config("--craft.views=tokens"), quiet=True)
-        import craft_nb.lerobot as ours
+        import craft_nb.training as ours
         ours.make_order = lambda *args: 1 / 0  # behind the lock
         with pytest.raises(ZeroDivisionError): make_trainer(config(), quiet=True)
         assert not out.parent.exists()
@@ -371,7 +371,7 @@ def test_a_dead_simulator_ends_clearly(work, monkeypatch):
     from craft_nb.machine import HelperLost
     from lerobot.envs import factory
     from lerobot.scripts import lerobot_eval
-    import craft_nb.lerobot as ours
+    import craft_nb.checkpoints as ours
     class Envs: batch_size, use_async_envs = 2, True
     class Config: max_parallel_tasks = 1
     def evaluate(**kw):

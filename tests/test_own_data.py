@@ -301,7 +301,7 @@ def test_a_later_tasks_anchors_are_appended(inside, work, monkeypatch):
     for flag, says in (("--layers_to_save=-1", "layers: cache [-2, -1]"), ("--views=tokens", "the same --views"), ("--out_dir=both", "holds a finished"), ("--append=gone", "no such folder")):
         flags = [f for f in [*again, "--out_dir=seq", "--allow_mismatch=weights"] if f.split("=")[0] != flag.split("=")[0]] + [flag]
         assert says in refused(cli.build_cache, flags), flag
-    import craft_nb.lerobot as ours
+    import craft_nb.caches as ours
     whole, merge = [], ours.merge_caches
     monkeypatch.setattr(ours, "merge_caches", lambda *a, **kw: (_ for _ in ()).throw(OSError("killed here")))
     refused(cli.build_cache, [*again, "--out_dir=seq", "--allow_mismatch=weights"])
