@@ -7,6 +7,8 @@ What survives there meets the tests named in `TESTS`, in a copy of the package (
 Left alone: messages (raised and f-strings), defaults of arguments, annotated fields, and -1."""
 import argparse
 import ast
+import contextlib
+import importlib
 import json
 import os
 import random
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +63,10 @@ def notebook(module: str):
 def survives(work, limit: float) -> bool:
     "Did `work` come to its end in a fork of this process, within `limit` seconds?"
     sys.stdout.flush()
-    if not (pid := os.fork()):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, of forks with threads
+        pid = os.fork()
+    if not pid:
         os.setsid()
         for fd in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         try: work()
@@ -74,23 +80,39 @@ def survives(work, limit: float) -> bool:
 
 
 def in_notebook(path: Path, cells: list, picked: list[tuple[int, int]], limit: float) -> list[tuple[int, int]]:
-    "Which of the mutants (cell, site) the notebook does not notice; it runs once. Unchanged it must pass, in a fork too."
+    "Which of the mutants (cell, site) the notebook does not notice; unchanged it must pass, in a fork too."
     from execnb.shell import CaptureShell
     os.chdir(path.parent)
     shell, alive = CaptureShell(path), []
-    def run(source):
-        shell.run(source)
-        if shell.exc: raise shell.exc
+    def run(sources):
+        for source in sources:
+            shell.run(source)
+            if shell.exc: raise shell.exc
     left = [c for c in cells if c.cell_type == "code" and not flags(c) & {"notest", "slow", "gpu", "eval"}]
-    while left:
-        for at, k in picked:
-            if cells[at] is not left[0]: continue
-            def rest(first):
-                for source in (first, *(c.source for c in left[1:])): run(source)
-            if (at, k) == picked[0] and not survives(lambda: rest(left[0].source), limit): raise SystemExit(1)
-            if survives(lambda: rest(mutant(left[0].source, k)[0]), limit): alive.append((at, k))
-            print("?" if (at, k) in alive else ".", end="", file=sys.stderr, flush=True)
-        run(left.pop(0).source)
+    with tempfile.TemporaryDirectory() as tmp:
+        names = Path(tmp) / "names"
+        def whole():
+            run(c.source for c in left)
+            names.write_text("\n".join(sys.modules))
+        if not survives(whole, limit): raise SystemExit(1)
+        for name in names.read_text().split("\n"):  # imported once, not by each child
+            with contextlib.suppress(Exception): importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as tmp:
+        here, kept = Path(tmp) / "here", Path(tmp) / "kept"
+        here.mkdir()
+        tempfile.tempdir = str(here)  # what a cell has written is put back after each child
+        while left:
+            first, *rest = (c.source for c in left)
+            mine = [x for x in picked if cells[x[0]] is left[0]]
+            if mine: shutil.copytree(here, kept, symlinks=True)
+            for at, k in mine:
+                if survives(lambda: run([mutant(first, k)[0], *rest]), limit): alive.append((at, k))
+                print("?" if (at, k) in alive else ".", end="", file=sys.stderr, flush=True)
+                shutil.rmtree(here)
+                shutil.copytree(kept, here, symlinks=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            run([first])
+            left.pop(0)
     return alive
 
 
