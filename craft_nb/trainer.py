@@ -346,7 +346,7 @@ def retention_backward(ret: AnchorMethod, trainer, weight: float = 1.0, batch: d
     for i in range(0, n, size):
         part = {k: v[i : i + size] for k, v in batch.items()}
         losses = anchor_losses(ret, trainer.policy, part, trainer.autocast)
-        for name, terms in whole.items(): losses[name] = losses[name] * (ret.views[name].terms(part) / terms)
+        for name, terms in whole.items(): losses[name] = losses[name] * (terms and ret.views[name].terms(part) / terms)
         loss = pressed(ret, losses)
         with enough_memory(ret, count_rows(part)): trainer.backward(loss if weight == 1 else weight * loss)
         total = total + stacked(ret, losses)
@@ -569,8 +569,7 @@ def certify(self, trainer) -> dict:
     else:
         terms = [next(iter(e.values()))[1] for e in by_episode]
         total = [sum(w * e[n][0] for n, w in self.weights_of.items()) for e in by_episode]
-        found = {"shared": mean_over_episodes(list(zip(total, terms, strict=True)))} if len(views) > 1 else {
-            "shared": tuple(None if x is None else x * w for x in views[n]) for n, w in self.weights_of.items()}
+        found = {"shared": mean_over_episodes(list(zip(total, terms, strict=True)))}
     budgets = {n: e for n, e in self.budgets().items() if n in found and math.isfinite(e)}
     worst = max(budgets or found, key=lambda n: found[n][0] / (budgets.get(n) or 1.0))
     mean, half = found[worst]
@@ -671,7 +670,7 @@ def task_backward(trainer: CraftTrainer) -> Tensor:
         with nullcontext() if alone else trainer.accelerator.no_sync(trainer.policy):
             batch = trainer.method.batch(trainer, next(trainer.batches))
             with trainer.autocast(): loss = trainer.method.objective(trainer, batch)
-            trainer.backward(loss if n == 1 else loss / n)
+            trainer.backward(loss / n)
         total = total + loss.detach() / n
     return total
 
@@ -705,9 +704,9 @@ def one_step(trainer: CraftTrainer) -> dict:
     "One optimizer step. → its record."
     start, method, lr, row = time.perf_counter(), trainer.method, trainer.lr, {}
     task_loss = float(across_ranks(trainer, step_gradients(trainer, row)))
-    seen = {"task_loss": task_loss, "retention_loss": row.get("retention_loss") or 0.0,
+    seen = {"task_loss": task_loss, "retention_loss": row.get("retention_loss"),
             "gradient": row["grad_norm"] if row.pop("finite", True) else math.nan}
-    wrong = agree(trainer, [n for n, x in seen.items() if not math.isfinite(x)])
+    wrong = agree(trainer, [n for n, x in seen.items() if x is not None and not math.isfinite(x)])
     if not wrong:
         method.update(trainer, row)
         trainer.optimizer.step()
