@@ -109,9 +109,11 @@ def in_notebook(path: Path, cells: list, picked: list[tuple[int, int]], limit: f
             for at, k in mine:
                 if survives(lambda: run([mutant(first, k)[0], *rest]), limit): alive.append((at, k))
                 print("?" if (at, k) in alive else ".", end="", file=sys.stderr, flush=True)
+                where = os.getcwd()
                 shutil.rmtree(here)
                 shutil.copytree(kept, here, symlinks=True)
-            shutil.rmtree(kept, ignore_errors=True)
+                os.chdir(where)  # it may be one of those folders
+            if mine: shutil.rmtree(kept)
             run([first])
             left.pop(0)
     return alive

@@ -218,20 +218,21 @@ def pi0_fast_features(policy: nn.Module, anchors: dict[str, Tensor], layers: Seq
     "Hidden states of `layers`, with `actions` over the action tokens too, with `logits` at the rows that predict them."
     from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
     policy, decoder = base_policy(policy), pi0_fast_decoder(policy)
-    fed = (anchors["action_ids"], anchors["action_mask"]) if actions or logits else (None, None)
+    asked = actions or logits
+    fed = (anchors["action_ids"], anchors["action_mask"]) if asked else (None, None)
     last = next((i for i in layers if i in (-1, len(decoder.layers))), -1)
     wanted = list(dict.fromkeys([*layers, *([last] if logits else [])]))
     with mixed_precision(policy), capture_hidden(decoder, wanted) as hidden:
         x, seen, attends, n_image, _ = policy.model.embed_prefix_fast(*_images(anchors), anchors["input_ids"],
                                                                       anchors["attention_mask"], *fed)
-        if decoder.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16: x = x.bfloat16()
+        if next(decoder.layers.parameters()).dtype == torch.bfloat16: x = x.bfloat16()
         policy.model.paligemma_with_expert.forward(
             attention_mask=prepare_attention_masks_4d(attends, dtype=x.dtype), position_ids=seen.cumsum(1) - 1,
             inputs_embeds=[x, None], use_cache=False, adarms_cond=[None, None])
     p = n_image + anchors["input_ids"].shape[1]
     is_image = torch.arange(p, device=seen.device) < n_image
     f = Features(hidden, seen[:, :p] & is_image, seen[:, :p] & ~is_image)
-    if fed[0] is None: return f
+    if not asked: return f
     f.action_mask = anchors["action_mask"][:, 1:].clone()
     if "labels" not in anchors: f.action_mask[:, : _fixed_tokens(policy)] = False
     with mixed_precision(policy):
