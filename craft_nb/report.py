@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .actions import pooled_error
 from .config import as_path
 from .evaluate import CSS, cell_html, pooled_rate, retention_ratio, section, table_html
 from .machine import follow
@@ -140,6 +141,11 @@ def check_measured(found: dict, path: Path) -> None:
         if not numbers(c, "rate", "n", "low", "high") or not 0 <= c["low"] <= c["rate"] <= c["high"] <= 1 or c["n"] < 1:
             raise ValueError(f"{path}: success of {t}: expected 0 ≤ low ≤ rate ≤ high ≤ 1 and n ≥ 1, found {str(c)[:80]}")
     if found.get("task_loss") and not numbers(found["task_loss"], "loss", "frames"): raise ValueError(f"{path}: task_loss: expected loss and frames, found {str(found['task_loss'])[:80]}")
+    if a := found.get("action_error"):
+        cell = lambda x: isinstance(x, dict) and numbers(x, "frames", "undecodable") and (x.get("mae", "") is None or numbers(x, "mae")) and isinstance(x.get("joints"), dict)
+        if not cell(a) or not isinstance(a.get("tasks"), dict) or not all(map(cell, a["tasks"].values())) or not all(numbers(j, "spread") for j in a["joints"].values()):
+            raise ValueError(f"{path}: action_error: expected mae, frames, undecodable, joints and tasks, found {str(a)[:80]}")
+    if (q := found.get("mcq")) and not numbers(q, "accuracy", "n", "low", "high", "margin"): raise ValueError(f"{path}: mcq: expected accuracy, n, low, high and margin, found {str(q)[:80]}")
     if (d := found.get("drift")) and "relative_l2" in d and not (len(d["relative_l2"]) == len(d.get("layers", ())) and all(len(r) == len(d.get("vectors", ())) for r in d["relative_l2"])):
         raise ValueError(f"{path}: drift: expected relative_l2 by layers and vectors, found {str(d)[:80]}")
 
@@ -148,6 +154,14 @@ def teacher_of(runs: Sequence[Recorded]) -> set[str]:
     "Paths of the policies that the runs started from, as their settings say; one that went on from its own checkpoint does not know."
     paths = {str((r.config.get("policy") or {}).get("pretrained_path") or "") for r in runs} - {""}
     return {p for p in paths if not any(Path(p).resolve().is_relative_to(r.folder.resolve()) for r in runs)}
+
+def pooled_loss(parts: Sequence[dict]) -> dict:
+    "Task losses on several data sets as if they were one."
+    def pool(cells): return dict(loss=sum(c["loss"] * c["frames"] for c in cells) / (n := sum(c["frames"] for c in cells)), frames=n)
+    tasks = dict.fromkeys(t for p in parts for t in p.get("tasks", {}))
+    return pool(parts) | dict(tasks={t: pool([p["tasks"][t] for p in parts if t in p.get("tasks", {})]) for t in tasks})
+
+POOLED = {"task_loss": pooled_loss, "action_error": pooled_error}  # measured on data: on old demonstrations and on new ones, say
 
 def owner(policy: str, runs: Sequence[Recorded]) -> str | None:  # name of a run, "teacher", or None
     "Whose checkpoint a path is."
@@ -160,7 +174,7 @@ def owner(policy: str, runs: Sequence[Recorded]) -> str | None:  # name of a run
 
 def read_evals(given: Iterable[str | Path], runs: Sequence[Recorded]) -> dict[str, dict]:  # name of a run or "teacher" → what was measured
     "The `eval.json` of some policies, each by the run it belongs to. Raises `ValueError` where that is not known, or a thing was measured twice."
-    out, names = {}, [*(r.name for r in runs), "teacher"]
+    out, parts, names = {}, {}, [*(r.name for r in runs), "teacher"]
     for text in map(str, given):
         name, equals, file = text.partition("=")
         name, file = (name, file) if equals and name in names else (None, text)
@@ -176,8 +190,12 @@ def read_evals(given: Iterable[str | Path], runs: Sequence[Recorded]) -> dict[st
                              f"teacher: say whose it is with --eval=NAME={path}, NAME one of {', '.join(names)}")
         for m in MEASURES:
             if not found.get(m): continue
-            if m in out.setdefault(name, {}): raise ValueError(f"{path}: {m} of {name} was measured twice; give one of the two")
-            out[name][m] = found[m]
+            seen = parts.setdefault((name, m), [])
+            data = json.dumps(found.get("data"))
+            if seen and (m not in POOLED or "null" == data or data in dict(seen)): raise ValueError(f"{path}: {m} of {name} was measured twice; give one of the two")
+            seen.append((data, found[m]))
+            try: out.setdefault(name, {})[m] = found[m] if len(seen) == 1 else POOLED[m]([x for _, x in seen])
+            except ValueError as e: raise ValueError(f"{path}: {e}") from None
     return out
 
 # %% ../nbs/11k_report.ipynb #94517daf
@@ -238,6 +256,12 @@ def losses_of(names: Sequence[str], all_facts: dict, evals: dict) -> tuple[str, 
     "Task losses that compare: of the same held-out frames if they were measured of all these runs, else of the end of training."
     seen = {n: evals.get(n, {}).get("task_loss") for n in names}
     if all(seen.values()) and len({x["frames"] for x in seen.values()}) == 1:
+        before = evals.get("teacher", {}).get("task_loss", {}).get("tasks", {})
+        every = [x.get("tasks", {}) for x in seen.values()]
+        learned = [t for t in before if all(t in x and x[t]["loss"] < before[t]["loss"] for x in every)]  # old demonstrations are no price of new ones
+        if learned and any(t not in learned for x in every for t in x):
+            of = {n: pooled_loss([x["tasks"][t] for t in learned]) for n, x in seen.items()}
+            return f"on {of[names[0]]['frames']} frames of what was learned: {', '.join(learned)[:120]}", {n: (x["loss"], None) for n, x in of.items()}
         return f"on {next(iter(seen.values()))['frames']} frames", {n: (x["loss"], None) for n, x in seen.items()}
     ends = {n: all_facts[n]["task_loss"] for n in names}
     n = min((x["n"] for x in ends.values() if x), default=0)
@@ -616,14 +640,27 @@ def task_loss_table(evals: dict, names: Sequence[str]) -> str:
     return section("Task loss on a data set", "What craft-eval measured, on frames spread over it; by task.", table_html(["", "all", "frames", *map(esc, tasks)], rows))
 
 def action_table(evals: dict, names: Sequence[str]) -> str:
-    "Open-loop error of actions, by task and by joint, of teacher and students."
+    "Open-loop error of actions of teacher and students, by task beside their drift by instruction, and by joint."
     have = {n: evals[n]["action_error"] for n in ("teacher", *names) if evals.get(n, {}).get("action_error")}
     if not have: return ""
-    tasks, joints = (list(dict.fromkeys(t for x in have.values() for t in x.get(k, {}))) for k in ("tasks", "joints"))
-    def value(x): return num(x.get("mae") if isinstance(x, dict) else x)
-    rows = [[esc(n), num(x.get("mae")), *(value(x.get("tasks", {}).get(t)) for t in tasks), *(value(x.get("joints", {}).get(j)) for j in joints)] for n, x in have.items()]
-    return section("Open-loop error of actions", "Mean absolute error against demonstrations that were held out, in the action's own units.",
-                   table_html(["", "all", *map(esc, tasks), *map(esc, joints)], rows))
+    tasks, joints = (list(dict.fromkeys(t for x in have.values() for t in x[k])) for k in ("tasks", "joints"))
+    drift = {n: d["by_instruction"] for n in have if (d := evals[n].get("drift")) and d.get("by_instruction")}
+    view = next((v for d in drift.values() for x in d.values() for v in x["losses"]), None)
+    def cell(x): return "–" if x is None else num(x["mae"]) + f"<small>{x['undecodable']} of {x['frames']} undecodable</small>" * bool(x["undecodable"])
+    def moved(n, t): return num(drift[n][t]["losses"].get(view)) if t in drift[n] else "–"
+    by_task = [["<b>all</b>", *map(cell, have.values()), *("" for _ in drift)], *([esc(t), *(cell(x["tasks"].get(t)) for x in have.values()), *(moved(n, t) for n in drift)] for t in tasks)]
+    spread = {j: next(x["joints"][j]["spread"] for x in have.values() if j in x["joints"]) for j in joints}
+    by_joint = [[esc(j), *(num((x["joints"].get(j) or {}).get("mae")) for x in have.values()), num(spread[j])] for j in joints]
+    return section("Open-loop error of actions", "What each policy would do at frames of demonstrations against what was done: mean absolute error in the action's own units. Where an answer is no chunk of actions "
+                   "it is counted as undecodable and has no error. The spread is the standard deviation of the demonstrations: never looking errs by about as much.",
+                   table_html(["task", *map(esc, have), *(f"{esc(n)}: L_ret, {esc(view)}" for n in drift)], by_task), table_html(["joint", *map(esc, have), "spread"], by_joint))
+
+def mcq_table(evals: dict, names: Sequence[str]) -> str:
+    have = {n: evals[n]["mcq"] for n in ("teacher", *names) if evals.get(n, {}).get("mcq")}
+    if not have: return ""
+    rows = [[esc(n), cell_html(dict(rate=x["accuracy"], **{k: x[k] for k in ("low", "high", "n")})), num(x["margin"])] for n, x in have.items()]
+    return section("Questions about pictures", "Share of questions whose right choice is the likeliest, with Wilson's 95 % interval; the margin is its log-likelihood above that of the best wrong one, in nats.",
+                   table_html(["", "right", "mean margin"], rows))
 
 def settings_section(differ: dict[str, dict], names: Sequence[str]) -> str:
     if len(names) < 2: return ""
@@ -636,7 +673,7 @@ def missing_section(found: dict, evals: dict, names: Sequence[str]) -> str:
     out = []
     if not any(evals.get(n, {}).get("success") for n in names): out.append("Success: craft-eval --policy.path=CHECKPOINT --env.type=…, of the teacher and of each run, then --eval=JSON.")
     if not any(evals.get(n, {}).get("drift") for n in names): out.append("Drift by layer and instruction: --cache=HELD_OUT, a cache of episodes that no run has seen.")
-    if not any(evals.get(n, {}).get("action_error") for n in names): out.append("Open-loop error of actions: an --eval=JSON that holds action_error.")
+    if not any(evals.get(n, {}).get("action_error") for n in names): out.append("Open-loop error of actions: craft-eval --policy.path=CHECKPOINT --dataset.repo_id=…, of the teacher and of each run, then --eval=JSON.")
     if any(f["retains"] and not f["certificate"] for f in found.values()): out.append("The budget on held-out anchors: --craft.heldout_fraction=.1 when training.")
     return section("What was not measured", "", "<ul>" + "".join(f"<li>{flags_as_code(esc(x))}</li>" for x in out) + "</ul>") if out else ""
 
@@ -748,7 +785,7 @@ def page(self) -> str:
     data = [tables(r) for r in self.runs]
     inside = json.dumps(dict(runs=[dict(name=n, tables=t) for n, t in zip(self.names, data)], charts=chart_specs(data)), ensure_ascii=False).replace("<", "\\u003c")
     gates = "".join(f'<div><b style="--c:var(--{"k2" if j["passed"] else "k1"})">{"pass" if j["passed"] else "fail"}</b> {esc(k)}, found {said(j["value"])}</div>' for k, j in self.judged.items())
-    parts = [runs_section(self.facts, self.shares), success_table(self.evals, self.tasks, self.shares, self.names), action_table(self.evals, self.names),
+    parts = [runs_section(self.facts, self.shares), success_table(self.evals, self.tasks, self.shares, self.names), action_table(self.evals, self.names), mcq_table(self.evals, self.names),
              drift_tables(self.evals, self.facts, self.names, self.where), task_loss_table(self.evals, self.names), settings_section(self.differ, self.names),
              missing_section(self.facts, self.evals, self.names)]
     curves = ('<section><h2>Curves</h2><p>Hover reads all runs at a step; a drag across a chart zooms all of them, a double click shows the whole again. '
