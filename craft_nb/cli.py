@@ -256,7 +256,7 @@ def check(argv: list[str] | None = None) -> None:
 
 # %% ../nbs/13_cli.ipynb #8745151c
 def evaluate(argv: list[str] | None = None) -> None:
-    "Entry point of `craft-eval`: success in LeRobot's environments, task loss, and drift on held-out anchors."
+    "Entry point of `craft-eval`: success in LeRobot's environments, task loss and open-loop error on demonstrations, drift on held-out anchors, questions."
     argv = today(sys.argv[1:] if argv is None else argv)
     def main():
         ours = opened()

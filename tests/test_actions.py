@@ -63,3 +63,31 @@ def test_answers_that_are_no_chunk_are_counted_and_named_never_zero(work, monkey
     assert found["undecodable"] == 1 and found["undecodable_frames"][0]["frame"] == int(data[1]["frame_index"]) and found["frames"] == 4
     assert 0 < found["mae"] < 0.1, "what is left is FAST's rounding"
     assert "detokenize_actions" not in vars(policy)
+
+
+def test_craft_eval_writes_it_and_asks_questions(work, tmp_path, monkeypatch, capsys):
+    import json
+    import sys
+    from PIL import Image
+    from craft_nb import cli
+    monkeypatch.setattr(sys, "argv", ["craft-eval"])
+    def run(out, *flags): cli.evaluate([f"--policy.path={work.policy_path}", f"--out_dir={tmp_path / out}", "--batch_size=4", *map(str, flags)])
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    row = dict(image_path="red.png", question="Push a button", choices=["button", "window from the top"], answer_index=0)
+    (tmp_path / "q.jsonl").write_text(f"{json.dumps(row)}\n{json.dumps(row | dict(answer_index=1))}\n")
+    run("both", f"--dataset.repo_id={work.root}", "--action_frames=6", "--max_frames=4", f"--mcq={tmp_path / 'q.jsonl'}", f"--compare={work.policy_path}")
+    found, said = json.loads((tmp_path / "both/eval.json").read_text()), (tmp_path / "both/eval.md").read_text()
+    a, m = found["action_error"], found["mcq"]
+    assert a["frames"] == a["undecodable"] > 3 and a["mae"] is None and len(a["tasks"]) == 2 and "of them undecodable" in said and found["data"]["repo_id"] == "local/dataset"
+    assert m["accuracy"] == .5 and m["n"] == 2 and m["other"]["accuracy"] == .5 and m["mcnemar"] == dict(only_first=0, only_second=0, p=1.0)
+    samples = [json.loads(x) for x in (tmp_path / "both/mcq.jsonl").read_text().splitlines()]
+    assert samples[0]["loglik"] == samples[1]["loglik"] == samples[0]["other"]["loglik"] and samples[0]["margin"] == -samples[1]["margin"] != 0
+    run("alone", f"--mcq={tmp_path / 'q.jsonl'}")
+    assert json.loads((tmp_path / "alone/eval.json").read_text()).keys() == {"policy", "mcq"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row | dict(answer_index=2)))
+    for flags, says in (([f"--mcq={tmp_path / 'bad.jsonl'}"], "bad.jsonl:1: answer_index: expected 0 … 1, found 2"), ([f"--compare={work.policy_path}"], "give --mcq=FILE too"),
+                        ([f"--mcq={tmp_path / 'gone.jsonl'}"], "there is no file"), ([f"--mcq={tmp_path / 'q.jsonl'}", "--mcq_camera=left"], "there is no camera 'left'"),
+                        ([f"--mcq={tmp_path / 'q.jsonl'}", "--compare=/nowhere/at/all"], "no policy at /nowhere/at/all"), ([f"--dataset.repo_id={work.root}", "--action_frames=-1"], "action_frames")):
+        with pytest.raises(SystemExit) as stop: run("no", *flags)
+        assert says in str(stop.value.code), stop.value.code
+        assert not (tmp_path / "no").exists() or not list((tmp_path / "no").glob("eval*"))
