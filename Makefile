@@ -13,6 +13,7 @@ export WANDB_MODE := disabled
 export OMP_WAIT_POLICY := PASSIVE
 export MUJOCO_GL ?= egl
 one := OMP_NUM_THREADS=1
+workers = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 each = set -e; for f in $(1); do [ -e "$$f" ] || continue; echo "python $$f $(2)"; python "$$f" $(2); done
 
 .PHONY: help setup demo study test check-tasks prepare check nbtest pytest rounding lab docs readme results bench fuzz kill-test distributed-test clean
@@ -34,7 +35,7 @@ test: .venv/.ready ## everything that CI runs: checks, notebooks, site, pytest
 	$(MAKE) --no-print-directory check
 	$(MAKE) --no-print-directory nbtest
 	python tools/docs.py --quiet
-	$(one) python -m pytest
+	$(one) python -m pytest $(workers)
 	$(one) python tools/rounding.py
 
 prepare: .venv/.ready ## before a commit: clean notebooks, export modules, write README.md
@@ -47,7 +48,7 @@ nbtest: .venv/.ready ## run every notebook
 	$(one) nbdev_test --n_workers $(WORKERS) --timing
 
 pytest: .venv/.ready ## run tests/
-	$(one) python -m pytest
+	$(one) python -m pytest $(workers)
 
 rounding: .venv/.ready ## numeric notebooks and tests with rounding moved: other kernels, another number of threads
 	$(one) python tools/rounding.py

@@ -226,7 +226,7 @@ def lost_helper(e: BaseException, default: tuple[str, str] = ("a helper process"
     told = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", text)
     if not (told or isinstance(e, (ConnectionError, EOFError, TimeoutError, FileNotFoundError)) or "timed out" in text): return None
     pids = [int(x) for x in told[1].split(",")] if told else list(_WATCHED)
-    dead = next((k for k in _dead(pids, patience=2.0 if pids else 0)), None)
+    dead = next((k for k in _dead(pids, patience=10.0 if pids else 0)), None)
     if dead is None and not told: return None
     pid = dead or pids[0]
     process, what, lower = _WATCHED.get(pid, (None, *default))
@@ -241,12 +241,14 @@ def _workers_on_the_way(e: BaseException) -> list:
             if isinstance(p, multiprocessing.process.BaseProcess)]
 
 def _dead(pids: list[int], patience: float) -> list[int]:
-    "Those that did not end well; waits a moment for one, since its connection closes before it is gone."
-    known = [_WATCHED[k][0] for k in pids if k in _WATCHED]
-    gone = multiprocessing.connection.wait([p.sentinel for p in known], patience) if known else []
-    for p in known:
-        if p.sentinel in gone: p.join(1)  # it closes what it has open a moment before it can be asked
-    return [p.pid for p in known if p.exitcode]
+    "Those that did not end well; waits for one, since its connection closes before it is gone, on a busy machine long before."
+    known, end = [_WATCHED[k][0] for k in pids if k in _WATCHED], time.monotonic() + patience
+    while not (bad := [p.pid for p in known if p.exitcode]):
+        left, alive = end - time.monotonic(), [p.sentinel for p in known if p.exitcode is None]
+        if left <= 0 or not alive: break
+        multiprocessing.connection.wait(alive, left)
+        time.sleep(0.01)  # it closes what it has open a moment before it can be asked
+    return bad
 
 def _how(code: int | None) -> str:
     if code is None: return f"ended unexpectedly, {SIGNALS['SIGKILL']}"

@@ -36,3 +36,11 @@ def pytest_fixture_setup(fixturedef, request):
 def pytest_runtest_call(item):
     try: return (yield)
     finally: _ordinary_priority()
+
+
+LONG = "test_resume", "test_policies", "test_distributed", "test_faults", "test_jupyterlab", "test_own_data", "test_odd_inputs"
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take minutes go first: several processes share the files, and none shall begin a long one when the others are done."
+    items.sort(key=lambda i: LONG.index(i.path.stem) if i.path.stem in LONG else len(LONG))

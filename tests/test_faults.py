@@ -346,6 +346,22 @@ def test_a_dead_anchor_worker_is_not_taken_for_a_data_worker(place):
     assert "an anchor worker (process " in said and LOST + "anchor_num_workers (now 1; 0 decodes in the training process)" in said
 
 
+def test_a_helper_that_is_still_dying_is_waited_for():
+    "Its connection is closed before it is gone; another that ended well must not stand for it."
+    from craft_nb.machine import HelperLost, watched
+    fork = multiprocessing.get_context("fork")
+    def dies():
+        time.sleep(0.7)
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(HelperLost, match="a helper.*was killed by SIGKILL.*Lower it"):
+        with watched("a helper", "it") as started:
+            well, ill = fork.Process(target=time.sleep, args=(0.1,)), fork.Process(target=dies)
+            for p in (well, ill): p.start()
+            started()
+            while well.exitcode is None: time.sleep(0.01)
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+
 def test_a_dead_worker_of_a_build_ends_clearly(place, monkeypatch):
     from craft_nb import builder, cli
     work, cache, folder = place
