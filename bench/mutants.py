@@ -106,10 +106,10 @@ def in_notebook(path: Path, cells: list, picked: list[tuple[int, int]], limit: f
             first, *rest = (c.source for c in left)
             mine = [x for x in picked if cells[x[0]] is left[0]]
             if mine: shutil.copytree(here, kept, symlinks=True)
+            where = os.getcwd()
             for at, k in mine:
                 if survives(lambda: run([mutant(first, k)[0], *rest]), limit): alive.append((at, k))
                 print("?" if (at, k) in alive else ".", end="", file=sys.stderr, flush=True)
-                where = os.getcwd()
                 shutil.rmtree(here)
                 shutil.copytree(kept, here, symlinks=True)
                 os.chdir(where)  # it may be one of those folders
