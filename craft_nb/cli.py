@@ -97,6 +97,7 @@ def parsed(config_class: type, argv: list[str]):
     from lerobot.configs import parser
     from lerobot.utils.import_utils import register_third_party_plugins
     import craft_nb.small, craft_nb.zoo  # noqa: F401, E401  they register the small policies
+    if flags(argv).get("--env.type") == "libero": import craft_nb.libero  # noqa: F401, E701  it lets LeRobot find LIBERO's initial states
     register_third_party_plugins()
     sys.argv = [sys.argv[0], *as_written(config_class, argv)]  # LeRobot reads it, here and in validate()
     @parser.wrap()
@@ -280,6 +281,7 @@ def recompute(policy_path: str, manifest: dict):
 
 def demo(argv: list[str] | None = None) -> None:
     "Entry point of `craft-demo`: the whole story on a real simulator, or one stage of it."
+    import craft_nb.libero_demo  # noqa: F401  it is a workload
     from craft_nb.demo import demo_main
     sys.exit(refuse_clearly(lambda: demo_main(expanded(sys.argv[1:] if argv is None else argv))))
 

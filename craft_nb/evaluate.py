@@ -411,11 +411,11 @@ def blind_section(report: dict) -> str:
             "These are the same tasks under such policies.")
     return section("Could it be luck?", text, table_html(["task", *map(html.escape, policies)], rows))
 
-def clips_section(clips: dict) -> str:
+def clips_section(clips: dict, caption: str) -> str:
     "One row of clips for each task."
     def row(task, row): return "".join(clip_html(c, f"{task} · {arm}") for arm, c in row.items())
     rows = [f"<div class=clips>{row(*x)}</div>" for x in clips.items()]
-    return section("The same skill, side by side", "One episode each, from the same starting state.", *rows)
+    return section("The same skill, side by side", html.escape(caption), *rows)
 
 def curves_section(figure) -> str:
     text = ("λ rises while the retention loss is over its budget and falls while it is under. The violation is in units of the "
@@ -453,14 +453,16 @@ def render_report(
     clips: dict[str, dict[str, str | Path | bytes]],  # task → arm → GIF, PNG or WebP (a file or its bytes)
     out_dir: str | Path,
     title: str = "Teaching a robot something new without losing the old",
+    sections: Sequence[str] = (),  # HTML, behind what was kept
+    caption: str = "One episode each, from the same starting state.",  # of the clips
 ) -> Path:  # report.html
     "Write report.html (one self-contained file), report.json (with a `summary`), success.png, drift.png and curves.png."
     out, summary = as_path(out_dir), summarise(report)
     out.mkdir(parents=True, exist_ok=True)
     figures = dict(success=plot_success(report))
-    parts = [success_section(report, summary)]
+    parts = [success_section(report, summary), *sections]
     if clips:
-        parts.append(clips_section(clips))
+        parts.append(clips_section(clips, caption))
     if report.get("arms"): parts.append(arms_section(report))
     if report.get("views"): parts.append(views_section(report, summary))
     if any(r.get("violation") is not None and r["epsilon"] for rows in records.values() for r in rows):

@@ -333,46 +333,47 @@ def write_dataset(
     root, # folder to create; must not exist
     repo_id:str="craft/metaworld", # name in LeRobot
     fps:int=80, # Meta-World's control rate
+    texts=None, # {task: instruction}; Meta-World's descriptions
+    names=None, # {array of an episode: feature}; pictures are (n, size, size, 3) uint8, the others (n, numbers)
 ):  # path of the dataset
-    "Write episodes into one LeRobotDataset with the features `observation.image`, `observation.state` and `action`."
+    "Write episodes into one LeRobotDataset with the features `observation.image`, `observation.state` and `action`, or those that `names` says."
     import datasets
     datasets.disable_progress_bars()  # one a row group would drown ours
-    root, size = as_path(root), None
+    root, names = as_path(root), names or {"image": "observation.image", "state": "observation.state", "action": "action"}
     part = root.with_name(root.name + ".part")
     if root.exists(): raise FileExistsError(f"{root} exists: remove it or choose another folder")
-    names = lerobot_metaworld().TASK_DESCRIPTIONS
+    texts, ds = texts or lerobot_metaworld().TASK_DESCRIPTIONS, None
     for e in episodes:
-        if size is None:
-            size = e["image"].shape[1]
-            feats = {"observation.image": dict(dtype="image", shape=(size, size, 3), names=["height", "width", "channels"]),
-                     "observation.state": dict(dtype="float32", shape=(4,), names=None),
-                     "action": dict(dtype="float32", shape=(4,), names=None)}
+        if ds is None:
+            feats = {f: dict(dtype="image", shape=e[k].shape[1:], names=["height", "width", "channels"]) if e[k].ndim == 4 else
+                        dict(dtype="float32", shape=e[k].shape[1:], names=None) for k, f in names.items()}
             shutil.rmtree(part, ignore_errors=True)
             ds = LeRobotDataset.create(repo_id, fps, feats, root=part, use_videos=False)
-        for i, s, a in zip(e["image"], e["state"], e["action"]):
-            ds.add_frame({"observation.image": i, "observation.state": s, "action": a, "task": names[e["task"]]})
+        for row in zip(*(e[k] for k in names)): ds.add_frame(dict(zip(names.values(), row)) | {"task": texts[e["task"]]})
         ds.save_episode()
     ds.finalize()
     part.rename(root)
     return root
 
 # %% ../nbs/11h_small.ipynb #1f3d6fed
-def action_chunks(dataset:LeRobotDataset, chunk_size:int=10):  # (n, t, a) normalised
-    "Every action chunk of a data set, normalised with MIN_MAX like the policy's processors do."
+def action_chunks(dataset:LeRobotDataset, chunk_size:int=10, normalise:bool=True):  # (n, t, a)
+    "Every action chunk of a data set, normalised with MIN_MAX like the policy's processors do, or as it is."
     table = dataset.hf_dataset.with_format("numpy")
     action, episode = np.stack(table["action"]), np.asarray(table["episode_index"])
     last = np.searchsorted(episode, episode, side="right") - 1
     rows = np.minimum(np.arange(len(action))[:, None] + np.arange(chunk_size), last[:, None])  # (n, t)
+    if not normalise: return action[rows]
     stats = dataset.meta.stats["action"]
     lo, hi = np.asarray(stats["min"]), np.asarray(stats["max"])
     return 2*(action[rows] - lo)/np.maximum(hi - lo, 1e-8) - 1
 
 
-def save_tokenizers(dataset:LeRobotDataset, folder, chunk_size:int=10, vocab_size:int=256, scale:float=5.0):  # the two folders
-    "Fit and save the tokenizers of a data set: `folder/action` (FAST) and `folder/text` (words of all Meta-World tasks)."
+def save_tokenizers(dataset:LeRobotDataset, folder, chunk_size:int=10, vocab_size:int=256, scale:float=5.0,
+                    sentences=None, normalise:bool=True):  # the two folders
+    "Fit and save the tokenizers of a data set: `folder/action` (FAST) and `folder/text` (words of `sentences`; of all Meta-World tasks)."
     folder = as_path(folder).resolve()
-    fit_action_tokenizer(action_chunks(dataset, chunk_size), scale, vocab_size).save_pretrained(folder/"action")
-    make_text_tokenizer(lerobot_metaworld().TASK_DESCRIPTIONS.values(), vocab_size).save_pretrained(folder/"text")
+    fit_action_tokenizer(action_chunks(dataset, chunk_size, normalise), scale, vocab_size).save_pretrained(folder/"action")
+    make_text_tokenizer(sentences or lerobot_metaworld().TASK_DESCRIPTIONS.values(), vocab_size).save_pretrained(folder/"text")
     return folder/"text", folder/"action"
 
 # %% ../nbs/11h_small.ipynb #0c58b12a
@@ -389,6 +390,8 @@ class Workload:
     @property
     def tokenizers(self): return as_path(self.folder)/"tokenizers"
     @property
+    def texts(self): return lerobot_metaworld().TASK_DESCRIPTIONS # {task: instruction}
+    @property
     def meta(self): return LeRobotDatasetMetadata(self.repo_id, root=self.root)
 
     def dataset(self, episodes=None, chunk_size=10):
@@ -398,8 +401,7 @@ class Workload:
                               delta_timestamps={"action": [i/fps for i in range(chunk_size)]})
 
     def episodes(self, *tasks):  # episode indices of these tasks, all if none is named
-        names = lerobot_metaworld().TASK_DESCRIPTIONS
-        want = {names[t] for t in tasks}
+        want = {self.texts[t] for t in tasks}
         return [i for i, t in enumerate(self.meta.episodes["tasks"]) if not want or want & set(t)]
 
     def config(self, **kw): # a fresh PI0FastSmallConfig with this workload's tokenizers
