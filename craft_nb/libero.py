@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'GOALS', 'CAMERAS', 'BOWL', 'DOWN', 'OPEN', 'CLOSE', 'UP', 'TRAINED', 'FEATURES', 'has_libero',
-           'goal_suite', 'lerobot_libero', 'thin', 'cheaper', 'told', 'require_goals', 'rotation_vector', 'Readings',
-           'GoalScene', 'goal_scene', 'Expert', 'carry_bowl', 'twist_knob', 'expert_actions', 'record_goal',
-           'record_goals', 'GoalWorkload', 'told_episode', 'replay_episode', 'as_gif']
+           'goal_suite', 'lerobot_libero', 'thin', 'cheaper', 'told', 'require_goals', 'rotation_vector', 'forget',
+           'Readings', 'GoalScene', 'goal_scene', 'Expert', 'carry_bowl', 'twist_knob', 'expert_actions', 'record_goal',
+           'record_goals', 'GoalWorkload', 'told_episode', 'replay_episode', 'side_by_side', 'as_gif']
 
 # %% ../nbs/11l_libero.ipynb #75630f5b
 import atexit, functools, importlib.util, io, logging, warnings
@@ -83,6 +83,10 @@ def require_goals(tasks):
 def rotation_vector(r): # (3, 3) → (3,) axis times angle, radians
     return Rotation.from_matrix(r).as_rotvec()
 
+def forget(renderer):
+    "Leave a renderer's context to the driver when the process ends: MuJoCo's destructors would come when EGL has been shut down, and complain."
+    renderer._gl_context._context = renderer._mjr_context = None
+
 class Readings:
     "What can be read of a scene with `env`, MuJoCo's `model` and `data`, and `size`."
 
@@ -110,7 +114,7 @@ class Readings:
         size = size or self.size
         if size not in self.renderers:
             self.renderers[size] = mujoco.Renderer(self.model, size, size)
-            atexit.register(self.renderers[size].close)  # not later: what it needs is gone by then
+            atexit.register(forget, self.renderers[size])
         look = mujoco.MjvOption()
         look.geomgroup[:], look.sitegroup[:], look.geomgroup[1] = 0, 0, 1  # group 1 is what there is to be seen
         self.renderers[size].update_scene(self.data, camera=camera, scene_option=look)
@@ -143,7 +147,7 @@ class GoalScene(Readings):
         for _ in range(10): self.step([0, 0, 0, 0, 0, 0, -1])
 
     def step(self, action): self.env.step(np.clip(action, -1, 1)) # (7,), 20 a second
-    def close(self): pass # it is this process's, for the next job
+    def close(self): "Nothing: the scene is this process's, and serves its next job."
 
     def holds(self, task:str)->bool: # is the goal of `task` reached?
         problem = self.env.env.parsed_problem
@@ -313,6 +317,12 @@ def replay_episode(scene:GoalScene, task:str, number:int, actions, size:int=192,
         scene.step(a)
         if i % every == 0 or i == len(actions): frames.append(scene.picture("agentview", size))
     return frames, next((t for t in GOALS if scene.holds(t)), None)
+
+def side_by_side(clips): # lists of frames → frames as long as the longest, 4 white pixels between
+    longest = max(map(len, clips))
+    rows = [[c[min(i, len(c) - 1)] for c in clips] for i in range(longest)]
+    gap = np.full((len(rows[0][0]), 4, 3), 255, np.uint8)
+    return [np.concatenate([x for f in r for x in (f, gap)][:-1], 1) for r in rows]
 
 def as_gif(frames, duration:int=120): # bytes; `duration` ms a frame
     images = [Image.fromarray(f).quantize(128) for f in frames]
