@@ -124,6 +124,19 @@ def order():
     return faults
 
 
+MOST = 20  # names a reader takes in at once
+
+
+def public():
+    "`__all__` of a module holds what a user calls, at most twenty names; what is for other modules only is `#| exporti`."
+    faults = []
+    for p in sorted(pkg.glob('*.py')):
+        for n in ast.parse(p.read_text()).body:
+            if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__' and isinstance(n.value, ast.List) and len(n.value.elts) > MOST:
+                faults.append(f'craft_nb/{p.name} has {len(n.value.elts)} public names: mark cells that no user calls with #| exporti')
+    return faults
+
+
 def names():
     "No undefined names, no name defined twice, no syntax errors."
     folders = [f for f in ('craft_nb', 'tests', 'tools', 'bench') if (root/f).exists()]
@@ -147,7 +160,7 @@ def light():
     return python(f'import craft_nb, sys; t = [m for m in {heavy} if m in sys.modules]; assert not t, f"it takes {{t}}"')
 
 
-checks = clean, in_sync, readme, order, names, importable, light
+checks = clean, in_sync, readme, order, public, names, importable, light
 
 
 def main():
