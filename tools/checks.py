@@ -98,6 +98,12 @@ def readme():
     return [run.stderr.strip()] if run.returncode else []
 
 
+def pages():
+    "The pages of names, settings and components are what the modules give."
+    run = subprocess.run([sys.executable, root/'tools/pages.py', '--check'], capture_output=True, text=True)
+    return [run.stderr.strip()] if run.returncode else []
+
+
 def imported(tree):
     "Modules of this package that a syntax tree imports anywhere, also inside functions; '' is the package itself."
     for n in ast.walk(tree):
@@ -160,7 +166,7 @@ def light():
     return python(f'import craft_nb, sys; t = [m for m in {heavy} if m in sys.modules]; assert not t, f"it takes {{t}}"')
 
 
-checks = clean, in_sync, readme, order, public, names, importable, light
+checks = clean, in_sync, readme, pages, order, public, names, importable, light
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Before a commit: clean the notebooks, drop saved widgets and warnings, export the modules, write README.md. What `make check` checks."""
+"""Before a commit: clean the notebooks, drop saved widgets and warnings, export the modules, write README.md and the pages made from modules. What `make check` checks."""
 import subprocess, sys
 from checks import notebooks, root, without_widgets
 from execnb.nbio import read_nb, write_nb
@@ -17,4 +17,4 @@ for p in notebooks():
         if 'outputs' in c: c['outputs'] = [o for o in c.outputs if not passing(o)]
     write_nb(nb, p)
 nbdev_export()
-subprocess.run([sys.executable, root/'tools/readme.py'], check=True)
+for page in 'readme', 'pages': subprocess.run([sys.executable, root/f'tools/{page}.py'], check=True)
