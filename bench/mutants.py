@@ -3,7 +3,7 @@
     python bench/mutants.py [MODULE …] --n=60 --seed=1     → outputs/bench/mutants.json
 
 A notebook runs once for all its mutants: before a changed cell the process forks, and the child runs the mutant and the cells after it.
-What survives there meets the tests named in `TESTS`, in a copy of the package (`--tests=false`: the notebook alone).
+What survives there meets the tests and the notebooks above it that `TESTS` names, in a copy of the package (`--tests=false`: the notebook alone).
 Left alone: messages (raised and f-strings), defaults of arguments, annotated fields, and -1."""
 import argparse
 import ast
@@ -22,9 +22,9 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = dict(features="test_pi0_fast", losses="test_pi0_fast", surgery="test_surgery", dual="test_dual", **dict.fromkeys(
-    ("files", "format", "writing", "reading", "anchors"), "test_anchors test_anchor_faults"), policies="test_policies test_pi0_fast",
-    trainer="test_faults test_memory test_resume")
+ROOMS = dict(files="05a_format 05b_writing 05c_reading ", format="05b_writing 05c_reading ", writing="05c_reading ", reading="", anchors="")  # of anchors
+TESTS = dict(features="test_pi0_fast", losses="test_pi0_fast", surgery="test_surgery", dual="test_dual", policies="test_policies test_pi0_fast",
+             trainer="test_faults test_memory test_resume", **{m: f"{above}05d_anchors test_anchors test_anchor_faults" for m, above in ROOMS.items()})
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And}
 
@@ -120,7 +120,7 @@ def in_notebook(path: Path, cells: list, picked: list[tuple[int, int]], limit: f
 
 
 def noticed_by(module: str, source: str, k: int) -> str:
-    "The first test file that notices the mutant in a copy of the package, or nothing."
+    "The first notebook or test file that notices the mutant in a copy of the package, or nothing."
     text = (ROOT / "craft_nb" / f"{module}.py").read_text()
     body = "\n".join(l for l in source.splitlines() if not l.startswith("#|")).strip()
     if body not in text: raise SystemExit(f"craft_nb/{module}.py is not what its notebook exports: run nbdev_export")
@@ -129,7 +129,8 @@ def noticed_by(module: str, source: str, k: int) -> str:
         for part in ("pyproject.toml", "settings.ini"): shutil.copy(ROOT / part, copy)
         (Path(copy) / "craft_nb" / f"{module}.py").write_text(text.replace(body, mutant(source, k)[0], 1))
         for name in TESTS[module].split():
-            test = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", f"tests/{name}.py"], cwd=copy, env=os.environ | dict(PYTHONPATH=copy), capture_output=True, timeout=1800)
+            run = [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{name}.py"] if name.startswith("test_") else ["nbdev_test", "--path", f"nbs/{name}.ipynb", "--n_workers", "1"]
+            test = subprocess.run(run, cwd=copy, env=os.environ | dict(PYTHONPATH=copy), capture_output=True, timeout=1800)
             if test.returncode: return name
     return ""
 
