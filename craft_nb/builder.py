@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anchors import BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors, read_manifest
+from .data import read_frame
 from .features import resolve_layers
 from .losses import VIEWS, View, make_views, pass_needs
 from .machine import Watched, watched
@@ -153,14 +154,19 @@ class AnchorFrames(torch.utils.data.Dataset):
         self.dataset, self.picked, self.spans, self.prompts = dataset, picked, spans, prompts
 
     def __len__(self): return len(self.spans)
-    def __getitem__(self, i): return torch.utils.data.default_collate([self.frame(j) for j in range(*self.spans[i])])
+    def __getitem__(self, i): return self.batch([self.frame(j) for j in range(*self.spans[i])])
 
     def load(self, places, frames) -> dict:
         "Frames of one's own choice, in these places."
-        return torch.utils.data.default_collate([self.frame(j, i) for j, i in zip(places, frames, strict=True)])
+        return self.batch([self.frame(j, i) for j, i in zip(places, frames, strict=True)])
+
+    def batch(self, frames: list[dict]) -> dict:
+        "Collated; what is a list or nothing (LeRobot's language columns: another number of rows in every frame) is left out."
+        odd = {k for x in frames for k, v in x.items() if isinstance(v, (list, tuple, dict, type(None)))}
+        return torch.utils.data.default_collate([{k: v for k, v in x.items() if k not in odd} for x in frames])
 
     def frame(self, j: int, i: int | None = None) -> dict:
-        x = dict(self.dataset[self.picked[j] if i is None else i])
+        x = dict(read_frame(self.dataset, self.picked[j] if i is None else i))
         if self.prompts: x["task"] = self.prompts[j % len(self.prompts)]
         return {k: v / 255.0 if isinstance(v, Tensor) and v.dtype == torch.uint8 else v for k, v in x.items()}
 
@@ -345,16 +351,18 @@ def build_anchor_cache(
     manifest: dict | None = None,  # further fields of it: hashes, dataset, versions, extra
     draws: int = 2,  # of noise and time an anchor, where the answer depends on them
     capture: str = "",  # module whose output is the answer; empty: as the policy's adapter says
+    picked: Sequence[int] | None = None,  # these frames, in place of a draw of `num_anchors`
 ) -> dict:  # the manifest
     "Sample anchors, run the teacher over them and write the cache. Wrong arguments raise before anything is written."
     for what, value, known in (("actions", actions, ("teacher", "dataset")), ("dtype", dtype, tuple(DTYPES)), ("undecodable", undecodable, MODES)):
         if value not in known: raise ValueError(f"{what}: expected one of {', '.join(filter(None, known))}; found {value!r}")
     for what, value, least in (("batch_size", batch_size, 0), ("num_workers", num_workers, 0), ("max_bytes", max_bytes, 0), ("draws", draws, 1)):
         if value < least: raise ValueError(f"{what}: expected {least} or more, found {value}")
+    if picked is not None and (num_anchors != len(picked) or max_bytes): raise ValueError(f"picked: {len(picked)} frames are all anchors; give num_anchors={len(picked)} and no max_bytes")
     adapter = adapter_for(policy, capture)
     frames, name = len(episode_index), range(len(episode_index)) if frame_index is None else frame_index
     most = frames if num_anchors == "all" else min(num_anchors, frames) if max_bytes else num_anchors
-    draw = functools.cache(lambda n: sample_anchors(episode_index, task_index, n, seed, stratified))
+    draw = functools.cache(lambda n: sample_anchors(episode_index, task_index, n, seed, stratified) if picked is None else list(picked))
     def teacher(n):
         deal = Deal(draw(n), task_index, seed)
         return Teacher(policy, preprocess, AnchorFrames(dataset, deal.picked, [], prompts), chosen, actions, deal,
