@@ -28,6 +28,7 @@ from .builder import STORED, LiveFrames, build_anchor_cache, teacher_targets
 from .check import OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .configs import ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, require_local, require_writable
+from .data import read_prompts
 from .features import resolve_layers
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy, load_policy_alone, rename_of,
                           require_fit, run_hashes)
@@ -83,8 +84,8 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True, asked: dict | None
     require_writable(Path(at_home(cfg).out_dir), "--out_dir")
     try: layers, prompts = [int(i) for i in cfg.layers_to_save.split(",")], None
     except ValueError: raise ValueError(f"layers_to_save: expected numbers such as -2,-1; found {cfg.layers_to_save!r}") from None
-    if cfg.prompts_file and not (prompts := [p.strip() for p in Path(cfg.prompts_file).read_text().splitlines() if p.strip()]):
-        raise ValueError(f"prompts_file: expected one prompt a line in {cfg.prompts_file}, found none")
+    if cfg.prompts_file: prompts = read_prompts(cfg.prompts_file)
+    if not str(cfg.out_dir).strip(): raise ValueError("out_dir: expected a folder for the cache, found nothing")
     if cfg.sampling not in ("stratified", "uniform"):
         raise ValueError(f"sampling: expected stratified or uniform, found {cfg.sampling!r}")
     if cfg.images == "reference":

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 
 from .check import waivers
 from .config import CraftConfig, as_path, at_home
+from .data import check_files, kind_of, read_info, several, read_json
 from .machine import LOCK, follow
 from .terminal import quieten
 quieten()  # before LeRobot is imported
@@ -97,9 +98,12 @@ def missing_parts(cfg: PreTrainedConfig) -> list[str]:
 
 def require_local(path: str | Path) -> None:
     "Refuse a policy folder that is not there before LeRobot asks a hub for it."
-    if not (Path(follow(as_path(path))) / "config.json").is_file() and (constants.HF_HUB_OFFLINE or is_path(str(path))):
+    folder = Path(follow(as_path(path)))
+    if not (folder / "config.json").is_file() and (constants.HF_HUB_OFFLINE or is_path(str(path)) or folder.exists()):
         raise FileNotFoundError(f"no policy at {path}: expected a LeRobot checkpoint folder (…/pretrained_model) with config.json"
-                                + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""))
+                                + kind_of(folder) + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE and not folder.exists() else ""))
+    if (folder / "config.json").is_file() and not isinstance(read_json(folder / "config.json").get("type"), str):
+        raise ValueError(f"{folder / 'config.json'}: expected a LeRobot policy's, with its type; found that of another model")
 
 def require_parts(cfg: PreTrainedConfig) -> None:
     "Raise `FileNotFoundError` naming all of them. A path through a pointer file becomes that of the checkpoint."
@@ -110,13 +114,19 @@ def require_parts(cfg: PreTrainedConfig) -> None:
 # %% ../nbs/11_configs.ipynb #b17a1561
 def localise(dataset: DatasetConfig) -> DatasetConfig:
     "If `repo_id` is a data set's folder on this machine, use it as `root`."
+    if len(names := several(dataset.repo_id)) != 1 or len(several(dataset.root)) > 1:
+        if names or dataset.root is None: raise ValueError("dataset.repo_id: expected the name or the folder of a data set, found "
+            + ("nothing" if not names else f"{len(names)} ({', '.join(names)}): craft-build-cache and --craft.anchor_dataset take several; for one to train on, merge them with lerobot-edit-dataset --operation.type=merge"))
+    dataset.repo_id, dataset.root = (names or [dataset.repo_id])[0], (several(dataset.root) or [None])[0]
     folder = Path(at_home(dataset).repo_id)
     if dataset.root is None and (folder / "meta" / "info.json").is_file():
         dataset.root, dataset.repo_id = str(folder), f"local/{folder.resolve().name}"
     here = dataset.root if constants.HF_HUB_OFFLINE else None
     if dataset.root is None and is_path(dataset.repo_id): here = dataset.repo_id
     if here and not (Path(here) / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"no data set at {here}: expected a LeRobot data set's folder, with meta/info.json")
+        raise FileNotFoundError(f"no data set at {here}: expected a LeRobot data set's folder, with meta/info.json{kind_of(here)}")
+    if dataset.root is None and constants.HF_HUB_OFFLINE and not dataset.revision and data_root(dataset) is None:
+        raise FileNotFoundError(f"no data set {dataset.repo_id!r} on this machine, and HF_HUB_OFFLINE is set: give the folder of one, with meta/info.json, as repo_id or root{kind_of(dataset.repo_id)}")
     require_episodes(dataset)
     return dataset
 
@@ -130,15 +140,14 @@ def data_root(cfg: DatasetConfig) -> Path | None:
 def require_episodes(cfg: DatasetConfig) -> None:
     "Refuse episodes that a data set on this machine does not have, and files that its metadata name and that are not there."
     if (root := data_root(cfg)) is None: return
-    try: info = json.loads((root / "meta" / "info.json").read_text())
-    except ValueError as e: raise ValueError(f"{root / 'meta' / 'info.json'}: is not JSON ({e}); restore the file") from None
-    if not str(info.get("codebase_version", "")).startswith("v3"): return  # LeRobot says how to convert it
-    if not (total := info.get("total_episodes", 0)): raise ValueError(f"{root}: this data set has no episode: record some")
+    total = (info := read_info(root))["total_episodes"]
     if wrong := [e for e in cfg.episodes or () if not 0 <= e < total]:
         raise ValueError(f"dataset.episodes: {', '.join(map(str, wrong))} of {cfg.episodes} {'is' if len(wrong) == 1 else 'are'} not there: "
                          f"{root} has episodes 0 … {total - 1}")
     if cfg.episodes is not None and not cfg.episodes: raise ValueError("dataset.episodes: expected at least one episode, found []")
-    if cfg.streaming or not (lost := missing_files(root, info, cfg.episodes)): return
+    if twice := [e for e in dict.fromkeys(cfg.episodes or ()) if cfg.episodes.count(e) > 1]: raise ValueError(f"dataset.episodes: {', '.join(map(str, twice))} of {cfg.episodes} stands there twice")
+    if cfg.streaming: return
+    if not (lost := missing_files(root, info, cfg.episodes)): return check_files(root, info)
     if cfg.repo_id.startswith("local/") or constants.HF_HUB_OFFLINE: raise FileNotFoundError(lost_files(root, lost))
 
 def lost_files(root: Path, lost: list[str]) -> str:
@@ -151,7 +160,11 @@ def or_say_what_is_lost(cfg: DatasetConfig, load):
     except Exception as e:
         root = data_root(cfg)
         lost = missing_files(root, json.loads((root / "meta" / "info.json").read_text()), cfg.episodes) if root and not cfg.streaming else []
-        if not lost: raise
+        if not lost and not type(e).__module__.startswith(("datasets.", "pyarrow.")): raise
+        if not lost:
+            why = e
+            while why.__cause__ is not None: why = why.__cause__
+            raise ValueError(f"{root or cfg.repo_id}: LeRobot cannot open the data set ({type(why).__name__}: {' '.join(str(why).split())[:300]})") from e
         raise FileNotFoundError(f"{lost_files(root, lost)}\n(a hub was asked for them: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
 
 # %% ../nbs/11_configs.ipynb #7ccfdffd

@@ -22,6 +22,7 @@ from .anchors import anchor_batch, hash_json
 from .caches import load_dataset, say_decoder
 from .config import parse_numbers
 from .configs import CraftTrainConfig, _ranges, localise
+from .data import Read, read_frame
 from .fit import camera_findings, check_features, data_findings, heed, instructions_of, require_fit
 from .machine import Watched
 
@@ -106,7 +107,7 @@ class Redrawn(torch.utils.data.Dataset):
         epoch, i = at
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([self.seed, epoch, i]).generate_state(1, np.uint64)[0]))
-            return self.dataset[i]
+            return read_frame(self.dataset, i)
 
 # %% ../nbs/11c_streams.ipynb #8201db94
 def make_order(cfg: CraftTrainConfig, dataset, state: dict, ranks: int) -> FrameOrder | None:
@@ -129,7 +130,7 @@ def make_loader(cfg: CraftTrainConfig, dataset, order: FrameOrder | None, pin: b
     "LeRobot's data loader."
     from lerobot.utils.collate import lerobot_collate_fn
     workers, collate = cfg.num_workers > 0, lerobot_collate_fn if dataset.meta.has_language_columns else None
-    if order is not None and order.pairs: dataset = Redrawn(dataset, order.frames.seed)
+    if order is not None: dataset = Redrawn(dataset, order.frames.seed) if order.pairs else Read(dataset)
     return torch.utils.data.DataLoader(
         dataset, batch_size=cfg.batch_size, sampler=order, shuffle=False, num_workers=cfg.num_workers, pin_memory=pin,
         drop_last=False, collate_fn=collate,
