@@ -89,6 +89,7 @@ class AnchorData:
     episodes: list[int] | None = None  # those to take anchors from; all by default
     num_anchors: str = ""  # a number, or all; 1000, or all frames if there are fewer
     prompts_file: str = ""  # one prompt a line, dealt in turn instead of the data set's
+    tasks: str = ""  # instructions to take anchors of: one, a list, or the flag more than once; empty: all
 
     def __post_init__(self):
         wrong = [f"{n}: expected text, found {v!r}" for n, v in vars(self).items() if n != "episodes" and not isinstance(v, str)]

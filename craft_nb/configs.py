@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'ANCHORS', 'CraftTrainConfig', 'check_counts', 'begun', 'is_path', 'missing_parts', 'require_local',
-           'require_parts', 'localise', 'data_root', 'require_episodes', 'lost_files', 'or_say_what_is_lost',
-           'missing_files']
+           'require_parts', 'localise', 'data_root', 'each_dataset', 'require_episodes', 'lost_files',
+           'or_say_what_is_lost', 'missing_files', 'require_writable']
 
 # %% ../nbs/11_configs.ipynb #0781fa9a
 import importlib.util
 import json
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -66,7 +66,8 @@ ANCHORS = "anchors"  # folder of the anchors that a run built for itself, in its
 def begun(cfg: CraftTrainConfig) -> bool:
     "Is the output folder there, and holds nothing but anchors that an earlier call of a run with `--craft.anchor_dataset` was building?"
     if cfg.resume or not cfg.output_dir or not cfg.craft.anchor_dataset.repo_id or not Path(cfg.output_dir).is_dir(): return False
-    return {p.name for p in Path(cfg.output_dir).iterdir()} - {LOCK} == {ANCHORS}
+    there = {p.name for p in Path(cfg.output_dir).iterdir()} - {LOCK}
+    return bool(there) and all(n == ANCHORS or n.startswith(f".{ANCHORS}.") and n.endswith(".new") for n in there)
 
 
 # %% ../nbs/11_configs.ipynb #b71c2add
@@ -136,6 +137,17 @@ def data_root(cfg: DatasetConfig) -> Path | None:
     from lerobot.utils.constants import HF_LEROBOT_HOME
     root = Path(cfg.root) if cfg.root else HF_LEROBOT_HOME / cfg.repo_id
     return root if (root / "meta" / "info.json").is_file() else None
+
+def each_dataset(cfg: DatasetConfig) -> list[DatasetConfig]:
+    "The data sets that `repo_id` and `root` name: one, or as many as their lists have. Raises `ValueError`."
+    names, roots = several(cfg.repo_id), several(cfg.root)
+    if max(len(names), len(roots)) < 2: return [localise(cfg)]
+    if roots and len(roots) != len(names): raise ValueError(f"dataset.root: expected as many folders as dataset.repo_id has names ({len(names)}), in their order, or none; found {len(roots)}")
+    if cfg.episodes is not None: raise ValueError(f"dataset.episodes: which of the {len(names)} data sets is meant cannot be said; choose with --tasks, or build one cache of each and join them with craft-cache merge")
+    out = [localise(replace(cfg, repo_id=os.path.expanduser(n), root=r)) for n, r in zip(names, roots or [None] * len(names), strict=True)]
+    where = [str(Path(d.root).resolve()) if d.root else d.repo_id for d in out]
+    if twice := [n for n, w in zip(names, where, strict=True) if where.count(w) > 1]: raise ValueError(f"dataset.repo_id: {twice[0]} is given twice")
+    return out
 
 def require_episodes(cfg: DatasetConfig) -> None:
     "Refuse episodes that a data set on this machine does not have, and files that its metadata name and that are not there."

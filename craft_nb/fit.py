@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['make_processors', 'run_hashes', 'base_weights', 'rename_of', 'camera_findings', 'normaliser', 'used_features',
-           'sizes_of', 'statistics_findings', 'data_findings', 'require_fit', 'check_features', 'instructions_of',
-           'state_size', 'heed', 'load_policy', 'load_policy_alone']
+           'sizes_of', 'statistics_findings', 'table_of', 'numbers_of', 'file_findings', 'data_findings', 'require_fit',
+           'check_features', 'instructions_of', 'state_size', 'heed', 'load_policy', 'load_policy_alone', 'Source',
+           'open_pictures', 'parse_state']
 
 # %% ../nbs/11a_fit.ipynb #0860ab9d
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -22,6 +25,7 @@ from .check import (Finding, Numbers, check_cameras, check_numbers, check_rename
                             check_times, check_videos, image_shape, recompute_line, refuse, tasks_of)
 from .config import at_home
 from .configs import require_parts
+from .data import ImageFolder, list_pictures, usual_state
 from .instructions import Heeded, heed_instructions
 from .policies import base_policy, check_loaded_weights
 from .terminal import loading
@@ -275,3 +279,51 @@ def load_policy_alone(cfg: PreTrainedConfig):
     if Path(base).is_dir(): check_loaded_weights(policy, base)
     if adapted: policy = PeftModel.from_pretrained(policy, str(cfg.pretrained_path))
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
+
+# %% ../nbs/11a_fit.ipynb #a88336c6
+@dataclass
+class Source:
+    "What anchors are taken from."
+    name: str
+    shown: object  # map-style: frames
+    index: dict[str, list[int]]  # episode_index, task_index, index of each frame
+    tasks: dict[int, str]
+    pre: object
+    facts: Callable[[], dict]  # `dataset` of a manifest; hashes every episode
+    batch_size: int = 0  # 0: as the build says
+    features: dict = field(default_factory=dict)  # of the data set
+    form: dict = field(default_factory=dict)  # what the anchors of one cache agree in: fps, chunk
+
+    def instructions(self) -> list[str]: return [self.tasks[t] for t in self.index["task_index"]]
+
+def open_pictures(cfg, prompts: list[str] | None) -> tuple[nn.Module, list[Source], None]:
+    "The teacher, and a folder of pictures as it is shown to it. Raises what speaks against them."
+    if cfg.dataset is not None and (cfg.dataset.repo_id or cfg.dataset.root): raise ValueError("image_dir: stands in the place of a data set; give it or --dataset.repo_id")
+    if not prompts: raise ValueError("image_dir: pictures need instructions that the teacher knows: --prompts_file=FILE, one a line")
+    if "dataset" in (cfg.actions, cfg.undecodable): raise ValueError("actions, undecodable: pictures have no actions; the teacher's own can be taken (--actions=teacher)")
+    if cfg.tasks: raise ValueError("tasks: goes with --dataset.repo_id; the instructions of pictures are those of prompts_file")
+    cameras = [n for n, f in (cfg.policy.input_features or {}).items() if f.type.value == "VISUAL" and ".empty_camera_" not in n]
+    if not cameras: raise ValueError(f"image_dir: the policy {cfg.policy.pretrained_path} takes no pictures")
+    pictures = list_pictures(at_home(cfg).image_dir, cameras)
+    sizes = ImageFolder(pictures, prompts).sizes()
+    for c, found in sizes.items():
+        for (h, w) in found:
+            meta = SimpleNamespace(features={k: dict(shape=(3, h, w)) for k in cameras}, camera_keys=cameras)
+            require_fit([f for f in camera_findings(cfg.policy, meta) if f.data.get("camera") in (None, c)], cfg.allow_mismatch, "--allow_mismatch")
+    policy, pre, _ = load_policy_alone(cfg.policy)
+    told = heed(pre, cfg.policy, list(dict.fromkeys(prompts)), cfg.long_instructions, cfg.prompts_file)
+    d, state, what = state_size(cfg.policy), None, "the policy is told none"
+    if d:
+        state, what = usual_state((normaliser(pre).stats or {}).get("observation.state") if normaliser(pre) else None, d) if not cfg.state else (parse_state(cfg.state, d), "given with --state")
+        logging.info(f"the state that the policy is told with every picture: {', '.join(f'{x:.4g}' for x in state)} ({what})")
+    elif cfg.state: raise ValueError("state: this policy is told none")
+    shown = ImageFolder(pictures, told, state)
+    index = dict(episode_index=shown.episode_index, task_index=shown.task_index, index=list(range(len(shown))))
+    facts = lambda: shown.facts(f"pictures/{Path(cfg.image_dir).resolve().name}") | dict(stills=True, state_is=what)
+    return policy, [Source(cfg.image_dir, shown, index, dict(enumerate(told)), pre, facts, 1 if any(len(f) > 1 for f in sizes.values()) else 0)], None
+
+def parse_state(text: str, d: int) -> list[float]:
+    try: x = [float(v) for v in text.strip("[] ").split(",")]
+    except ValueError: x = []
+    if len(x) != d or not all(map(math.isfinite, x)): raise ValueError(f"state: expected {d} numbers with commas between, found {text!r}")
+    return x

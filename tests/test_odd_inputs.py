@@ -234,9 +234,94 @@ def test_a_full_disk_while_a_run_builds_its_anchors(inside, work, monkeypatch):
     whole = AnchorWriter.add
     def full(self, x): raise OSError(28, "No space left on device")
     monkeypatch.setattr(AnchorWriter, "add", full)
-    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2"]
+    copy(work, "other", ["lift it", "drop it"])
+    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.repo_id=other", "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2"]
     with pytest.raises(SystemExit) as stop: train(work, *own)
     assert "No space left on device" in str(stop.value.code)
     monkeypatch.setattr(AnchorWriter, "add", whole)
     train(work, *own)  # the same line, once there is room
-    assert len(AnchorCacheDataset("run/anchors")) == 6
+    assert sorted(set(AnchorCacheDataset("run/anchors").column("source_index").tolist())) == [0, 1] and not list(Path("run").glob(".anchors*"))
+
+
+# old data in several places, some tasks of many, pictures alone
+
+def copy(work, name, tasks=None, change=None):
+    shutil.copytree(work.root, name)
+    if tasks: renamed(Path(name), tasks)
+    if change: change(Path(name))
+    return name
+
+
+def test_several_data_sets_give_one_cache_even_over_tasks(inside, work, capsys):
+    copy(work, "other", ["Push and open a window", "lift it"])
+    (f := Path("other/meta/info.json")).write_text(f.read_text().replace('"observation.image"', '"observation.images.top"'))
+    rows(Path("other"), lambda t: t.rename(columns={"observation.image": "observation.images.top"}, inplace=True))
+    both = ["--dataset.repo_id=data", "--dataset.repo_id=other", "--num_anchors=24", "--rename_map={\"observation.images.top\": \"observation.image\"}"]
+    build(work, *both)
+    ds = AnchorCacheDataset("cache")
+    told, source = ds.instructions(), ds.column("source_index").tolist()
+    assert {t: told.count(t) for t in set(told)} == {"Push and open a window": 8, "Press a button from the top": 8, "lift it": 8}
+    assert {s for s, t in zip(source, told, strict=True) if t == "Push and open a window"} == {0, 1} and not list(Path(".").glob(".*"))
+    frames = work.dataset().hf_dataset.data["episode_index"].to_pylist()  # both hold the same episodes
+    assert [frames[f] for f in ds.column("frame_index").tolist()] == ds.column("episode_index").tolist()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop: cli.cache(["info", "cache"])
+    assert not stop.value.code and all(x in capsys.readouterr().out for x in ("of local/data",)) and [x["repo_id"] for x in ds.manifest["dataset"]["sources"]] == ["local/data", "local/other"]
+
+
+SEVERAL = {
+    "one twice": (lambda d: None, ["--dataset.repo_id=data", "--dataset.repo_id=./data"], "given twice"),
+    "one that is not there": (lambda d: None, ["--dataset.repo_id=[data, nowhere]"], "nowhere"),
+    "another rate": (lambda d: info(d, fps=40), ["--dataset.repo_id=[data, other]"], "other: fps is 40, in"),
+    "another action": (lambda d: (features(d, lambda f: f["action"].update(shape=[3])), rows(d, lambda t: t.__setitem__("action", [a[:3] for a in t["action"]]))), ["--dataset.repo_id=[data, other]", "--actions=dataset"], "action"),
+    "another state": (lambda d: (features(d, lambda f: f["observation.state"].update(shape=[3])), rows(d, lambda t: t.__setitem__("observation.state", [a[:3] for a in t["observation.state"]]))),
+                      ["--dataset.repo_id=[data, other]"], "observation.state"),
+    "another camera": (lambda d: (features(d, lambda f: f.update({"observation.images.top": f.pop("observation.image")})), rows(d, lambda t: t.rename(columns={"observation.image": "observation.images.top"}, inplace=True))),
+                       ["--dataset.repo_id=[data, other]"], "observation.images.top"),
+    "a map that fits none": (lambda d: None, ["--dataset.repo_id=[data, other]", '--rename_map={"observation.images.x": "observation.image"}'], "observation.images.x"),
+    "fewer folders than names": (lambda d: None, ["--dataset.repo_id=[a, b]", "--dataset.root=data"], "dataset.root"),
+    "episodes of which": (lambda d: None, ["--dataset.repo_id=[data, other]", "--dataset.episodes=[0]"], "--tasks"),
+    "bytes for all": (lambda d: None, ["--dataset.repo_id=[data, other]", "--max_bytes=1MB"], "max_bytes"),
+    "a task of neither": (lambda d: None, ["--dataset.repo_id=[data, other]", "--tasks=fly"], "'Press a button from the top', 'Push and open a window'"),
+    "a task of one": (lambda d: renamed(d, ["x", "y"]), ["--dataset.repo_id=[data, other]", "--tasks=x"], "leave it out"),
+    "damage in one": (lambda d: (d / "meta/stats.json").write_text("{"), ["--dataset.repo_id=[data, other]"], "other/meta/stats.json"),
+    "a task misspelt": (lambda d: None, ["--tasks=Push and open a widow"], "did you mean 'Push and open a window'?"),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_that_do_not_fit_are_refused(inside, work, name):
+    spoil, flags, says = SEVERAL[name]
+    copy(work, "other", change=spoil)
+    said = refused(build, work, *flags)
+    assert says in said and ("other" in said or name not in ("another action", "another state", "another camera")) and not list(Path(".").glob(".cache*")), said
+
+
+def test_anchors_of_some_tasks(inside, work):
+    build(work, "--tasks=push and open a window", "--num_anchors=4")
+    ds = AnchorCacheDataset("cache")
+    assert set(ds.instructions()) == {"Push and open a window"} == set(ds.manifest["dataset"]["tasks"].values()) and ds.manifest["dataset"]["episodes"] == 2
+
+
+def test_pictures_and_prompts_alone(inside, work):
+    from PIL import Image
+    Path("seen").mkdir()
+    for i in range(3): Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(f"seen/{i}.png")
+    Path("p.txt").write_text("Push and open a window\nPress a button from the top\n")
+    alone = ["--dataset.repo_id=", "--image_dir=seen", "--prompts_file=p.txt"]
+    build(work, *alone)
+    ds = AnchorCacheDataset("cache")
+    m, state = ds.manifest["dataset"], np.asarray(json.loads((work.root / "meta/stats.json").read_text())["observation.state"]["mean"])
+    assert sorted(zip(ds.column("episode_index").tolist(), ds.instructions(), strict=True)) == sorted((i, t) for i in range(3) for t in Path("p.txt").read_text().splitlines())
+    assert m["repo_id"] == "pictures/seen" and m["pictures"] == ["0.png", "1.png", "2.png"] and np.allclose(m["state"], state, atol=1e-4) and "mean" in m["state_is"]
+    shutil.rmtree("cache")
+    for flags, says in ((["--dataset.repo_id=data", *alone[1:]], "in the place of a data set"), (alone[:2], "--prompts_file"), ([*alone, "--actions=dataset"], "no actions"), ([*alone, "--state=1,2"], "expected 4 numbers"),
+                        ([*alone, "--tasks=x"], "tasks"), (["--dataset.repo_id=", "--image_dir=data", "--prompts_file=p.txt"], "no picture"), (["--dataset.repo_id=", "--image_dir=gone", "--prompts_file=p.txt"], "no folder at gone"),
+                        (["--state=1,2,3,4"], "image_dir"), (["--dataset.repo_id="], "nothing to take anchors from")):
+        assert says in refused(build, work, *flags)
+    Path("seen/9.png").write_bytes(b"no picture")
+    assert "9.png is no picture" in refused(build, work, *alone)
+    os.remove("seen/9.png")
+    Image.new("RGB", (32, 48)).save("seen/small.png")  # the policy brings it to its own size
+    build(work, *alone, "--num_anchors=all")
+    assert len(AnchorCacheDataset("cache")) == 8
