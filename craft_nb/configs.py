@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEAST', 'ANCHORS', 'CraftTrainConfig', 'check_counts', 'begun', 'is_path', 'missing_parts', 'require_local',
            'require_parts', 'localise', 'data_root', 'each_dataset', 'require_episodes', 'lost_files',
-           'or_say_what_is_lost', 'missing_files', 'require_writable']
+           'or_say_what_is_lost', 'missing_files']
 
 # %% ../nbs/11_configs.ipynb #0781fa9a
 import importlib.util

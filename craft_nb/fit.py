@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_processors', 'run_hashes', 'base_weights', 'rename_of', 'camera_findings', 'normaliser', 'used_features',
-           'sizes_of', 'statistics_findings', 'table_of', 'numbers_of', 'file_findings', 'data_findings', 'require_fit',
-           'check_features', 'instructions_of', 'state_size', 'heed', 'load_policy', 'load_policy_alone', 'Source',
-           'open_pictures', 'parse_state']
+           'sizes_of', 'statistics_findings', 'data_findings', 'require_fit', 'check_features', 'instructions_of',
+           'state_size', 'heed', 'load_policy', 'load_policy_alone']
 
 # %% ../nbs/11a_fit.ipynb #0860ab9d
 import json
