@@ -46,7 +46,7 @@ from lerobot.configs.policies import PreTrainedConfig
 @dataclass
 class BuildCacheConfig:
     "Flags of craft-build-cache; the first seven are the origin's."
-    dataset: DatasetConfig | None = None  # of what the teacher knows; repo_id (and root) more than once, or a list: anchors of all, evenly over tasks
+    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(repo_id=""))  # of what the teacher knows; repo_id (and root) more than once, or a list: anchors of all, evenly over tasks
     policy: PreTrainedConfig | None = None  # the teacher: --policy.path or --policy.pretrained_path
     out_dir: str = "data/anchor_cache_hidden"  # new, or an interrupted build of the same call
     num_anchors: str = ""  # a number, or all; 1000 (all frames if there are fewer) unless max_bytes is given
