@@ -157,7 +157,7 @@ def episodes_of(meta, tasks: list[str], among: list[int] | None = None, where: s
 
 def open_sources(cfg: BuildCacheConfig, prompts: list[str] | None) -> tuple[nn.Module, list[Source], list[str] | None]:
     "The teacher, the data sets of a build as they are shown to it, and the prompts as it reads them. Raises what speaks against them, naming the data set."
-    if cfg.dataset is None or not (cfg.dataset.repo_id or cfg.dataset.root): raise ValueError("nothing to take anchors from: give --dataset.repo_id=NAME or FOLDER, or --image_dir=FOLDER with --prompts_file=FILE")
+    if cfg.dataset is None or not (cfg.dataset.repo_id or cfg.dataset.root): raise ValueError("nothing to take anchors from: give a data set (--dataset.repo_id=NAME or FOLDER), or --image_dir=FOLDER with --prompts_file=FILE")
     if cfg.state: raise ValueError("state: goes with --image_dir; the frames of a data set have their own")
     given, actions, policy, out = each_dataset(cfg.dataset), cfg.actions == "dataset", None, []  # without: the teacher's own will do
     wanted, many = several(cfg.tasks), len(given) > 1
