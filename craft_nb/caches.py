@@ -25,7 +25,7 @@ from torch import nn
 
 from .anchors import MANIFEST, AnchorCacheDataset, check_compatible, read_manifest, BUILDING, hash_json, sources
 from .builder import STORED, LiveFrames, build_anchor_cache, teacher_targets, AnchorFrames
-from .check import OF_THE_CACHE, WAIVABLE, blocks, waivers
+from .check import OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .configs import ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, require_local, require_writable, each_dataset
 from .data import read_prompts, draw_over, find_tasks, read_frame, read_info, several
@@ -454,7 +454,8 @@ def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"craft.anchor_dataset: one process builds anchors. Build them with craft-build-cache --out_dir=CACHE and give --craft.anchor_cache_dir=CACHE")
     with Lock(cfg.output_dir):
-        try: build_cache(anchor_build(cfg), progress, asked)
+        try:
+            with gathered(stop=True): build_cache(anchor_build(cfg), progress, asked)  # what is found of the old data is not told of the new
         except ValueError as e:
             if "--allow_undecodable" not in str(e): raise
             raise ValueError(f"{e} (flags of craft-build-cache: build the anchors with it, and give --craft.anchor_cache_dir)") from e
