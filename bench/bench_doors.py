@@ -13,7 +13,7 @@ from pathlib import Path
 
 SCRIPTS = Path(sys.executable).parent
 LIMITS = {"import craft_nb": ("import torch", 1.1), "craft-demo --help": ("import torch", 2.0),
-          "craft-cache info": ("import torch", 2.0), "craft-train --help": ("lerobot-train --help", 1.0)}
+          "craft-cache info": ("import torch", 2.0), **{f"craft-{c} --help": ("lerobot-train --help", 1.0) for c in ("train", "build-cache", "eval", "cache")}}
 
 
 def commands(cache):
@@ -21,7 +21,7 @@ def commands(cache):
             "craft-demo --help": [SCRIPTS / "craft-demo", "--help"],
             "craft-cache info": [SCRIPTS / "craft-cache", "info", cache],
             "lerobot-train --help": [SCRIPTS / "lerobot-train", "--help"],
-            "craft-train --help": [SCRIPTS / "craft-train", "--help"]}
+            **{f"craft-{c} --help": [SCRIPTS / f"craft-{c}", "--help"] for c in ("train", "build-cache", "eval", "cache")}}
 
 
 def cpu_seconds(command):
@@ -55,7 +55,7 @@ if __name__ == "__main__":
     p.add_argument("--quick", action="store_true", help="leave out what imports LeRobot")
     p.add_argument("--size", help="of a policy; nothing here has one")
     args = p.parse_args()
-    seconds = measure(args.repeat, [n for n in commands("") if "train" not in n] if args.quick else None)
+    seconds = measure(args.repeat, [n for n in commands("") if LIMITS.get(n, (n,))[0] == "import torch"] if args.quick else None)
     found = ratios(seconds)
     for n, (base, limit) in LIMITS.items():
         if n in found: print(f"{n:20} {seconds[n]:6.2f} s   {found[n]:5.2f} × {base} (at most {limit})")
