@@ -211,7 +211,7 @@ class AnchorMethod(Method):
     def __init__(
         self,
         policy: nn.Module,  # its trainable parameters are operated on
-        anchors: Iterable,  # batches without end, or a loader of `05c_reading`
+        anchors: Iterable,  # batches without end, or a loader of `04d_reading`
         views: dict[str, View],  # name → what is compared
         adapter,  # of `06_policies`
         config: CraftConfig,
@@ -246,7 +246,7 @@ class Constraint(AnchorMethod):
     def __init__(
         self,
         policy: nn.Module,  # its trainable parameters are operated on
-        anchors: Iterable,  # batches without end, or a loader of `05c_reading`
+        anchors: Iterable,  # batches without end, or a loader of `04d_reading`
         views: dict[str, View],  # name → what is compared
         adapter,  # of `06_policies`
         config: CraftConfig,

@@ -59,7 +59,7 @@ def drawn(draw):  # → fields, the spoilt ones among them
 
 
 def tiny_run(config):
-    "A trainer on a linear policy, as `11e_training` would make it. Raises `ValueError` for what does not fit the cache."
+    "A trainer on a linear policy, as `10k_training` would make it. Raises `ValueError` for what does not fit the cache."
     from craft_nb.config import parse_weights
     g = torch.Generator().manual_seed(0)
     policy = Linear(4, 0, 0)
