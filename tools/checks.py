@@ -156,9 +156,24 @@ def python(code):
     return [f'{code.split(";")[0]}: {run.stderr.strip().splitlines()[-1]}'] if run.returncode else []
 
 
+HEAVY = 'torch', 'transformers', 'accelerate', 'lerobot.policies.factory', 'lerobot.datasets', 'lerobot.scripts.lerobot_train', 'matplotlib.pyplot', 'ipywidgets'
+IMPORTS = """
+import os
+for m in {heavy}: __import__(m)
+for m in {modules}:  # each in a process of its own, that finds other people's packages loaded and nothing of this one
+    if not os.fork():
+        try: __import__(f'craft_nb.{{m}}')
+        except BaseException as e: os.write(1, f'fault import craft_nb.{{m}}: {{type(e).__name__}}: {{e}}\\n'.encode())
+        os._exit(0)
+    if os.wait()[1]: os.write(1, f'fault import craft_nb.{{m}}: the process died\\n'.encode())
+"""
+
 def importable():
     "Every module can be imported on its own."
-    return [fault for m in exported() for fault in python(f'import craft_nb.{m}')]
+    text = ''.join(p.read_text() for p in (root/'craft_nb').glob('*.py'))
+    code = IMPORTS.format(heavy=[h for h in HEAVY if h.split('.')[0] in text], modules=list(exported()))
+    run = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
+    return [x.removeprefix('fault ') for x in run.stdout.splitlines() if x.startswith('fault ')] or (run.stderr.splitlines()[-1:] if run.returncode else [])
 
 
 def light():

@@ -72,15 +72,16 @@ def components(modules):
 
 
 def stale():
-    modules = shelf()
-    made = {f'nbs/{f.__name__}.md': f(modules) for f in (api, settings, components)}
-    return {k: v for k, v in made.items() if not (root/k).exists() or (root/k).read_text() != v}
+    "{page: its text} of those that there are and that are not what the modules give."
+    modules, there = shelf(), [f for f in (api, settings, components) if (root/f'nbs/{f.__name__}.md').exists()]
+    made = {root/f'nbs/{f.__name__}.md': f(modules) for f in there}
+    return {k: v for k, v in made.items() if k.read_text() != v}
 
 
 def main():
     found = stale()
-    if '--check' in sys.argv and found: raise SystemExit(f'{", ".join(found)} not in step with the modules: run python tools/pages.py')
-    for k, v in found.items(): (root/k).write_text(v)
+    if '--check' in sys.argv and found: raise SystemExit(f'{", ".join(k.name for k in found)} not in step with the modules: run python tools/pages.py')
+    for k, v in found.items(): k.write_text(v)
 
 
 if __name__ == '__main__': main()
