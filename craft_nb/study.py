@@ -370,7 +370,7 @@ def plot_successes(study: dict):  # matplotlib Figure, or None without episodes
     if not ax.lines: return None
     ax.set_xlabel("old success, kept", fontsize=8, color=INK)
     ax.set_ylabel("new success, learned", fontsize=8, color=INK)
-    ax.legend(frameon=False, fontsize=6.5, labelcolor=INK)
+    ax.legend(frameon=False, fontsize=6.5, labelcolor=INK, loc="lower left")
     return fig
 
 # %% ../nbs/14_study.ipynb #18bed95e
