@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .anchors import BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors, read_manifest
-from .data import read_frame
+from .data import handed_on, read_frame
 from .features import resolve_layers
 from .losses import VIEWS, View, make_views, pass_needs
 from .machine import Watched, watched
@@ -106,7 +106,7 @@ class Answered:
     ):
         self.anchors, self.teacher, self.views, self.adapter, self.preprocess, self.actions = anchors, teacher, views, adapter, preprocess, actions
 
-    def __getattr__(self, name): return getattr(vars(self)["anchors"], name)  # state_dict, load_state_dict, …
+    def __getattr__(self, name): return handed_on(self, "anchors", name)  # state_dict, load_state_dict, …
     def __len__(self): return len(self.anchors)
     def batch(self, rows) -> dict: return self.answer(self.anchors.batch(rows))
     def forever(self): return map(self.answer, self.anchors.forever())

@@ -114,11 +114,17 @@ def check_files(root: str | Path, info: dict) -> None:
             raise ValueError(f"{file}: task {at['task_index']} of episode {at.get('episode_index')}{f', frame {f}' if (f := at.get('frame_index')) is not None else ''} is not in meta/tasks.parquet, "
                              f"which has 0 … {len(places) - 1}: name it there, or correct the number")
 
+# %% ../nbs/06a_data.ipynb #4a7d0e21
+def handed_on(wrapper, field: str, name: str):
+    "Attribute `name` of what `wrapper` wraps. `AttributeError` while it is being unpickled, in a worker that was spawned, and wraps nothing yet."
+    if field not in vars(wrapper): raise AttributeError(name)
+    return getattr(vars(wrapper)[field], name)
+
 # %% ../nbs/06a_data.ipynb #58885415
 class Read(torch.utils.data.Dataset):
     "A LeRobot data set whose damaged frames are named: `ValueError` with feature, file, episode and frame. All else is the data set's own."
     def __init__(self, dataset): self.dataset = dataset
-    def __getattr__(self, name): return getattr(vars(self)["dataset"], name)
+    def __getattr__(self, name): return handed_on(self, "dataset", name)
     def __len__(self): return len(self.dataset)
     def __getitem__(self, i): return read_frame(self.dataset, i)
 

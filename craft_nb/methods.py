@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .builder import anchor_batch_targets, draw_seeds
 from .config import CraftConfig, parse_options
+from .data import handed_on
 from .features import pool
 from .losses import ActionLogitsView, PooledView, make_views
 from .policies import eval_mode
@@ -360,7 +361,7 @@ class Aegis(AGem):
 class EachAnchor:
     "A view whose `loss` is that of each anchor by itself, (b,)."
     def __init__(self, view): self.view = view
-    def __getattr__(self, name): return getattr(self.view, name)
+    def __getattr__(self, name): return handed_on(self, "view", name)
     def loss(self, f, anchors):
         rows = self.view.per_row(f, anchors)
         counts = [self.view.terms({t: anchors[t][i : i + 1] for t in self.view.tensors}) for i in range(len(anchors[self.view.tensors[0]]))]

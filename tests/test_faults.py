@@ -331,6 +331,15 @@ def test_whichever_way_a_lost_worker_shows(place, monkeypatch, error):
 def ended(process): return not os.path.exists(f"/proc/{process.pid}") or Path(f"/proc/{process.pid}/stat").read_text().split(")")[1].split()[0] == "Z"
 
 
+def test_workers_that_are_spawned(place):
+    "LeRobot's default, where all that a worker needs is sent to it; the other tests fork."
+    from craft_nb import cli
+    work, cache, folder = place
+    flags = workers(K.first_line(work, cache, folder / "spawned", steps=2, anchor_num_workers=1, check="false"), 1)
+    cli.train([f for f in flags if "multiprocessing_context" not in f])
+    assert (folder / "spawned/checkpoints/000002").is_dir()
+
+
 def test_a_dead_anchor_worker_is_not_taken_for_a_data_worker(place):
     work, cache, folder = place
     out = folder / "anchor-worker"
