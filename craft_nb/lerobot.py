@@ -207,9 +207,6 @@ def eval_table(result: dict) -> str:
     return "\n".join(["| measure | value | |", "|---|---|---|", *rows]) + "\n"
 
 # %% ../nbs/11_lerobot.ipynb #ebc2092d
-def __getattr__(name: str):
-    "What stands in the rooms below can be had here: `from craft_nb.lerobot import make_trainer`."
-    from craft_nb import caches, checkpoints, configs, fit, streams, training
-    for room in (configs, fit, caches, streams, checkpoints, training):
-        if name in vars(room): return vars(room)[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+from craft_nb import configs, fit, caches, streams, checkpoints, training
+from craft_nb.machine import open_door
+open_door(__name__, configs, fit, caches, streams, checkpoints, training)  # what stands in the rooms can be had here, and replaced

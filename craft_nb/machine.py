@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -267,3 +268,17 @@ def undisturbed() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGCHLD, asked)
     asked(signal.SIGCHLD, None)
+
+# %% ../nbs/00a_machine.ipynb #7c1e0a92
+class Door(types.ModuleType):
+    "A module that hands on what its `rooms` hold; what is set on it is set in each of them that has the name."
+    def __setattr__(self, name: str, value):
+        for room in vars(self).get("rooms", ()):
+            if name in vars(room) and not name.startswith("__"): setattr(room, name, value)
+        super().__setattr__(name, value)
+
+def open_door(name: str, *rooms: types.ModuleType) -> None:
+    "Make module `name` the door to `rooms`."
+    module = sys.modules[name]
+    for room in rooms: vars(module).update({k: v for k, v in vars(room).items() if k not in vars(module)})
+    module.rooms, module.__class__ = rooms, Door

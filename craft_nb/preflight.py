@@ -25,7 +25,7 @@ from .anchors import _bytes, _pil
 from .cards import _size
 from .check import Finding, attempt, gathered
 from .instructions import Heeded
-from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, load_dataset, make_trainer, open_cache, ready_batches, rename_of, require_fit,
+from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, load_dataset, make_trainer, open_cache, ready, rename_of, require_fit,
                               require_writable)
 from .policies import adapter_for, base_policy
 from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows, unwrapped
@@ -213,7 +213,7 @@ def policy_sees(t: CraftTrainer, rows: list[int]) -> tuple[list[str], torch.Tens
     d, policy, cfg = t.parts.dataset, base_policy(t.policy), t.parts.cfg
     raw = torch.utils.data.default_collate([d[i] for i in rows])
     words, names = list(raw.get("task", [""] * len(rows))), list(policy.config.image_features or {})
-    batch = next(ready_batches([dict(raw)], t.parts.cameras, t.parts.pre))
+    batch = ready(dict(raw), t.parts.cameras, t.parts.pre)
     order = [k for k in names if k in batch] + [k for k in names if k not in batch]
     try: seen = adapter_for(policy).inputs(policy, batch) if any(k in batch for k in names) else {}
     except TypeError: seen = {}  # a policy without an adapter: as its preprocessor leaves them
