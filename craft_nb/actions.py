@@ -39,12 +39,13 @@ def own_actions(
             if whole.any(): out[whole] = own(tokens[whole], action_horizon, action_dim).to(out)
             return out
         return detokenize
-    def ask(draws):
+    def ask(draws, rows=slice(None)):
         policy.reset()
-        with eval_mode(policy), mixed_precision(policy), draws: return policy.predict_action_chunk(dict(seen))
+        with eval_mode(policy), mixed_precision(policy), draws:
+            return policy.predict_action_chunk({k: x[rows] if isinstance(x, (Tensor, list)) and len(x) == b else x for k, x in seen.items()})
     with replaced(policy, "detokenize_actions", checked) if hasattr(policy, "detokenize_actions") else nullcontext():
         try: chunk = ask(RowDraws(seeds, salt=1))
-        except RowDrawsError: chunk = ask(one_seed(seeds[0]))  # a type whose draws have no row: noise of the batch, not of the frame
+        except RowDrawsError: chunk = torch.cat([ask(one_seed(s), slice(i, i + 1)) for i, s in enumerate(seeds)])  # a type whose draws have no row: frame by frame
     policy.reset()
     if chunk.ndim != 3 or len(chunk) != b: raise ValueError(f"{type(policy).__name__}.predict_action_chunk: expected (b={b}, t, a), found {tuple(chunk.shape)}")
     return chunk.float()

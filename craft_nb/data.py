@@ -108,7 +108,7 @@ def check_files(root: str | Path, info: dict) -> None:
     if places is None or places != list(range(len(places))): raise ValueError(f"{root / 'meta' / 'tasks.parquet'}: expected task_index 0, 1, … in this order, found {str(places)[:60]}; restore the file")
     for file in files:
         table = parquet(file).read(columns=[c for c in ("task_index", "episode_index", "frame_index") if c in info["features"]])
-        task = np.asarray(table["task_index"].to_pylist(), float)
+        task = table["task_index"].to_numpy().astype(float)
         if (bad := ~((task >= 0) & (task < len(places)))).any():
             at = {k: table[k][int(bad.argmax())].as_py() for k in table.column_names}
             raise ValueError(f"{file}: task {at['task_index']} of episode {at.get('episode_index')}{f', frame {f}' if (f := at.get('frame_index')) is not None else ''} is not in meta/tasks.parquet, "

@@ -686,8 +686,14 @@ def across_ranks(trainer: CraftTrainer, x: Tensor) -> Tensor:
 # %% ../nbs/08_trainer.ipynb #9ffeb286
 def step_gradients(trainer: CraftTrainer, row: dict) -> Tensor:
     "The backward passes of a step, with the method's say in them; `.grad` ends merged and clipped. → task loss, detached."
+    with trainer.method.during(trainer, row): loss = task_backward(trainer)
+    keep_gradients(trainer, row)
+    if "grad_norm" not in row: row["grad_norm"] = clip_gradients(trainer)
+    return loss
+
+def keep_gradients(trainer: CraftTrainer, row: dict) -> None:
+    "Behind the task's backward passes: what the method makes of the gradients."
     method = trainer.method
-    with method.during(trainer, row): loss = task_backward(trainer)
     if method.apart(trainer):
         g = trainer.take_grads()
         r = method.terms(trainer, row)
@@ -695,8 +701,6 @@ def step_gradients(trainer: CraftTrainer, row: dict) -> Tensor:
         for p, x in zip(trainer.params, g, strict=True): p.grad = x
     else: method.terms(trainer, row)
     method.gradients(trainer, row)
-    if "grad_norm" not in row: row["grad_norm"] = clip_gradients(trainer)
-    return loss
 
 # %% ../nbs/08_trainer.ipynb #389f36c2
 def one_step(trainer: CraftTrainer) -> dict:
