@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = dict(files="04b_format 04c_writing 04d_reading ", format="04c_writing 04d_reading ", writing="04d_reading ", reading="", anchors="")  # of anchors
 TESTS = dict(features="test_pi0_fast", losses="test_pi0_fast", surgery="test_surgery", dual="test_dual", policies="test_policies test_pi0_fast",
-             trainer="test_faults test_memory test_resume", **{m: f"{above}05_anchors test_anchors test_anchor_faults" for m, above in ROOMS.items()})
+             trainer="test_faults test_memory test_resume", runs="10m_judgement 11f_report test_craft_report", judgement="11f_report test_craft_report",
+             charts="11f_report test_craft_report", report="test_craft_report", **{m: f"{above}05_anchors test_anchors test_anchor_faults" for m, above in ROOMS.items()})
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And}
 

@@ -34,7 +34,7 @@ def shelf():
 def home(modules, door, name):
     "The module that holds what `door` hands on. Raises if there is none, so that the page cannot name what is gone."
     for m in (door, *modules):
-        if name in modules[m][2] and (m == door or door in ('anchors', 'lerobot')): return m
+        if name in modules[m][2] and (m == door or door in ('anchors', 'lerobot', 'report', 'trainer', 'policies', 'monitor')): return m
     raise SystemExit(f'tools/pages.py: no module has the public name {name!r} ({door}): mend NAMES')
 
 
