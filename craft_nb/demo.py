@@ -209,7 +209,7 @@ class MetaWorld:
     def clip(self, s:Settings, task, seed, actions): # bytes of an animated GIF, 144 pixels
         from craft_nb.small import replay_gif
         return replay_gif(task, seed, actions, spread=env_kw(s, task)["spread"])
-    def more(self, s:Settings, rows): # what goes into report.json, and sections of the page
+    def more(self, run, rows): # of `evaluated` → what goes into report.json, and sections of the page; may write to `run.folder`
         return {}, []
 
 WORKLOADS = {"metaworld": MetaWorld()}
@@ -400,19 +400,24 @@ def clip_job(settings, task, seed, actions):
 def evaluated(run:Run): # rows of `evaluate_job`
     return [json.loads(line) for f in sorted((run.folder/"evaluate").glob("*.jsonl")) for line in f.read_text().splitlines()]
 
-def clips(run:Run, arms): # {task: {arm: GIF bytes}}
-    "For each old task, the episode of each arm from one starting state."
-    plays, picks = {}, []
-    for r in evaluated(run):
-        for seed, *play in zip(r["seeds"], r["success"], r["actions"], r.get("done", r["success"])): plays.setdefault((r["task"], seed), {})[r["arm"]] = play
+def picked(run:Run, rows, arms): # {old task: (seed, {arm: (actions, what was done)})}
+    "For each old task, the starting state that tells most: where plain fine-tuning alone fails, and best where it does the new task."
+    plays, out = {}, {}
+    for r in rows:
+        for seed, ok, actions, done in zip(r["seeds"], r["success"], r["actions"], r.get("done", r["success"])): plays.setdefault((r["task"], seed), {})[r["arm"]] = ok, actions, done
     for task in run.settings.old_tasks:
         seeds = sorted(s for t, s in plays if t == task)
         telling = [s for s in seeds if [plays[task, s][a][0] for a in arms] == [a != "sft" for a in arms]]
-        telling.sort(key=lambda s: plays[task, s]["sft"][2] not in run.settings.new.split(","))  # first where the new is done for the old
-        picks += [(task, (telling or seeds)[0], a) for a in arms]
-    jobs = [(clip_job, (run.settings, t, s, plays[t, s][a][1]), None) for t, s, a in picks]
-    out = {}
-    for (t, s, a), gif in zip(picks, run_jobs(run, "clips", jobs)): out.setdefault(t, {})[a] = gif
+        if "sft" in arms: telling.sort(key=lambda s: plays[task, s]["sft"][2] not in run.settings.new.split(","))  # first where the new is done for the old
+        seed = (telling or seeds)[0]
+        out[task] = seed, {a: plays[task, seed][a][1:] for a in arms}
+    return out
+
+def clips(run:Run, rows, arms): # {task: {arm: GIF bytes}}
+    "For each old task, the episode of each arm from one starting state."
+    picks = [(t, seed, a, actions) for t, (seed, by) in picked(run, rows, arms).items() for a, (actions, _) in by.items()]
+    gifs, out = run_jobs(run, "clips", [(clip_job, (run.settings, t, seed, actions), None) for t, seed, _, actions in picks]), {}
+    for (t, _, a, _), gif in zip(picks, gifs): out.setdefault(t, {})[a] = gif
     return out
 
 def records(run:Run): # {arm: step rows of metrics.jsonl}
@@ -438,8 +443,9 @@ def report(run:Run):
                                           torch=torch.__version__, lerobot=lerobot.__version__))
     if checked.exists(): data["blind"] = json.loads(checked.read_text())["success"]
     show = [a for a in ("teacher", "sft", data["default"]) if a == "teacher" or a in s.arm_names]
-    more, sections = door(s).more(s, evaluated(run))
-    path = render_report(data | more, rows, clips(run, show), run.folder, sections=sections, **door(s).words)
+    plays = evaluated(run)
+    more, sections = door(s).more(run, plays)
+    path = render_report(data | more, rows, clips(run, plays, show), run.folder, sections=sections, **door(s).words)
     runs_page(run, found).write(run.folder/"runs.html")
     return dict(report=str(path))
 

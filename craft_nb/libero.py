@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTALL', 'OPEN', 'CLOSE', 'UP', 'TRAINED', 'FEATURES', 'has_libero', 'goal_suite', 'lerobot_libero', 'GoalScene',
            'goal_scene', 'Expert', 'record_goal', 'record_goals', 'GoalWorkload', 'told_episode', 'replay_episode',
-           'side_by_side', 'as_gif']
+           'under', 'side_by_side', 'as_gif']
 
 # %% ../nbs/11g_libero.ipynb #75630f5b
 import atexit, functools, importlib.util, io, logging, warnings
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.spatial.transform import Rotation
 from lerobot.configs import NormalizationMode
 from .small import Workload, pick_gl, save_tokenizers, write_dataset
@@ -317,13 +317,31 @@ def replay_episode(scene:GoalScene, task:str, number:int, actions, size:int=192,
         if i % every == 0 or i == len(actions): frames.append(scene.picture("agentview", size))
     return frames, next((t for t in GOALS if scene.holds(t)), None)
 
-def side_by_side(clips): # lists of frames → frames as long as the longest, 4 white pixels between
+
+# %% ../nbs/11g_libero.ipynb #ac311122
+def under(frame, text:str, high:int=24, size:int=13): # (h, w, 3) uint8 → (h + high, w, 3): below a line of text
+    "A frame with a line above it; ValueError if that is wider than the frame."
+    strip, font = Image.new("RGB", (frame.shape[1], high), "white"), ImageFont.load_default(size)
+    wide = font.getlength(text)
+    if wide > frame.shape[1]: raise ValueError(f"caption {text!r}: {wide:.0f} pixels at size {size}, the frame has {frame.shape[1]}: say it shorter")
+    ImageDraw.Draw(strip).text((frame.shape[1]/2, high/2), text, fill="black", font=font, anchor="mm")
+    return np.concatenate([np.asarray(strip), frame])
+
+def side_by_side(
+    clips, # lists of (h, w, 3) uint8 frames
+    captions=(), # a line above each clip
+    title:str="", # a line above all
+): # frames as many as the longest has, 4 white pixels between
+    "Clips beside each other; one that has ended stands still."
     longest = max(map(len, clips))
+    if captions: clips = [[under(f, text) for f in c] for c, text in zip(clips, captions, strict=True)]
     rows = [[c[min(i, len(c) - 1)] for c in clips] for i in range(longest)]
     gap = np.full((len(rows[0][0]), 4, 3), 255, np.uint8)
-    return [np.concatenate([x for f in r for x in (f, gap)][:-1], 1) for r in rows]
+    whole = [np.concatenate([x for f in r for x in (f, gap)][:-1], 1) for r in rows]
+    return [under(f, title, 28, 15) for f in whole] if title else whole
 
-def as_gif(frames, duration:int=120): # bytes; `duration` ms a frame
-    images = [Image.fromarray(f).quantize(128) for f in frames]
+def as_gif(frames, duration:int=120): # bytes; `duration` ms a frame, the last one 1.5 s
+    some = Image.fromarray(np.concatenate(frames[::max(1, len(frames)//8)])).quantize(128)
+    images = [Image.fromarray(f).quantize(palette=some, dither=Image.Dither.NONE) for f in frames]
     images[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=images[1:], duration=[duration]*(len(images) - 1) + [1500], loop=0)
     return out.getvalue()

@@ -51,6 +51,16 @@ def test_told_and_done_counts_every_episode():
     assert page.count("<th scope=col>") == 1 + 4 and "&lt;c&gt;" in page and "<c>" not in page and libero_demo.OBEDIENCE in page
 
 
+def test_the_picture_is_of_a_state_where_the_new_is_done_for_the_old():
+    from types import SimpleNamespace
+    from craft_nb.demo import picked
+    run = SimpleNamespace(settings=libero_demo.GoalSettings(old="a", new="b"))
+    def row(arm, done): return dict(task="a", arm=arm, seeds=[5, 6, 7], success=[d == "a" for d in done], done=done, actions=[[arm, i] for i in range(3)])
+    rows = [row("sft", ["a", None, "b"]), row("craft", ["a", "a", "a"])]
+    assert picked(run, rows, ["sft", "craft"]) == {"a": (7, {"sft": (["sft", 2], "b"), "craft": (["craft", 2], "a")})}
+    assert picked(run, rows, ["craft"])["a"][0] == 5
+
+
 @with_libero
 def test_experts_do_their_tasks_and_episodes_play_again():
     from craft_nb.libero import GOALS, expert_actions, Expert, goal_scene, replay_episode
