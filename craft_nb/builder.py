@@ -124,9 +124,10 @@ class Answered:
 # %% ../nbs/07_builder.ipynb #5d00e48f
 class LiveFrames(AnchorCacheDataset):
     "Frames of a data set in the place of a cache: what `Answered` shows to a teacher."
-    def __init__(self, dataset, name: str, about: dict, most: int | None = None, seed: int = 0, draws: int = 2):
+    def __init__(self, dataset, name: str, about: dict, most: int | None = None, seed: int = 0, draws: int = 2, rows: Sequence[int] | None = None):  # rows: frames to draw from; None: all
         columns = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
-        picked = list(range(len(dataset))) if most is None else sample_anchors(*columns.values(), min(most, len(dataset)), seed)
+        among = range(len(dataset)) if rows is None else list(rows)
+        picked = list(among) if most is None else [among[i] for i in sample_anchors(*([x[i] for i in among] for x in columns.values()), min(most, len(among)), seed)]
         self.dir, self.frames, self.seed, self.draws, self.store = name, AnchorFrames(dataset, picked, []), seed, draws, self
         self.columns = {k: [x[i] for i in picked] for k, x in columns.items()}
         self.names, self.views, tasks = list(self.columns), {}, dataset.meta.tasks
@@ -135,6 +136,7 @@ class LiveFrames(AnchorCacheDataset):
                              extra={}, prompts=[], policy_type="", dtype="", image={}, dataset=about | dict(tasks={str(i): t for i, t in self.tasks.items()}))
 
     def check_headers(self): "There is nothing to check."
+    def instructions(self) -> list[str]: return [self.tasks[t] for t in self.columns["task_index"]]
     def column(self, name: str) -> Tensor: return torch.tensor(self.columns[name])
 
     def batch(self, idxs, names: Sequence[str] = ()) -> dict[str, Tensor]:  # frames (b, …) and `draw_seed` (b, draws); or columns alone

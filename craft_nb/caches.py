@@ -160,36 +160,55 @@ def open_sources(cfg: BuildCacheConfig, prompts: list[str] | None) -> tuple[nn.M
     if cfg.dataset is None or not (cfg.dataset.repo_id or cfg.dataset.root): raise ValueError("nothing to take anchors from: give a data set (--dataset.repo_id=NAME or FOLDER), or --image_dir=FOLDER with --prompts_file=FILE")
     if cfg.state: raise ValueError("state: goes with --image_dir; the frames of a data set have their own")
     given, actions, policy, out = each_dataset(cfg.dataset), cfg.actions == "dataset", None, []  # without: the teacher's own will do
-    wanted, many = several(cfg.tasks), len(given) > 1
-    there = {d.repo_id: _tasks_there(d) for d in given} if wanted and many else {}
-    if there: wanted = find_tasks(wanted, list(dict.fromkeys(t for ts in there.values() for t in ts)), "the data sets")
-    for d in given:
+    many = len(given) > 1
+    for d, wanted in zip(given, wanted_tasks(given, cfg.tasks), strict=True):
         try:
-            if there and not set(wanted) & set(there[d.repo_id]): raise ValueError(f"tasks: it has none of {', '.join(map(repr, wanted))}, but {', '.join(map(repr, there[d.repo_id]))}: leave it out")
-            dataset = load_dataset(d, cfg.policy, [t for t in wanted if not there or t in there[d.repo_id]])
+            dataset = load_dataset(d, cfg.policy, wanted)
             rename = rename_of(cfg.policy, {a: b for a, b in cfg.rename_map.items() if not many or a in dataset.meta.features}, dataset.meta.features)
             require_fit(camera_findings(cfg.policy, dataset.meta, rename), cfg.allow_mismatch, "--allow_mismatch")
             if policy is None: policy, pre, post = load_policy(cfg.policy, dataset.meta, rename_map=rename)
             else: pre, post = make_processors(cfg.policy, policy, str(cfg.policy.device), rename_map=rename or None)
             check_features(pre, dataset.meta, rename, actions)
             require_fit(data_findings(cfg.policy, pre, post, dataset, rename, actions), cfg.allow_mismatch, "--allow_mismatch")
-            own = source_of(cfg, d, dataset, pre, rename, wanted and [t for t in wanted if not there or t in there[d.repo_id]])
+            own = source_of(cfg, d, dataset, pre, rename, wanted)
             told = heed(pre, cfg.policy, prompts or list(own.tasks.values()), cfg.long_instructions, cfg.prompts_file or "the data set", ds_meta=dataset.meta, rename_map=rename)
         except (ValueError, OSError) as e: raise (type(e)(f"{d.repo_id}: {e}") if many else e) from None
         out.append(own)
     if many and (lost := [a for a in cfg.rename_map if not any(a in s.features for s in out)]): raise ValueError(f"rename_map: none of the data sets has {', '.join(lost)}")
     return policy, out, told if prompts else None
 
+def wanted_tasks(given: list[DatasetConfig], tasks: str) -> list[list[str]]:  # of each data set; []: all
+    "Which of the wanted instructions each data set has. Raises `ValueError` for one that has none of them."
+    wanted = several(tasks)
+    if not wanted or len(given) == 1: return [wanted] * len(given)
+    there = [_tasks_there(d) for d in given]
+    wanted = find_tasks(wanted, list(dict.fromkeys(t for ts in there for t in ts)), "the data sets")
+    if none := [(d, ts) for d, ts in zip(given, there, strict=True) if not set(wanted) & set(ts)]:
+        raise ValueError(f"{none[0][0].repo_id}: tasks: it has none of {', '.join(map(repr, wanted))}, but {', '.join(map(repr, none[0][1]))}: leave it out")
+    return [[t for t in wanted if t in ts] for ts in there]
+
 def _tasks_there(d: DatasetConfig) -> list[str]:
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
     return [str(t) for t in LeRobotDatasetMetadata(d.repo_id, root=d.root, revision=d.revision).tasks.index]
+
+def rows_of(dataset, tasks: list[str]) -> tuple[list[int], set[str]]:  # rows, and the names of their tasks
+    "The frames of a data set that have one of `tasks`; all, where none is named."
+    names = {int(i): str(t) for t, i in dataset.meta.tasks["task_index"].items()}
+    kept = set(find_tasks(tasks, list(names.values()))) if tasks else set(names.values())
+    return [r for r, t in enumerate(dataset.hf_dataset.data["task_index"].to_pylist()) if names[t] in kept], kept
+
+def pick_episodes(cfg: DatasetConfig, tasks: str) -> None:
+    "Of the data set that is trained on, the episodes of some instructions. An episode that holds others too is refused: LeRobot trains on whole ones."
+    if not (wanted := several(tasks)): return
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+    meta = or_say_what_is_lost(cfg, lambda: LeRobotDatasetMetadata(cfg.repo_id, root=cfg.root, revision=cfg.revision))
+    cfg.episodes = episodes_of(meta, wanted, cfg.episodes, cfg.repo_id, whole=True)
 
 def source_of(cfg: BuildCacheConfig, d: DatasetConfig, dataset, pre, rename: dict, wanted: list[str]) -> Source:
     "One data set of a build; of its frames those with a wanted task."
     index = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index", "index")}
     names = {int(i): str(t) for t, i in dataset.meta.tasks["task_index"].items()}
-    shown, kept = read_forward(dataset, d.video_backend), set(find_tasks(wanted, list(names.values()))) if wanted else set(names.values())
-    rows = [r for r, t in enumerate(index["task_index"]) if names[t] in kept]
+    shown, (rows, kept) = read_forward(dataset, d.video_backend), rows_of(dataset, wanted)
     def facts():
         f = dataset_facts(dataset, d) | ({"rename_map": rename} if rename else {})
         return f | dict(frames=len(rows), tasks={i: t for i, t in f["tasks"].items() if t in kept}) if len(rows) < len(index["index"]) else f
@@ -380,10 +399,14 @@ def inputs_of(cache: AnchorCacheDataset, views: list[str]) -> AnchorCacheDataset
 def live_frames(craft: CraftConfig, policy: PreTrainedConfig) -> LiveFrames:
     "The frames that `anchor_dataset` names, for a teacher to answer."
     a = craft.anchor_dataset
-    cfg = localise(DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes))
-    dataset, n = load_dataset(cfg, policy), parse_count(a.num_anchors or "all")
+    if max(len(several(a.repo_id)), len(several(a.root))) > 1:
+        raise ValueError("anchor_dataset.repo_id: a teacher at hand (--craft.teacher) answers for the frames of one data set; build anchors of several with craft-build-cache, "
+                         "or leave --craft.teacher out, and they are built first")
+    cfg, wanted = localise(DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes)), several(a.tasks)
+    dataset, n = load_dataset(cfg, policy, wanted), parse_count(a.num_anchors or "all")
+    rows, _ = rows_of(dataset, wanted)
     frames = LiveFrames(dataset, a.repo_id, dict(repo_id=cfg.repo_id, fps=dataset.meta.fps, chunk=chunk_length(dataset), episodes=cfg.episodes,
-                                                 frames=len(dataset)), None if n == "all" else n, draws=craft.anchor_draws)
+                                                 frames=len(rows)), None if n == "all" else n, draws=craft.anchor_draws, rows=rows if wanted else None)
     frames.views, frames.source = {n: {} for n in parse_weights(craft.views)}, dataset
     return frames
 
@@ -397,7 +420,7 @@ def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, policy: nn.Mo
     if not frames.views: frames.views[adapter_for(policy, cfg.craft.capture).usual] = {}
     require_fit(camera_findings(cfg.policy, meta, cfg.rename_map), cfg.craft.allow_mismatch)
     check_features(pre, meta, cfg.rename_map)
-    heed(pre, cfg.policy, instructions_of(frames.source), cfg.craft.long_instructions, f"{frames.dir} (anchor_dataset)", "--craft.long_instructions",
+    heed(pre, cfg.policy, list(dict.fromkeys(frames.instructions())), cfg.craft.long_instructions, f"{frames.dir} (anchor_dataset)", "--craft.long_instructions",
          ds_meta=meta, rename_map=cfg.rename_map)
 
 # %% ../nbs/10h_caches.ipynb #f37c2cbe

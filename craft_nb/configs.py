@@ -34,6 +34,7 @@ from lerobot.configs.train import TrainPipelineConfig
 class CraftTrainConfig(TrainPipelineConfig):
     "LeRobot's training config with a `craft` section."
     craft: CraftConfig = field(default_factory=CraftConfig)
+    tasks: str = ""  # instructions to train on: one, a list, or the flag more than once; their episodes, of those that dataset.episodes names; empty: all
 
     def validate(self) -> None:
         check_counts(self)

@@ -24,9 +24,11 @@ import torch
 from .anchors import _bytes, _pil
 from .cards import _size
 from .check import Finding, attempt, gathered
+from .config import CraftConfig
+from .data import several
 from .instructions import Heeded
-from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, load_dataset, make_trainer, open_cache, ready, rename_of, require_fit,
-                              require_writable)
+from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, each_dataset, load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
+                              require_fit, require_writable, rows_of, wanted_tasks)
 from .policies import adapter_for, base_policy
 from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows, unwrapped
 
@@ -74,10 +76,11 @@ class Report:
         return "\n".join([*out, *([f"{'pictures':<15}{self.sheet}"] if self.sheet else [])])
 
 # %% ../nbs/11d_preflight.ipynb #f3f08ab7
-def say_setup(r: Report, t: CraftTrainer) -> None:
+def say_setup(r: Report, t: CraftTrainer, to_come: CraftConfig | None = None) -> None:  # to_come: of a run that builds its anchors first
     cfg, n = t.parts.cfg, sum(p.numel() for p in t.policy.parameters())
-    trained, craft = sum(p.numel() for p in t.params), cfg.craft
-    kept = f"CRaFT every {craft.retention_freq} steps, {craft.controller}, ε {craft.epsilon_start:g} → {craft.epsilon_end:g}" if t.retention else "without retention" if t.method.name in ("plain", "sft") else f"method {t.method.name}"
+    trained, craft = sum(p.numel() for p in t.params), to_come or cfg.craft
+    kept = f"CRaFT every {craft.retention_freq} steps, {craft.controller}, ε {craft.epsilon_start:g} → {craft.epsilon_end:g}" + ", once its anchors are built" * bool(to_come) if t.retention or (
+        to_come and to_come.method == "craft") else f"method {craft.method}, once its anchors are built" if to_come else "without retention" if t.method.name in ("plain", "sft") else f"method {t.method.name}"
     r.add("setup", f"{cfg.trainable_config.type} of {n / 1e6:,.3g} M parameters{f', {trained / n:.1%} of them trained' * (trained < n)}, {next(t.policy.parameters()).device}, "
           f"{cfg.steps} steps of {cfg.batch_size} frames, {kept}", policy=cfg.trainable_config.type, parameters=n, trained=trained, steps=cfg.steps)
 
@@ -266,13 +269,15 @@ def contact_sheet(t: CraftTrainer, path: Path, n: int = 4, wide: int = 128) -> P
     return path
 
 # %% ../nbs/11d_preflight.ipynb #4df5a3ad
-def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = True, sheet: Path | None = None, output_dir: Path | None = None) -> Report:
-    "The report of a trainer and of what was found when it was made; `slow`: costs and pictures too."
+def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = True, sheet: Path | None = None, output_dir: Path | None = None,
+              to_come: CraftConfig | None = None) -> Report:
+    "The report of a trainer and of what was found when it was made; `slow`: costs and pictures too; `to_come`: the settings of a run whose anchors are yet to be built."
     r = Report(list({f.text: f for f in found}.values()))
     if output_dir: r.add("setup", output_dir=str(output_dir))
     say_numbers(r, found); say_words(r, found)
     if trainer is None: return r
-    for say in (say_setup, say_cameras, say_times, say_anchors): say(r, trainer)
+    say_setup(r, trainer, to_come)
+    for say in (say_cameras, say_times, say_anchors): say(r, trainer)
     if not slow: return r
     with gathered() as more:
         say_costs(r, trainer)
@@ -294,9 +299,15 @@ def anchors_to_build(cfg: CraftTrainConfig) -> str:
     cfg = copy.deepcopy(cfg)
     cfg.validate()
     build = anchor_build(cfg)
-    data = load_dataset(build.dataset, build.policy)
-    require_fit(camera_findings(build.policy, data.meta, rename_of(build.policy, build.rename_map, data.meta.features)), build.allow_mismatch)
-    return f"{build.num_anchors or min(1000, len(data))} to be built first, from the {len(data)} frames of {build.dataset.repo_id}; memory and time are those without them"
+    given, frames = each_dataset(copy.copy(build.dataset)), 0
+    for d, wanted in zip(given, wanted_tasks(given, build.tasks), strict=True):
+        data = load_dataset(d, build.policy, wanted)
+        rename = {a: b for a, b in build.rename_map.items() if a in data.meta.features or len(given) == 1}
+        require_fit(camera_findings(build.policy, data.meta, rename_of(build.policy, rename, data.meta.features)), build.allow_mismatch)
+        frames += len(rows_of(data, wanted)[0])
+    number = parse_count(build.num_anchors or str(min(1000, frames)))
+    return (f"{frames if number == 'all' else number} to be built first, from the {frames} frames of {', '.join(d.repo_id for d in given)}"
+            + f" with {', '.join(map(repr, several(build.tasks)))}" * bool(build.tasks) + "; memory and time are those without them")
 
 def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = None) -> Report:
     "Make the trainer of `cfg`, look at it, and throw it away. Raises nothing that a user can mend."
@@ -306,14 +317,16 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, 0
         if to_build := cfg.craft.enabled and bool(cfg.craft.anchor_dataset.repo_id) and not cfg.craft.teacher and not cfg.resume:
-            words, cfg.craft.enabled = attempt("anchors", anchors_to_build, cfg), False  # the rest as it would be without them
+            words, coming = attempt("anchors", anchors_to_build, cfg), copy.deepcopy(cfg.craft)
+            c = cfg.craft  # the rest as it would be without them, but with the teacher's statistics
+            cfg.craft = CraftConfig(method="sft", allow_mismatch=c.allow_mismatch, long_instructions=c.long_instructions, gradient_accumulation_steps=c.gradient_accumulation_steps)
         trainer = attempt("setup", make_trainer, cfg, quiet=True)
         if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found): attempt("cache", open_cache, cfg.craft)
         try:
             if trainer is not None:
                 trainer.parts.cfg.num_workers, pre = workers, trainer.parts.pre
                 if isinstance(pre.to_transition, Heeded) and any(f.level == "refuse" for f in found): pre.to_transition = pre.to_transition.to_transition
-            r = report_of(trainer, found, slow, sheet, out)
+            r = report_of(trainer, found, slow, sheet, out, coming if to_build else None)
             if to_build and words: r.add("anchors", words)
             return r
         finally:

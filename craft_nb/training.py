@@ -20,7 +20,7 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader
 from .builder import Answered, LiveFrames
-from .caches import cache_adapter, cache_views, check_cache, check_frames, make_teacher, open_anchors, open_cache, own_anchors
+from .caches import cache_adapter, cache_views, check_cache, check_frames, make_teacher, open_anchors, open_cache, own_anchors, pick_episodes
 from .check import attempt, gathering, waivers
 from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last, read_craft_state,
                                   read_method_tensors, write_card, write_checkpoint)
@@ -72,7 +72,7 @@ class Locked(Callback):
 # %% ../nbs/10k_training.ipynb #3aed49b8
 def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None, quiet: bool = False) -> CraftTrainer:
     "Everything up to the first step. Raises, with nothing written, if the config, the cache or the policy do not fit each other."
-    localise(at_home(cfg).dataset)
+    pick_episodes(localise(at_home(cfg).dataset), cfg.tasks)
     if cfg.output_dir: refuse_held(cfg.output_dir)
     cfg.validate()
     if cfg.resume: cfg.checkpoint_path = Path(follow(cfg.checkpoint_path))

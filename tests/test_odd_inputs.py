@@ -303,6 +303,38 @@ def test_anchors_of_some_tasks(inside, work):
     assert set(ds.instructions()) == {"Push and open a window"} == set(ds.manifest["dataset"]["tasks"].values()) and ds.manifest["dataset"]["episodes"] == 2
 
 
+def test_some_tasks_are_trained_on_evaluated_and_answered_for(inside, work, capsys):
+    one, other = "Push and open a window", "Press a button from the top"
+    def made(*flags):
+        from craft_nb.lerobot import CraftTrainConfig, make_trainer
+        cfg = cli.parsed(CraftTrainConfig, cli.today([f"--policy.path={work.policy_path}", "--dataset.repo_id=data", "--output_dir=run", "--steps=1", "--batch_size=2", "--num_workers=0", "--save_checkpoint=false",
+                                                      "--craft.anchor_batch_size=4", *flags], training=True))
+        t = make_trainer(cfg, quiet=True)
+        t.parts.lock.release()
+        return t
+    def told(d): return {d.meta.tasks.iloc[i].name for i in d.hf_dataset.data["task_index"].to_pylist()}
+    t = made("--craft.enabled=false", "--tasks=push and  open a window")  # as the build: case and spaces do not matter
+    assert told(t.parts.dataset) == {one} and t.parts.cfg.dataset.episodes == t.parts.dataset.episodes and len(t.parts.dataset.episodes) == 2
+    assert made("--craft.enabled=false", f"--tasks={one}", f"--tasks={other}").parts.cfg.dataset.episodes == [0, 1, 2, 3]
+    frames = ["--craft.teacher=" + str(work.policy_path), "--craft.anchor_dataset.repo_id=data", "--craft.views=pooled"]
+    live = made(f"--tasks={one}", *frames, f"--craft.anchor_dataset.tasks={other}", "--craft.anchor_dataset.num_anchors=6").parts.cache
+    assert set(live.instructions()) == {other} and len(live) == 6 and set(live.frames.load([0], [live.frames.picked[0]])["task"]) == {other}
+    whole = made(*frames, f"--craft.anchor_dataset.tasks={other}").parts.cache
+    assert len(whole) == sum(work.meta.tasks.iloc[i].name == other for i in work.dataset().hf_dataset.data["task_index"].to_pylist())
+    evaluate(work, f"--tasks={other}", "--action_frames=0")
+    result = json.loads(Path("eval/eval.json").read_text())
+    assert set(result["task_loss"]["tasks"]) == {other} and result["task_loss"]["frames"] <= 4 and result["data"]["tasks"] == [other]
+    shutil.rmtree("eval")
+    for main, flags, says in ((train, ["--tasks=open the widow"], "no task 'open the widow'"), (train, [f"--tasks={one}", "--dataset.episodes=[]"], "at least one"), (evaluate, ["--tasks=fly"], "no task 'fly'"),
+                              (train, ["--craft.enabled=true", *frames, "--craft.anchor_dataset.tasks=fly"], "no task 'fly'"),
+                              (train, ["--craft.enabled=true", *frames, "--craft.anchor_dataset.repo_id=other"], "frames of one data set")):
+        assert says in refused(main, work, *flags)
+    def mix(t): t.at[1, "tasks"] = np.array([one, other]); return t
+    episodes(Path("data"), mix)
+    said = refused(train, work, f"--tasks={one if one in work.meta.episodes['tasks'][1] else other}")
+    assert "episode 1 of" in said and "also holds" in said and "--dataset.episodes" in said
+
+
 def test_pictures_and_prompts_alone(inside, work):
     from PIL import Image
     Path("seen").mkdir()

@@ -71,6 +71,19 @@ def test_a_sound_run(inside, capsys, tmp_path):
     assert [d["name"] for d in said["numbers"]["action"]["dimensions"]] == ["x", "y", "z", "grip"] and said["tasks"]["train"]["push the button"] == dict(episodes=1, frames=12)
 
 
+def test_anchors_that_are_yet_to_be_built(inside, capsys):
+    own = [a for a in line(inside) if "anchor_cache_dir" not in a] + [f"--craft.anchor_dataset.repo_id={inside / 'sound'}", f"--craft.anchor_dataset.repo_id={inside / 'uneven'}",
+           "--craft.anchor_dataset.tasks=open the window", "--craft.check=false"]
+    code, said = check(capsys, *own, "--craft.anchor_dataset.num_anchors=all")
+    said = " ".join(said.split())
+    assert code == 0 and "without retention" not in said and "CRaFT every 5 steps, ascent, ε 1 → 0.1, once its anchors are built" in said, said
+    assert "18 to be built first, from the 18 frames of local/sound, local/uneven with 'open the window'" in said and not Path("run").exists(), said
+    code, said = check(capsys, *own, "--craft.method=aegis")
+    assert code == 0 and "method aegis, once its anchors are built" in " ".join(said.split()), said
+    code, said = check(capsys, *own, "--craft.anchor_dataset.tasks=fly")
+    assert code == 1 and "no task 'fly'" in said, said
+
+
 def test_all_faults_at_once(inside, capsys, tmp_path):
     (tmp_path / "run").mkdir()
     code, said = facts(capsys, *line(inside, "faulty", cache="gone"))
