@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import demo
+from . import demo, libero_demo  # the latter is a workload
 from .cli import expanded, refuse_clearly
 from .config import CraftConfig, as_path
 from .evaluate import CSS, COLOURS, INK, figure_png, figure_svg, new_figure, section, table_html, table_markdown
@@ -167,18 +167,22 @@ def of_records(rows: list[dict]) -> dict:
     return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "budget", "met", "seconds")}) if cert else {})
 
 # %% ../nbs/14_study.ipynb #a91f30c4
-def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}
-    "Roll out every task from the first `episodes` starting states. `before`: the `starts` there are; what they lack is added."
-    from craft_nb.small import roll_out, vector_env
-    s, processors = run.settings, demo.workload(run).processors(run.result("teacher")["path"])
-    def extended(task, seen):
-        if not (todo := list(range(demo.SEED + len(seen), demo.SEED + episodes))): return seen
-        env = vector_env(task, len(todo), **demo.env_kw(s, task))
-        try: return seen + "".join("01"[d] for d in roll_out(policy, processors, env, todo)[0])
-        finally: env.close()
-    starts = {k: {t: extended(t, before.get(k, {}).get(t, "")) for t in tasks} for k, tasks in (("old", s.old_tasks), ("new", s.new.split(",")))}
+def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}; done
+    "Roll out every task from the first `episodes` starting states. `before`: the row there is; what its `starts` lack is added."
+    s, door, processors = run.settings, demo.door(run.settings), demo.workload(run).processors(run.result("teacher")["path"])
+    starts, done = {}, {}
+    for what, tasks in (("old", s.old_tasks), ("new", s.new.split(","))):
+        for task in tasks:
+            seen, did = (before.get("starts") or {}).get(what, {}).get(task, ""), (before.get("done") or {}).get(task, [])
+            if todo := list(range(demo.SEED + len(seen), demo.SEED + episodes)):
+                env = door.open(s, task, len(todo))
+                try: found = door.play(s, env, policy, processors, task, todo)
+                finally: env.close()
+                seen, did = seen + "".join("01"[bool(x)] for x in found["success"]), did + list(found.get("done", []))
+            starts.setdefault(what, {})[task] = seen
+            if did: done[task] = did  # the task that was done first, None for none: of workloads that say it
     def count(tasks): return [sum(x.count("1") for x in tasks.values()), sum(map(len, tasks.values()))]
-    return {k: count(tasks) for k, tasks in starts.items()} | dict(starts=starts)
+    return {k: count(tasks) for k, tasks in starts.items()} | dict(starts=starts) | (dict(done=done) if done else {})
 
 # %% ../nbs/14_study.ipynb #018e2c17
 def trained(run: demo.Run, job: Job, out: Path) -> dict:
@@ -212,7 +216,7 @@ def run_job(run_args, out: str, job: Job, episodes: int = 0) -> None:
         row, weights = json.loads(file.read_text())["result"] if file.exists() else {}, run.result("teacher")["path"]
     elif file.exists() and weights.exists(): row = json.loads(file.read_text())["result"]
     else: leave(row := trained(run, job, out))
-    if episodes: leave(row | successes(demo.workload(run).policy(weights), run, episodes, row.get("starts") or {}))
+    if episodes: leave(row | successes(demo.workload(run).policy(weights), run, episodes, row))
 
 def finished(file: Path, episodes: int) -> bool:
     "Is there a result, with as many episodes a task?"
@@ -395,6 +399,22 @@ def volume_rows(found: dict) -> list[list[str]]:
     def says(x): return "–" if not x else f"{x[0]:.3f}" + (f" ({x[1]:.3f} to {x[2]:.3f})" if not math.isnan(x[1]) else "")
     return [[arm, str(v["seeds"]), says(v["loss"]), says(v["success"])] for arm, v in sorted(found.items(), key=lambda x: -(x[1]["loss"] or [0])[0])]
 
+# %% ../nbs/14_study.ipynb #8255931b
+WRONG = ["arm", "knob", "seeds", "told the old: did it, %", "did the new, %", "episodes"]
+
+def wrong_rows(study: dict) -> list[list[str]]:
+    "What was done under old instructions, a row a knob whose episodes say it; in per cent with hierarchical intervals."
+    def says(x): return f"{100 * x[0]:.0f} ({100 * x[1]:.0f} to {100 * x[2]:.0f})"
+    out = []
+    for arm, knob, by_seed in ((a, k, x) for a, knobs in study.items() for k, x in knobs.items()):
+        rows = [r for s, r in sorted(by_seed.items()) if r.get("done")]
+        if not rows: continue
+        old, new = ([*rows[0]["starts"][w]] for w in ("old", "new"))
+        least = {t: min(len(r["done"][t]) for r in rows) for t in old}
+        def rate(right): return resampled([torch.tensor([[float(right(t, d)) for d in r["done"][t][:least[t]]] for r in rows], dtype=torch.float64) for t in old])
+        out.append([arm, knob or "–", str(len(rows)), says(rate(lambda t, d: d == t)), says(rate(lambda t, d: d in new)), str(len(rows) * sum(least.values()))])
+    return out
+
 # %% ../nbs/14_study.ipynb #f1b6d408
 PAIRED = ["arm", "knob", "seeds", "old", "old, %", "new", "new, %", "old, difference", "new, difference"]
 
@@ -418,6 +438,7 @@ def paired_rows(study: dict, ref: tuple[str, str] | None) -> list[list[str]]:
 def tables(study: dict) -> str:
     "All tables in Markdown."
     paired = [table_markdown(PAIRED, rows)] if (rows := paired_rows(study, reference(study))) else []
+    if rows := wrong_rows(study): paired.append(table_markdown(WRONG, rows))
     return "\n\n".join([*paired, table_markdown(HEAD, table_rows(study)), table_markdown(["arm", "seeds", "area, losses", "area, success"], volume_rows(volumes(study)))])
 
 # %% ../nbs/14_study.ipynb #c05f3c61
@@ -437,6 +458,9 @@ def write_report(found: dict, out: Path) -> Path:  # the page
         parts.insert(0, section("Old kept, new learned", "Higher and further right is better; bars are 95 % intervals over seeds and episodes.", figure_svg(figures["success"], "new over old success")))
         parts.insert(1, section("Paired", f"In per cent; differences from {' '.join(ref) if ref else 'the recommended setting, which is not here,'} in points, seed by seed and starting state by starting state. "
                                 "*: the 95 % interval leaves 0 out.", table_html(PAIRED, cells(paired_rows(study, ref)))))
+    if rows := wrong_rows(study):
+        parts.insert(2, section("Told the old", "Which task was done first under an old instruction; in per cent, with 95 % intervals over seeds and episodes. "
+                                "It says whether instructions are obeyed, not what is seen.", table_html(WRONG, cells(rows))))
     parts.append(section("Area", "What a curve dominates, as a share of what all results span; intervals resample seeds and episodes.",
                          table_html(["arm", "seeds", "losses", "success"], cells(volume_rows(volumes(study))))))
     parts.append(section("Every job", "Means over seeds.", table_html(HEAD, cells(table_rows(study)))))
@@ -449,18 +473,25 @@ def write_report(found: dict, out: Path) -> Path:  # the page
 def study_main(argv: list[str] | None = None) -> None:
     "`craft-study`."
     p = argparse.ArgumentParser("craft-study", description="Arms, knobs and training seeds on the demo's workload; a killed study goes on where it was.")
-    p.add_argument("--demo", default="outputs/demo", help="folder of the demo, whose data set and teacher are used, and made if they are not there (%(default)s)")
-    p.add_argument("--out", default="outputs/study", help="where everything goes (%(default)s)")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld")
+    argv = expanded(sys.argv[1:] if argv is None else argv)
+    name = first.parse_known_args(argv)[0].workload
+    work = demo.WORKLOADS[name]
+    p.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld", help="what is simulated (%(default)s)")
+    p.add_argument("--demo", default=f"outputs/{work.folder}", help="folder of the demo, whose data set and teacher are used, and made if they are not there (%(default)s)")
+    p.add_argument("--out", default="outputs/study" + f"_{work.folder}" * (name != "metaworld"), help="where everything goes (%(default)s)")
     p.add_argument("--arms", default="", help="with commas between; all of the declared search by default")
     p.add_argument("--jobs", default="", help="instead of arms: \"ARM KNOB; ARM KNOB\", such as \"replay fraction=1; share:action_logits@4500 share=0.3\"")
     p.add_argument("--seeds", default="0,1,2", help="training seeds (%(default)s)")
     p.add_argument("--episodes", type=int, default=0, help="a task and job; 0: losses only (%(default)s)")
     p.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
     p.add_argument("--quick", action="store_true", help="three arms, one seed")
-    p.add_argument("--size", choices=demo.SIZES, default="full", help="tiny runs the same code and learns nothing")
+    p.add_argument("--size", choices=work.sizes, default="full", help="tiny runs the same code and learns nothing")
     p.add_argument("--report", action="store_true", help="train nothing: the page of what has finished")
-    args = p.parse_args(expanded(sys.argv[1:] if argv is None else argv))
-    out, settings = as_path(args.out).absolute(), demo.SIZES[args.size]
+    args = p.parse_args(argv)
+    if missing := work.missing(): raise SystemExit(f"craft-study: --workload={name}: {missing}")
+    out, settings = as_path(args.out).absolute(), work.sizes[args.size]
     try:
         seeds = [0] if args.quick else [int(s) for s in args.seeds.split(",")]
         jobs = named(args.jobs, seeds) if args.jobs else plan(args.arms.split(",") if args.arms else tuple(SEARCH), seeds, settings.anchors, args.quick)
@@ -482,6 +513,7 @@ def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], epi
             demo.run_jobs(here, "caches", cache_jobs(run_args, out, todo, settings.held_out))
             demo.run_jobs(here, "study", [(run_job, (run_args, str(out), j, episodes), None) for j in todo])
         finally: base.close(); here.close()
-    page = write_report(collect(out), out)
-    print(f"{(out / 'demo.md').read_text()}\n{page}")
+    name = demo.door(settings).folder
+    page = write_report(collect(out, name), out)
+    print(f"{(out / f'{name}.md').read_text()}\n{page}")
     return page

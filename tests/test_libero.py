@@ -22,6 +22,12 @@ def test_without_the_extra_one_line_says_what_to_install(absent, tmp_path):
     assert said.count("\n") == 0 and "pip install 'craft_nb[libero]'" in said and not (tmp_path / "x").exists()
 
 
+def test_a_study_without_the_extra_says_it_too(absent, tmp_path):
+    from craft_nb.study import study_main
+    with pytest.raises(SystemExit, match="craft-study: --workload=libero_goal: .*craft_nb.libero."): study_main(["--workload=libero_goal", f"--out={tmp_path / 'x'}"])
+    assert not (tmp_path / "x").exists()
+
+
 def test_help_needs_neither_extra_nor_lerobot():
     code = ("import sys, craft_nb.cli as c\nsys.argv = ['craft-demo', '--workload=libero_goal', '--help']\ntry: c.demo()\nexcept SystemExit as e: assert not e.code, e.code\n"
             "assert not {'lerobot', 'transformers', 'mujoco', 'torch'} & set(sys.modules)")

