@@ -24,9 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {  # of a door: what stands above each, then the tests of all
     "05_anchors test_anchors test_anchor_faults": dict(files="04b_format 04c_writing 04d_reading", format="04c_writing 04d_reading", writing="04d_reading", reading="", anchors=""),
+    "06_policies test_policies test_pi0_fast": dict(draws="05d_tokens 05e_answers", tokens="", answers="", policies=""),
     "08_trainer test_faults test_memory test_resume": dict(control="", passes="07d_retention", step="07d_retention", retention="07e_heldout 07f_memory", heldout="", memory="", trainer=""),
     "11f_report test_craft_report": dict(runs="10m_judgement", judgement="", charts="", report="")}
-TESTS = dict(features="test_pi0_fast", losses="test_pi0_fast", surgery="test_surgery", dual="test_dual", policies="test_policies test_pi0_fast",
+TESTS = dict(features="test_pi0_fast", losses="test_pi0_fast", surgery="test_surgery", dual="test_dual",
              **{m: f"{above} {tests}" for tests, rooms in ROOMS.items() for m, above in rooms.items()})
 OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
          ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.And: ast.Or, ast.Or: ast.And}
