@@ -51,7 +51,7 @@ class Job:
 def craft_settings(job: Job) -> dict | None:  # of CraftConfig; None: plain fine-tuning
     "What the trainer is told. Raises `KeyError` if the knob lacks what the method needs."
     v, kw = job.values, dict(views=job.view) if job.view else {}
-    kw["retention_freq"] = 1
+    kw["retention_freq"] = int(v.get("every", 1))
     if job.method in ("sft", "teacher"): return None
     if job.method == "share": return kw | dict(method="share", share=v["share"])
     if job.method == "budget": return kw | dict(method="share", share=v["share"], budget=v["budget"])
@@ -62,7 +62,7 @@ def craft_settings(job: Job) -> dict | None:  # of CraftConfig; None: plain fine
     if job.method == "landing":
         return kw | dict(controller="landing", projection_gate="violated", lambda_max=100.0, epsilon_start=4 * v["budget"],
                          epsilon_end=v["budget"], epsilon_schedule="geometric")
-    return kw | dict(method=job.method, method_options=",".join(f"{k}:{x:g}" for k, x in v.items()))
+    return kw | dict(method=job.method, method_options=",".join(f"{k}:{x:g}" for k, x in v.items() if k not in ("every", "steps", "lr")))
 
 # %% ../nbs/14_study.ipynb #1a764a3c
 SEARCH = {  # arm → knobs; {n} is the number of anchors
