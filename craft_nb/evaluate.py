@@ -397,7 +397,8 @@ def arms_section(report: dict) -> str:
     def row(arm, r):
         ratio = report["step_seconds"].get(arm, 0) / base if base else 0
         return [html.escape(arm), number(r["held_out"]), number(r["train"]), f"{r['projected']} of {r['steps']}", f"{ratio:.2f}" if ratio else "–"]
-    text = ("Drift is the Kullback–Leibler divergence from the teacher's action probabilities, in nats per action token: on anchors of episodes that "
+    what = report.get("drift_is", "the Kullback–Leibler divergence from the teacher's action probabilities, in nats per action token")
+    text = (f"Drift is {html.escape(what)}: on anchors of episodes that "
             "no cache holds, and on those of the cache. A projection happens where the gradients of task and anchors oppose each other and the arm's gate is open.")
     head = ["arm", "held-out drift", "on its anchors", "projected steps", "step ÷ sft's"]
     return section("How far it drifted", text, table_html(head, [row(*x) for x in report["arms"].items()]))

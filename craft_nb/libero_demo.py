@@ -84,6 +84,7 @@ class LiberoGoal(MetaWorld):
     folder = "libero_goal"
     sizes = dict(full=GoalSettings(), tiny=GoalSettings(episodes=3, others=3, teacher_steps=6, steps=4, batch_size=4, anchors=24, held_out=16, eval_episodes=2, episode_length=20))
     fields, unused = ("others",), ("spread", "check_episodes")
+    policies = ("pi0_fast",)  # ACT reads no instruction; the others were not tried
     unchecked = "LIBERO-Goal's tasks are told apart by their instruction alone, and nothing is claimed of sight; without --workload it looks at Meta-World's"
     words = dict(title="Told one thing, doing another", caption=f"One episode each from the same starting state, told the old task. {OBEDIENCE}")
 

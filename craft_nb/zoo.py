@@ -29,7 +29,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import AutoTokenizer, GemmaConfig, PaliGemmaConfig, PreTrainedTokenizerFast
 
 from .fast import make_text_tokenizer
-from .small import Workload, lerobot_metaworld, save_checkpoint_folder
+from .small import Workload, save_checkpoint_folder
 
 # %% ../nbs/11e_zoo.ipynb #10a293c3
 class SmallResNet(ResNet):
@@ -163,7 +163,7 @@ def zoo_config(work: Workload, kind: str, **more) -> PreTrainedConfig:
             use_group_norm=True, spatial_softmax_num_keypoints=8, num_train_timesteps=20, optimizer_lr=1e-3) | more)
     if kind == "smolvla":
         vlm = work.tokenizers / "vlm"
-        if not (vlm / "config.json").exists(): save_small_vlm(vlm, lerobot_metaworld().TASK_DESCRIPTIONS.values())
+        if not (vlm / "config.json").exists(): save_small_vlm(vlm, work.texts.values())
         return SmolVLAConfig(**small | dict(vlm_model_name=str(vlm), num_vlm_layers=4, max_state_dim=6, max_action_dim=6, num_steps=5,
             resize_imgs_with_padding=(64, 64), tokenizer_max_length=24, optimizer_lr=1e-3, scheduler_warmup_steps=50, scheduler_decay_steps=1000,
             train_expert_only=False) | more)

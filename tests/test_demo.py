@@ -1,6 +1,7 @@
 """The demo's parts on real input: one tiny workload from the simulator serves every test here."""
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -37,6 +38,10 @@ def test_a_killed_demo_leaves_no_workers(tmp_path):
 
 @pytest.mark.parametrize("argv, says", [(["teach"], "unknown stage teach"), (["--sieze=tiny"], "unrecognized arguments"), (["--size=huge"], "invalid choice"),
                                         (["--arms=craft:nothing"], "unknown arm craft:nothing"),
+                                        (["--policy=act", "--arms=sft,craft:tokens"], "--policy=act has no arm craft:tokens: choose from sft, replay, constant, craft:answer"),
+                                        (["--arms=craft:answer"], "--policy=pi0_fast has no arm craft:answer: choose from sft, origin"),
+                                        (["--policy=diffusion"], "invalid choice: 'diffusion' (choose from"),
+                                        (["check-tasks", "--policy=act"], "act has no twin that sees grey pictures"),
                                         (["--spread=5,5"], "one number above 0, or one for each of handle-press-v3, button-press-topdown-v3, button-press-v3; found '5,5'")])
 def test_wrong_use_is_one_line_and_writes_nothing(argv, says, tmp_path, capsys):
     from craft_nb.demo import demo_main
@@ -111,6 +116,32 @@ def test_stages_are_skipped_or_refused(work, tmp_path):
     assert said and "done before" in said[0]
     with pytest.raises(ValueError, match="episodes: 3 then, 4 now"): Run(tmp_path, replace(run.settings, episodes=4)).stage("record")
     with pytest.raises(FileNotFoundError, match="run craft-demo teacher first"): run.result("teacher")
+
+
+@pytest.fixture
+def here(monkeypatch):
+    "The demo's jobs in this process: no workers that import LeRobot first."
+    from craft_nb import demo
+    monkeypatch.setattr(demo, "run_jobs", lambda run, name, jobs, total=0: [f(*args) for f, args, _ in jobs])
+    monkeypatch.setattr(demo.Run, "pool", None)
+
+
+TINY = ["tokenizers", "teacher", "caches", "finetune", "evaluate", "report", "--size=tiny", "--old=plate-slide-v3", "--new=window-open-v3", "--spread=1", "--episodes=2",
+        "--episode-length=20", "--teacher-steps=2", "--steps=2", "--eval-episodes=1"]
+
+
+def test_whole_demo_of_a_policy_that_answers_in_numbers(work, here, tmp_path):
+    from craft_nb.demo import demo_main
+    shutil.copytree(work.root, tmp_path / "dataset")
+    demo_main([*TINY, "--policy=act", "--arms=sft,constant,craft:answer", f"--folder={tmp_path}"])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["policy"] == "act" and report["default"] == "craft:answer" and list(report["views"]) == ["answer"] and report["drift"] == {}
+    assert all(a["held_out"] > 0 and a["train"] > 0 for a in report["arms"].values()) and set(report["arms"]) == {"sft", "constant", "craft:answer"}
+    page = (tmp_path / "report.html").read_text()
+    assert "squared distance of the chunk of actions" in page and "Kullback" not in page and "data:image/gif" in page
+    first = json.loads((tmp_path / "runs/craft-answer/metrics.jsonl").read_text().splitlines()[1])
+    assert first["step"] == 1 and first["retention_loss"] <= 1e-6 and list(first["retention_losses"]) == ["answer"]
+    with pytest.raises(ValueError, match="policy: act then, pi0_fast now"): demo_main([*TINY, f"--folder={tmp_path}"])
 
 
 @pytest.mark.slow  # two minutes of CPU
