@@ -8,6 +8,7 @@ __all__ = ['STORED', 'PACKED', 'DTYPES', 'teacher_says', 'draw_seeds', 'anchor_b
            'require_one_shape', 'resumed_size']
 
 # %% ../nbs/07_builder.ipynb #8e170d15
+import contextlib
 import functools
 import hashlib
 import json
@@ -123,11 +124,14 @@ class Answered:
 
 # %% ../nbs/07_builder.ipynb #5d00e48f
 class LiveFrames(AnchorCacheDataset):
-    "Frames of a data set in the place of a cache: what `Answered` shows to a teacher."
-    def __init__(self, dataset, name: str, about: dict, most: int | None = None, seed: int = 0, draws: int = 2, rows: Sequence[int] | None = None):  # rows: frames to draw from; None: all
+    """Frames of a data set in the place of a cache: what `Answered` shows to a teacher. `transforms` change the pictures that a loader
+    hands out without end, by seed, frame and turn alone; `batch` gives them as they are."""
+    def __init__(self, dataset, name: str, about: dict, most: int | None = None, seed: int = 0, draws: int = 2, rows: Sequence[int] | None = None,
+                 transforms: Callable | None = None):  # rows: frames to draw from; None: all
         columns = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
         among = range(len(dataset)) if rows is None else list(rows)
         picked = list(among) if most is None else [among[i] for i in sample_anchors(*([x[i] for i in among] for x in columns.values()), min(most, len(among)), seed)]
+        self.transforms, self.turns = transforms, ()
         self.dir, self.frames, self.seed, self.draws, self.store = name, AnchorFrames(dataset, picked, []), seed, draws, self
         self.columns = {k: [x[i] for i in picked] for k, x in columns.items()}
         self.names, self.views, tasks = list(self.columns), {}, dataset.meta.tasks
@@ -137,13 +141,28 @@ class LiveFrames(AnchorCacheDataset):
 
     def check_headers(self): "There is nothing to check."
     def instructions(self) -> list[str]: return [self.tasks[t] for t in self.columns["task_index"]]
-    def column(self, name: str) -> Tensor: return torch.tensor(self.columns[name])
+    def column(self, name: str) -> Tensor | None: return torch.tensor(self.columns[name]) if name in self.columns else None
 
     def batch(self, idxs, names: Sequence[str] = ()) -> dict[str, Tensor]:  # frames (b, …) and `draw_seed` (b, draws); or columns alone
         rows = [int(i) for i in idxs]
         if list(names) == ["episode_index"]: return {"episode_index": self.column("episode_index")[rows]}
-        frames = self.frames.load(rows, [self.frames.picked[i] for i in rows])
+        frames = self.frames.batch([self.augmented(*x) for x in zip(rows, self.turns)] if self.turns else [self.frames.frame(i) for i in rows])
         return {k: x for k, x in frames.items() if isinstance(x, Tensor)} | dict(draw_seed=draw_seeds(self.seed, rows, self.draws))
+
+    @contextlib.contextmanager
+    def drawn(self, turns: Sequence[int]):
+        "Batches inside are augmented; `turns` says how often each of their frames came before."
+        self.turns = turns
+        try: yield
+        finally: self.turns = ()
+
+    def augmented(self, row: int, turn: int) -> dict:
+        data = self.frames.dataset
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(random.Random(f"augmented {self.seed} {turn} {self.frames.picked[row]}").getrandbits(63))
+            data.set_image_transforms(self.transforms)
+            try: return self.frames.frame(row)
+            finally: data.clear_image_transforms()
 
     def told(self, batch: dict) -> dict:
         "A batch with its instructions in words, which no worker sends."

@@ -415,8 +415,11 @@ def open_anchors(craft: CraftConfig, policy: PreTrainedConfig | None) -> AnchorC
     return live_frames(craft, policy) if craft.teacher and craft.anchor_dataset.repo_id else open_cache(craft)
 
 def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, policy: nn.Module) -> None:
-    "Refuse frames that the policy would not see as it sees the data it is trained on."
-    meta = frames.source.meta
+    "Refuse frames that the policy would not see as it sees the data it is trained on; let their pictures be augmented as those are."
+    meta, augment = frames.source.meta, cfg.dataset.image_transforms
+    if augment.enable:
+        from lerobot.transforms import ImageTransforms
+        frames.store.transforms = ImageTransforms(augment)
     if not frames.views: frames.views[adapter_for(policy, cfg.craft.capture).usual] = {}
     require_fit(camera_findings(cfg.policy, meta, cfg.rename_map), cfg.craft.allow_mismatch)
     check_features(pre, meta, cfg.rename_map)

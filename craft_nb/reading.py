@@ -9,6 +9,7 @@ __all__ = ['SMALL', 'is_pt_cache', 'AnchorCacheDataset', 'anchor_order', 'anchor
 # %% ../nbs/04d_reading.ipynb #12afca79
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -311,6 +312,13 @@ def _decoded(ds: AnchorCacheDataset, batches, how: dict):  # yields batches
                                           'process) or anchor_batch_size'))
 
 # %% ../nbs/04d_reading.ipynb #0d844165
+class _Turns:
+    "Rows and the turn in which each comes, for a store that draws each turn anew: frames whose pictures are augmented."
+    def __init__(self, dataset): self.dataset = dataset
+    def __getitems__(self, pairs: list) -> dict:
+        rows, turns = zip(*pairs)
+        with self.dataset.store.drawn(turns): return self.dataset.batch(rows)
+
 class AnchorLoader:
     "Batches: `for b in loader` is one pass, `forever()` the trainer's endless line, resumed exactly by `state_dict`."
     def __init__(self, dataset: AnchorCacheDataset, batch_size: int = 16, seed: int = 0, step: int = 0, rank: int = 0,
@@ -341,9 +349,11 @@ class AnchorLoader:
     def forever(self):
         "Full batches without end, from `step` on; `step` counts what was handed out, whatever workers fetched ahead."
         n, mine = len(self.dataset), (self.batch_size, self.seed, self.rank, self.world_size)
-        def line(step):
-            while True: yield anchor_batch(step, n, *mine); step += 1
-        for batch in _decoded(self.dataset, line(self.step), self.how):
+        anew = getattr(self.dataset.store, 'transforms', None) is not None
+        def asked(step):
+            rows, first = anchor_batch(step, n, *mine), (step * self.world_size + self.rank) * self.batch_size
+            return [(r, (first + i) // n) for i, r in enumerate(rows)] if anew else rows
+        for batch in _decoded(_Turns(self.dataset) if anew else self.dataset, map(asked, itertools.count(self.step)), self.how):
             self.step += 1
             yield batch
 

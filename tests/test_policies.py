@@ -368,6 +368,38 @@ def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
+def test_live_frames_are_augmented_as_the_task_is(work, zoo, inside, monkeypatch):
+    "LeRobot's own `dataset.image_transforms`: another picture each turn, the same after a restart; what is held out and judged stays as it is."
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.transforms import ImageTransforms, ImageTransformsConfig
+    from safetensors.torch import load_file
+    from craft_nb.anchors import AnchorLoader
+    from craft_nb.builder import LiveFrames
+    data = zoo_data(work, PreTrainedConfig.from_pretrained(zoo("act")), episodes=[0])
+    frames = LiveFrames(data, "frames", {}, 4, transforms=ImageTransforms(ImageTransformsConfig(enable=True)))
+    line = AnchorLoader(frames, 4).forever()
+    turns = [next(line) for _ in range(3)]
+    again = next(AnchorLoader(frames, 4, step=2).forever())
+    assert torch.equal(again["observation.image"], turns[2]["observation.image"])
+    plain = {int(i): x for i, x in zip(*(frames.batch(range(4))[k] for k in ("index", "observation.image")))}
+    seen = [{int(i): x for i, x in zip(b["index"], b["observation.image"])} for b in turns]
+    assert all(s.keys() == plain.keys() for s in seen)
+    assert all(not torch.equal(a[i], b[i]) for i in plain for a, b in ((seen[0], plain), (seen[0], seen[1]), (seen[1], seen[2])))
+    drawn, real = [], LiveFrames.drawn
+    monkeypatch.setattr(LiveFrames, "drawn", lambda self, turns: drawn.append(turns) or real(self, turns))
+    how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}", "--craft.check=false", "--steps=4", "--save_freq=2", *adapters("act")]
+    train(work, zoo("act"), *how, "--dataset.image_transforms.enable=true")
+    rows = steps()
+    assert len(drawn) >= 4 and rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"]  # the memory estimate draws one more
+    whole = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    cli.train(["--resume", "--config_path=run/checkpoints/000002/pretrained_model/train_config.json"])
+    again = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    drawn.clear()
+    train(work, zoo("act"), "--output_dir=plain", *how)
+    assert not drawn
+
+
 def test_a_second_model_answers_in_views_that_no_cache_holds(work, inside):
     build(work, work.policy_path, "cache", "--views=pooled")
     train(work, work.policy_path, "--craft.views=pooled,tokens", f"--craft.teacher={work.policy_path}", "--steps=2")
