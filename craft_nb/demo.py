@@ -50,6 +50,7 @@ def train_config(run:Run, arm:str, blind:bool=False):
     "The `CraftTrainConfig` of an arm, or of `teacher`."
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs import PreTrainedConfig
+    from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
     from craft_nb.config import CraftConfig
     from craft_nb.lerobot import CraftTrainConfig
     s, work, teacher = run.settings, workload(run), arm in ("teacher", "blind")
@@ -57,7 +58,9 @@ def train_config(run:Run, arm:str, blind:bool=False):
     policy = s.kind.make(work, blind) if teacher else PreTrainedConfig.from_pretrained(run.result("teacher")["path"])
     if not teacher: policy.pretrained_path = Path(run.result("teacher")["path"])
     pace = dict(optimizer_lr=lr, optimizer_lr_backbone=lr, scheduler_decay_lr=lr/100, scheduler_warmup_steps=20, scheduler_decay_steps=steps)
-    for k in pace.keys() & {f.name for f in fields(policy)}: setattr(policy, k, pace[k])  # ACT keeps its rate to the end
+    for k in pace.keys() & {f.name for f in fields(policy)}: setattr(policy, k, pace[k])
+    paced = {} if policy.get_scheduler_preset() else dict(  # ACT would keep its rate to the end
+        use_policy_training_preset=False, optimizer=policy.get_optimizer_preset(), scheduler=CosineDecayWithWarmupSchedulerConfig(20, steps, lr, lr/100))
     tasks = {"teacher": s.old_tasks, "blind": s.tasks}.get(arm, s.new.split(","))
     how = dict((None if teacher else settings_of(arm, s.policy)) or dict(enabled=False))
     if how.get("method") == "replay": how["method_options"] = f"episodes:{','.join(map(str, parted(run)[0]))},batch_size:{max(1, s.batch_size//2)}"
@@ -66,7 +69,7 @@ def train_config(run:Run, arm:str, blind:bool=False):
     return CraftTrainConfig(
         dataset=DatasetConfig(work.repo_id, root=str(work.root), episodes=work.episodes(*tasks)), policy=policy, steps=steps,
         output_dir=run.folder/"runs"/arm.replace(":", "-"), job_name=arm, batch_size=s.batch_size, seed=s.seed,
-        num_workers=int(teacher), save_freq=steps, log_freq=0, env_eval_freq=0, craft=CraftConfig(**how))
+        num_workers=int(teacher), save_freq=steps, log_freq=0, env_eval_freq=0, craft=CraftConfig(**how), **paced)
 
 def train_job(run_args, arm, blind=False):
     register()

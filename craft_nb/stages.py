@@ -117,6 +117,7 @@ POLICIES = dict(
     smolvla=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("smolvla")),
     pi0=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("pi0")),
 )
+DEFAULT = f"craft:{POLICIES[Settings.policy].answer}"  # of pi0_fast
 
 def sized(workload:str, policy:str, size:str)->Settings: # settings of a policy on a workload
     sizes, kind = WORKLOADS[workload].sizes, POLICIES[policy]

@@ -130,6 +130,7 @@ TINY = ["tokenizers", "teacher", "caches", "finetune", "evaluate", "report", "--
         "--episode-length=20", "--teacher-steps=2", "--steps=2", "--eval-episodes=1"]
 
 
+@pytest.mark.slow
 def test_whole_demo_of_a_policy_that_answers_in_numbers(work, here, tmp_path):
     from craft_nb.demo import demo_main
     shutil.copytree(work.root, tmp_path / "dataset")
