@@ -17,20 +17,44 @@ def place(work, tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     out = command(folder, "craft-build-cache", f"--policy.pretrained_path={work.policy_path}", f"--dataset.repo_id={work.root}",
                   "--out_dir=data/anchor_cache_hidden", "--num_anchors=64", "--layers_to_save=-2,-1")
+    quiet(out)
     assert "Wrote 64 anchors" in out and (folder / "data/anchor_cache_hidden/anchors.json").is_file()
     return folder
 
 
 def command(folder, name, *flags):
-    run = subprocess.run([Path(sys.executable).with_name(name), *flags], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout + run.stderr
+    run = subprocess.run([Path(sys.executable).with_name(name), *flags], cwd=folder, capture_output=True, timeout=300)
+    out = (run.stdout + run.stderr).decode()  # as it comes: text=True would make new lines of a progress bar's returns
+    assert run.returncode == 0, out[-3000:]
+    return out
+
+
+IDLE = ("Traceback", "Warning:", "WARNING", "deprecated", "ERROR", "libtorchcodec", "direct port", "key might need")  # nothing that one could act on, in a run that is sound
+
+
+def seen(out):
+    "What is left on a terminal, where a progress bar writes over itself."
+    return [x for line in out.split("\n") if (x := line.rpartition("\r")[2].rstrip())]
+
+
+def quiet(out):
+    "At most 25 lines, none of which is a traceback or a warning that nobody can act on."
+    lines = seen(out)
+    assert len(lines) <= 25 and not [x for x in lines if any(w in x for w in IDLE)], out
+
+
+def test_the_terminal_is_judged():
+    assert seen("1\r2\r3\n\nlast  \n") == ["3", "last"]
+    quiet("\n".join(map(str, range(25))))
+    for loud in ("\n".join(map(str, range(26))), "x\nTraceback (most recent call last):", "f.py:3: FutureWarning: old"):
+        with pytest.raises(AssertionError): quiet(loud)
 
 
 def test_the_origins_lines(place, work):
     out = command(place, "craft-train", f"--dataset.repo_id={work.root}", f"--policy.path={work.policy_path}",
                   "--output_dir=outputs/train", "--steps=2", "--batch_size=2",
                   "--eval_freq=0", "--save_checkpoint=false", "--num_workers=0")
+    quiet(out)
     assert "cache_type=hidden" in out and "Trained to step 2/2" in out and "L_ret" in out and "(step 1)" in out and not (place / "outputs/train/checkpoints").exists()
     assert len((place / "outputs/train/metrics.jsonl").read_text().splitlines()) >= 2
 
