@@ -99,6 +99,35 @@ def third_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str:
 def verdict(all_facts: dict[str, dict], evals: dict, tasks: dict) -> list[str]:
     return [first_sentence(all_facts), second_sentence(all_facts, evals, tasks), third_sentence(all_facts, evals, tasks)]
 
+# %% ../nbs/10m_judgement.ipynb #449e75ef
+STUDY = dict(view="action_logits", unit="nats per action token", teacher=(39, 60),  # bench/study_demo.json, of craft-study --episodes=30: (drift on held-out anchors, old successes, of)
+             points=((.0876, 43, 60), (.0859, 41, 60), (.1094, 39, 60), (.1258, 41, 60), (1.7543, 3, 60), (.1046, 47, 60), (.1035, 38, 60)))
+
+def predicted_kept(drift: float, study: dict = STUDY) -> dict:  # {ratio, low, high, near}
+    "Success on old tasks over the teacher's that the study's curve foretells for a drift on held-out anchors; median and 95 % interval. `near`: has the study a run at such a drift?"
+    import torch
+    x, k, n = torch.tensor(study["points"], dtype=torch.float64).T
+    low, high = float(x.min()), float(x.max())
+    at, mid = math.log(min(max(drift, low), high)), float(x.log().mean())
+    height, slope = torch.meshgrid(torch.linspace(-6, 6, 121, dtype=torch.float64), torch.linspace(-5, 0, 101, dtype=torch.float64), indexing="ij")  # more drift keeps no more
+    def logit(t): return height + slope * (t - mid)
+    ll = sum(k[i] * torch.nn.functional.logsigmoid(logit(x[i].log())) + (n[i] - k[i]) * torch.nn.functional.logsigmoid(-logit(x[i].log())) for i in range(len(x)))
+    weight, p = (ll - ll.max()).exp().flatten(), logit(at).sigmoid().flatten()
+    some = weight > 1e-6 * weight.max()
+    before = torch.linspace(.005, .995, 199, dtype=torch.float64)
+    good, of = study["teacher"]
+    also = good * before.log() + (of - good) * (1 - before).log()
+    ratio, w = (p[some][:, None] / before).flatten(), (weight[some][:, None] * (also - also.max()).exp()).flatten()
+    ratio, order = ratio.sort()
+    share = w[order].cumsum(0) / w.sum()
+    def quantile(q): return float(ratio[int((share < q).sum())])
+    return dict(ratio=quantile(.5), low=quantile(.025), high=quantile(.975), near=bool(((x <= 1.5 * drift) & (x >= drift / 1.5)).any()))
+
+def foretold(f: dict) -> dict | None:  # None: nothing to tell it from
+    "What the study foretells for a run, from its certificate: of the study's view alone."
+    drift = ((f["certificate"] or {}).get("views") or {}).get(STUDY["view"])
+    return dict(drift=drift) | predicted_kept(drift) if isinstance(drift, (int, float)) and math.isfinite(drift) and drift >= 0 else None
+
 # %% ../nbs/10m_judgement.ipynb #ac842a18
 GATES = {  # name: what it is of a run, and where it comes from
     "budget": "the budget was met on held-out anchors (the certificate)", "finished": "the run came to its end",

@@ -19,7 +19,7 @@ from pathlib import Path
 from .charts import PAGE_CSS, SCRIPT, chart_specs, tables
 from .config import as_path
 from .evaluate import cell_html, section, table_html
-from .judgement import GATES, SIGNS, parse_gate, verdict
+from .judgement import GATES, SIGNS, foretold, parse_gate, verdict
 from .machine import follow
 from .monitor import num
 from .runs import Recorded, differing, facts, kept, read_evals, read_json, read_runs, split_tasks
@@ -119,11 +119,28 @@ def mcq_table(evals: dict, names: Sequence[str]) -> str:
     return section("Questions about pictures", "Share of questions whose right choice is the likeliest, with Wilson's 95 % interval; the margin is its log-likelihood above that of the best wrong one, in nats.",
                    table_html(["", "right", "mean margin"], rows))
 
+def setting(x) -> str:
+    "The value of a setting as a person reads it."
+    if x is None or x in ("", {}): return "not set"
+    if isinstance(x, bool): return "yes" if x else "no"
+    if isinstance(x, (list, tuple)): return ", ".join(map(setting, x)) or "none"
+    return ", ".join(f"{k}: {setting(v)}" for k, v in x.items()) if isinstance(x, dict) else f"{x:g}" if isinstance(x, float) else str(x)
+
+def foretold_table(found: dict, shares: dict) -> str:
+    "Old success as the study's curve foretells it, beside what was measured."
+    have = {n: x for n, f in found.items() if (x := foretold(f))}
+    if not have: return ""
+    def seen(n): return f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – {percent(shares[n]['high'])}</small>" if n in shares else "not measured"
+    rows = [[esc(n), num(x["drift"]), f"{percent(x['ratio'])} <small>{percent(x['low'])} – {percent(x['high'])}{', no run of the study near it' * (not x['near'])}</small>", seen(n)] for n, x in have.items()]
+    return section("Old success, predicted", "A prediction, not a measurement: the share of the teacher's success on old tasks that runs of the study kept at such a drift on held-out anchors (view action_logits, two "
+                   "Meta-World tasks, a small pi0_fast, seven fine-tunes; 95 % interval). Another robot has another curve: measure success where you can.",
+                   table_html(["run", "held-out drift", "predicted", "measured"], rows))
+
 def settings_section(differ: dict[str, dict], names: Sequence[str]) -> str:
     if len(names) < 2: return ""
     if not differ: return section("Settings that differ", "None: these runs have the same settings as far as they are known.")
-    rows = [[esc(k), *(esc(v[n]) if n in v else "–" for n in names)] for k, v in differ.items()]
-    return section("Settings that differ", "All others that two of the runs have are the same.", table_html(["setting", *map(esc, names)], rows))
+    rows = [[esc(k), *(esc(setting(v[n])) if n in v else "–" for n in names)] for k, v in differ.items()]
+    return section("Settings that differ", "All others that two of the runs have are the same; – where a run does not know of a setting.", table_html(["setting", *map(esc, names)], rows))
 
 def missing_section(found: dict, evals: dict, names: Sequence[str]) -> str:
     "What nobody measured, and how to."
@@ -222,7 +239,7 @@ def gate_lines(self) -> list[str]:
 def as_json(self) -> dict:
     "Everything on the page but the records."
     return dict(made_by="craft-report", verdict=self.verdict, runs=self.facts, policy=next((r.policy for r in self.runs if r.policy), None),
-                folders={r.name: str(r.folder) for r in self.runs}, measured=self.evals, tasks=self.tasks, kept=self.shares, settings=self.differ, gate=self.judged)
+                folders={r.name: str(r.folder) for r in self.runs}, measured=self.evals, tasks=self.tasks, kept=self.shares, predicted={n: x for n, f in self.facts.items() if (x := foretold(f))}, settings=self.differ, gate=self.judged)
 
 def text(self) -> str:
     "The verdict and a line a run, for a terminal."
@@ -242,7 +259,7 @@ def page(self) -> str:
     data = [tables(r) for r in self.runs]
     inside = json.dumps(dict(runs=[dict(name=n, tables=t) for n, t in zip(self.names, data)], charts=chart_specs(data)), ensure_ascii=False).replace("<", "\\u003c")
     gates = "".join(f'<div><b style="--c:var(--{"k2" if j["passed"] else "k1"})">{"pass" if j["passed"] else "fail"}</b> {esc(k)}, found {said(j["value"])}</div>' for k, j in self.judged.items())
-    parts = [runs_section(self.facts, self.shares), success_table(self.evals, self.tasks, self.shares, self.names), action_table(self.evals, self.names), mcq_table(self.evals, self.names),
+    parts = [runs_section(self.facts, self.shares), success_table(self.evals, self.tasks, self.shares, self.names), foretold_table(self.facts, self.shares), action_table(self.evals, self.names), mcq_table(self.evals, self.names),
              drift_tables(self.evals, self.facts, self.names, self.where), task_loss_table(self.evals, self.names), settings_section(self.differ, self.names),
              missing_section(self.facts, self.evals, self.names)]
     curves = ('<section><h2>Curves</h2><p>Hover reads all runs at a step; a drag across a chart zooms all of them, a double click shows the whole again. '

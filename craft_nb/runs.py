@@ -269,6 +269,7 @@ def differing(runs: Sequence[Recorded]) -> dict[str, dict]:  # setting → {name
     for r in runs:
         begun = next((e for e in reversed(r.events) if e["event"] in ("start", "resume")), {})
         said[r.name] = flat({k: v for k, v in r.config.items() if k not in (*NOT_SETTINGS, "craft", "wandb")} | dict(craft=begun.get("craft") or {}, steps=begun.get("steps")))
-    names = dict.fromkeys(k for s in said.values() for k in s)
-    table = {k: {n: s[k] for n, s in said.items() if k in s} for k in names}
+    names, empty = dict.fromkeys(k for s in said.values() for k in s), (None, {}, [])
+    def off(s, k): return k not in s and any(s.get(k[:i], "") in empty for i, x in enumerate(k) if x == "." and k[:i] != "craft")  # peft: null, where another run has peft.r
+    table = {k: {n: s.get(k) for n, s in said.items() if k in s or off(s, k)} for k in names}
     return {k: v for k, v in table.items() if len({json.dumps(x, sort_keys=True, default=str) for x in v.values()}) > 1}

@@ -142,3 +142,33 @@ def test_a_damaged_video_is_named(inside, tmp_path):
         lost.write_bytes(damage)
         says = refused(cli.build_cache, *flags)
         assert lost.name in says and "observation.images.side" in says and not (tmp_path / "out").exists(), says
+
+
+def test_a_spoilt_or_short_video_is_one_line_in_every_command(inside, tmp_path):
+    import shutil
+    shutil.copytree("new", film := tmp_path / "film")
+    lost = next((film / "videos/observation.images.side").rglob("*.mp4"))
+    whole = lost.read_bytes()
+    flags = [f"--policy.path={inside.policy_path}", f"--dataset.repo_id={film}", f"--rename_map={RENAME}"]
+    commands = ((cli.build_cache, f"--out_dir={tmp_path / 'no'}", "--num_anchors=all"), (cli.evaluate, f"--out_dir={tmp_path / 'no'}", "--max_frames=30", "--action_frames=0"),
+                (cli.train, f"--output_dir={tmp_path / 'no'}", "--steps=20", "--batch_size=10", "--num_workers=0", "--craft.enabled=false", "--craft.check=false", "--save_checkpoint=false"))
+    holed = bytearray(whole)
+    holed[len(whole) // 3 : len(whole) // 2] = b"\xff" * (len(whole) // 2 - len(whole) // 3)
+    for spoil in (lambda: lost.write_bytes(whole[: len(whole) * 2 // 3]), lambda: lost.write_bytes(holed), lambda: cut_film(lost, 14)):
+        spoil()
+        for main, *more in commands:
+            says = refused(main, *flags, *more).replace("(CRAFT_DEBUG=1 shows where)", "").strip()
+            assert lost.name in says and "observation.images.side" in says and "Traceback" not in says and len(says.splitlines()) <= 3 and sum(lost.name in x for x in says.splitlines()) == 1, says  # at most: what is wrong, where, what to do
+            shutil.rmtree(tmp_path / "no", ignore_errors=True)
+        lost.write_bytes(whole)
+
+
+def cut_film(file, frames):
+    "The same film, H.264, with its first frames only."
+    import av
+    with av.open(str(file)) as box: kept = [f.to_ndarray(format="rgb24") for f in box.decode(video=0)][:frames]
+    with av.open(str(file), "w") as box:
+        s = box.add_stream("h264", rate=30)
+        s.height, s.width, s.pix_fmt = *kept[0].shape[:2], "yuv420p"
+        for x in kept: box.mux(s.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
+        box.mux(s.encode(None))
