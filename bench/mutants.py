@@ -4,7 +4,7 @@
 
 A notebook runs once for all its mutants: before a changed cell the process forks, and the child runs the mutant and the cells after it.
 What survives there meets the tests and the notebooks above it that `TESTS` names, in a copy of the package (`--tests=false`: the notebook alone).
-Left alone: messages (raised and f-strings), defaults of arguments, annotated fields, and -1."""
+Left alone: messages (raised and f-strings), defaults of arguments, annotated fields, -1, and examples."""
 import argparse
 import ast
 import contextlib
@@ -26,6 +26,7 @@ ROOMS = {  # of a door: what stands above each, then the tests of all
     "05_anchors test_anchors test_anchor_faults": dict(files="04b_format 04c_writing 04d_reading", format="04c_writing 04d_reading", writing="04d_reading", reading="", anchors=""),
     "06_policies test_policies test_pi0_fast": dict(draws="05d_tokens 05e_answers", tokens="", answers="", policies=""),
     "08_trainer test_faults test_memory test_resume": dict(control="", passes="07d_retention", step="07d_retention", retention="07e_heldout 07f_memory", heldout="", memory="", trainer=""),
+    "09_monitor test_monitor": dict(records="08e_figures", drawing="08e_figures", figures="", monitor=""),
     "11f_report test_craft_report": dict(runs="10m_judgement", judgement="", charts="", report="")}
 TESTS = dict(features="test_pi0_fast", losses="test_pi0_fast", surgery="test_surgery", dual="test_dual",
              **{m: f"{above} {tests}" for tests, rooms in ROOMS.items() for m, above in rooms.items()})
@@ -35,7 +36,7 @@ OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
 
 def sites(tree: ast.AST) -> list:
     "(node, field, new value) of every change that can be made."
-    if isinstance(tree, (ast.Raise, ast.JoinedStr, ast.arguments, ast.AnnAssign)): return []
+    if isinstance(tree, (ast.Raise, ast.JoinedStr, ast.arguments, ast.AnnAssign)) or getattr(tree, "name", None) and str(tree.name).lower().startswith("example"): return []
     found, x = [s for child in ast.iter_child_nodes(tree) for s in sites(child)], tree
     if isinstance(x, ast.BinOp) and isinstance(x.left, ast.Constant) and isinstance(x.left.value, str): return found
     if isinstance(x, (ast.BinOp, ast.BoolOp)) and type(x.op) in OTHER: found.append((x, "op", OTHER[type(x.op)]()))

@@ -1,5 +1,5 @@
 """The repository's own checks find the faults they are for."""
-import importlib.util, json, shutil, subprocess, sys
+import importlib, importlib.util, json, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -148,3 +148,22 @@ def test_a_page_has_no_saved_widget(repo, out):
     assert 'children=' not in said and 'IntProgress' not in said and 'widget' not in said and 'findings=[]' in said and 'iVBORw0=' in said
     run(repo, 'tools/prepare.py')
     assert not any('widget' in f for f in load('checks', repo).clean()) and 'iVBORw0=' in (repo/'nbs/index.ipynb').read_text()
+
+
+DOORS = dict(  # what was a module's own before it had rooms: the old path still works
+    anchors="AnchorWriter AnchorCacheDataset verify_cache", policies="ADAPTERS adapter_for base_policy eval_mode RowDraws PI0FastAdapter TokenAdapter door_features pack_image mixed_precision",
+    trainer="Callback Control AnchorPass Method AnchorMethod Constraint Retention AnchorRows HeldOut certificate_line CraftTrainer calibrate_budget estimate_memory Memory Run "
+            "one_step RECORD FIRST_MEASURED PeakMemory added_gradients set_aside route_forward take_grad resident stop_on_signals",
+    monitor="RecordLog Tail read_records Curve History num draw status figure png plot_records Controls Dashboard CraftMonitor from_jsonl",
+    report="read_run read_runs split_tasks kept parse_gate GATES Report report_main facts read_evals verdict PAGE_CSS SCRIPT")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_an_old_import_path_works_and_can_be_set(door, monkeypatch):
+    module = importlib.import_module(f"craft_nb.{door}")
+    assert not [n for n in DOORS[door].split() if not hasattr(module, n)]
+    for name in DOORS[door].split():
+        rooms = [r for r in module.rooms if name in vars(r)]
+        assert all(vars(r)[name] is getattr(module, name) for r in rooms), name
+        monkeypatch.setattr(module, name, mark := object())
+        assert getattr(module, name) is mark and all(vars(r)[name] is mark for r in rooms), name
