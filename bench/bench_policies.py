@@ -1,11 +1,14 @@
-"""What holding a policy costs a step: pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with a cache, all weights trained.
+"""What holding a policy costs a step: pi0_fast, pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with a cache, all weights trained;
+and its answer with LoRA, by a cache and by the teacher inside (the same network with its adapters off).
 
     python bench/bench_policies.py                     every policy
     python bench/bench_policies.py --only smolvla --rounds 9
 
 A retention step on every step (K = 1), anchors half the batch, two draws an anchor. Everything that is compared runs in one process, in turns,
 after a warm-up; figures are medians of ratios that were taken side by side. Writes outputs/bench/policies.json:
-{policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache, images among them.
+{policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache, images among them. The views "… lora cached" and
+"… lora inside" have ratios to a plain LoRA step, and "extra_memory": bytes above that step's peak of live tensors, beside "forward", what one
+forward pass of the anchors makes.
 """
 import argparse
 import json
@@ -18,12 +21,17 @@ from pathlib import Path
 import torch
 
 from craft_nb.anchors import AnchorCacheDataset
-from craft_nb.builder import anchor_batch_targets, build_anchor_cache, draw_seeds
+from craft_nb.builder import Answered, anchor_batch_targets, build_anchor_cache, draw_seeds
 from craft_nb.config import CraftConfig
 from craft_nb.losses import make_views
+from craft_nb.passes import route_forward
 from craft_nb.policies import adapter_for
 from craft_nb.trainer import CraftTrainer, Retention, one_step
 from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
+from memory import peak_memory
+
+ALL = "pi0_fast", *KINDS
+TARGETS = dict(act=".*model.decoder.*linear1", diffusion=".*cond_encoder.1", pi0_fast=".*(q_proj|v_proj)")  # the others have their own
 
 
 def forever(x):
@@ -61,18 +69,44 @@ def stepper(trainer):
 def bytes_an_anchor(policy, pre, data, view: str, folder: Path) -> float:
     n = 16
     columns = {k: data.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
-    build_anchor_cache(policy, pre, data, folder, **columns, num_anchors=n, views=[view], progress=False)
+    build_anchor_cache(policy, pre, data, folder, **columns, num_anchors=n, views=[view], progress=False, allow_undecodable=True)
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / len(AnchorCacheDataset(folder))
 
 
+def with_adapters(work, kind, folder):
+    wanted = dict(method_type="LORA", r=8) | ({"target_modules": TARGETS[kind]} if kind in TARGETS else {})
+    policy = work.policy(folder).wrap_with_peft(peft_cli_overrides=wanted).train()
+    route_forward(policy)
+    return policy
+
+
+def lora(work, kind, folder, batch, rows, view, rounds) -> dict:
+    "Both ways to have the teacher's answer, beside plain LoRA; `rows`: a batch of anchors with stored answers."
+    def asked(policy): return map(Answered(None, policy, make_views([view]), adapter_for(policy)).answer, forever(rows))
+    made = dict(plain=lambda p: None, cached=lambda p: forever(rows), inside=asked)
+    def fresh(name):
+        policy = with_adapters(work, kind, folder)
+        return policy, trainer_of(policy, batch, made[name](policy), [view])
+    first = {n: one_step(fresh(n)[1])["retention_loss"] for n in ("cached", "inside")}
+    ready = {n: fresh(n) for n in made}
+    runs = {n: stepper(t) for n, (_, t) in ready.items()}
+    found = ratios(rounds, runs.pop("plain"), **runs)
+    peaks = {n: peak_memory(lambda: one_step(t), p) for n, (p, t) in ready.items()}
+    policy = ready["inside"][0]
+    ask = Answered(None, policy, make_views([view]), adapter_for(policy)).answer
+    forward = peak_memory(lambda: ask(rows), policy) - sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
+    return {f"{view} lora {n}": dict(step_ratio=round(found[n], 3), first_loss=first[n], extra_memory=peaks[n] - peaks["plain"], forward=forward) for n in found}
+
+
 def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
-    folder = zoo_checkpoint(work, kind, steps=4)
+    folder = work.policy_path if kind == "pi0_fast" else zoo_checkpoint(work, kind, steps=4)
     (pre, _), policy = work.processors(folder), work.policy(folder).train()
     data = zoo_data(work, policy.config)
     rows = torch.randint(len(data), (batch_size,), generator=torch.Generator().manual_seed(0)).tolist()
     def frames(n): return pre(torch.utils.data.default_collate([data[i] for i in rows[:n]]))
     batch, source = frames(batch_size), frames(batch_size // 2)
-    names = ["answer", *(["pooled", "tokens"] if "hidden" in adapter_for(policy).gives else [])]
+    own = "action_logits" if kind == "pi0_fast" else "answer"
+    names = [own, *(["pooled", "tokens"] if "hidden" in adapter_for(policy).gives else [])]
     seeds, runs, out = draw_seeds(0, range(batch_size // 2)), {}, {}
     for view in names:
         anchors = anchor_batch_targets(policy, source, make_views([view]), seeds=seeds)
@@ -83,12 +117,15 @@ def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
         t = None
     plain = stepper(trainer_of(work.policy(folder).train(), batch, None, []))
     for view, x in ratios(rounds, plain, **runs).items(): out[view] = dict(step_ratio=round(x, 3)) | out[view]
+    anchors = anchor_batch_targets(work.policy(folder).train(), source, make_views([own]), seeds=seeds)
+    for view, x in lora(work, kind, folder, batch, anchors, own, rounds).items():
+        out[view] = x | dict(bytes=out[own]["bytes"] if view.endswith("cached") else 0)
     return out
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--only", choices=KINDS)
+    ap.add_argument("--only", choices=ALL)
     ap.add_argument("--rounds", type=int, default=7)
     ap.add_argument("--batch_size", type=int, default=32)
     ap.add_argument("--out", type=Path, default=Path("outputs/bench/policies.json"))
@@ -98,7 +135,7 @@ def main():
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as tmp:
         work = tiny_workload(Path(tmp) / "work", episodes=2)
-        for kind in [args.only] if args.only else KINDS:
+        for kind in [args.only] if args.only else ALL:
             result[kind] = measure(work, kind, args.batch_size, args.rounds, Path(tmp))
             print(kind, json.dumps(result[kind]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
