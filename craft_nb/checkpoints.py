@@ -137,10 +137,10 @@ def retention_section(trainer: CraftTrainer) -> str:
     return (f"## What it was held to\n\nFine-tuned from `{trainer.parts.cfg.policy.pretrained_path}` on `{trainer.parts.cfg.dataset.repo_id}` with craft_nb, "
             f"`--craft.method={craft.method}`, {trainer.step} steps. {said[:1].upper()}{said[1:]}; measured on {c['anchors']} anchors that were not trained on.\n")
 
-def write_card(trainer: CraftTrainer) -> Path | None:
+def write_card(trainer: CraftTrainer, table: str = "") -> Path | None:
     "A model card with the certificate in the checkpoint of the last step, if it was written, and in what the policy pushes."
     if not trainer.certificate: return None
-    cfg, section, policy = trainer.parts.cfg, retention_section(trainer), base_policy(trainer.accelerator.unwrap_model(trainer.policy))
+    cfg, section, policy = trainer.parts.cfg, retention_section(trainer) + (f"\n{table}" if table else ""), base_policy(trainer.accelerator.unwrap_model(trainer.policy))
     own = policy.generate_model_card
     def told(*args, **kw):
         card = own(*args, **kw)

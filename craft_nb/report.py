@@ -31,7 +31,9 @@ def flags_as_code(text: str) -> str: return re.sub(r"--[a-z][\w.]*(=[\w.]+)?", l
 def plus(m: dict | None, digits: int = 4) -> str: return "–" if m is None else num(m["mean"], digits)
 def gigabytes(x: float | None) -> str: return "–" if x is None else f"{x / 2**30:.3g} GiB"
 
-def runs_section(found: dict[str, dict], shares: dict[str, dict]) -> str:
+RUN_HEAD = ["run", "keeps by", "steps", "task loss", "L_ret", "held-out L_ret", "kept of the old", "step", "memory", "projected", "clipped", "skipped"]
+
+def run_rows(found: dict[str, dict], shares: dict[str, dict]) -> list[list[str]]:  # cells of HTML
     "A row a run: what it came to."
     def certificate(f):
         c = f["certificate"]
@@ -41,12 +43,13 @@ def runs_section(found: dict[str, dict], shares: dict[str, dict]) -> str:
         return f"{num(c['held_out'])}{half} {told}"
     def kept_of(n): return f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – {percent(shares[n]['high'])}</small>" if n in shares else "–"
     def steps(f): return f"{f['steps']}" + (f" of {f['steps_asked']}" if f["steps_asked"] and f["steps_asked"] != f["steps"] else "") + f"<small>{esc(f['state'][:60])}{', last line torn' * f['torn']}</small>"
-    rows = [[esc(n), esc(f["method"]), steps(f), plus(f["task_loss"]), plus(f["retention_loss"], 3), certificate(f), kept_of(n), f"{num(f['step_seconds'])} s" if f["step_seconds"] else "–",
+    return [[esc(n), esc(f["method"]), steps(f), plus(f["task_loss"]), plus(f["retention_loss"], 3), certificate(f), kept_of(n), f"{num(f['step_seconds'])} s" if f["step_seconds"] else "–",
              gigabytes(f["memory"]), percent(f["projected"]), percent(f["clipped"]), str(f["skipped"])] for n, f in found.items()]
-    head = ["run", "keeps by", "steps", "task loss", "L_ret", "held-out L_ret", "kept of the old", "step", "memory", "projected", "clipped", "skipped"]
+
+def runs_section(found: dict[str, dict], shares: dict[str, dict]) -> str:
     text = ("Losses are means over the last tenth of a run. The held-out L_ret is that of the certificate, on anchors that were not trained on. Steps are medians; "
             "the share of projected steps is of those with anchors, that of clipped ones of all.")
-    return section("What each run came to", text, table_html(head, rows))
+    return section("What each run came to", text, table_html(RUN_HEAD, run_rows(found, shares)))
 
 def success_table(evals: dict, tasks: dict, shares: dict, names: Sequence[str]) -> str:
     have = [n for n in ("teacher", *names) if evals.get(n, {}).get("success")]
@@ -294,6 +297,15 @@ def write(self, out: str | Path) -> Path:  # the page; the JSON lies beside it
     return page
 
 Report.write = write
+
+def card_table(run: str | Path) -> str:  # Markdown
+    "What a run came to, as its page says it, for the model card of its checkpoint."
+    r = Report(run)
+    def words(cell): return html.unescape(re.sub("<[^>]*>", "", re.sub(r"\s*<small>(.*?)</small>", r" (\1)", cell))).replace("|", "/")
+    rows = [(k, words(x)) for k, x in zip(RUN_HEAD, run_rows(r.facts, r.shares)[0], strict=True) if x != "–"]
+    if x := foretold(next(iter(r.facts.values()))):
+        rows.append(("old success, predicted, not measured", f"{percent(x['ratio'])} ({percent(x['low'])} – {percent(x['high'])}) of the teacher's, by the drift of the study's runs" + ", none of which is near it" * (not x["near"])))
+    return "\n".join(["| | |", "|---|---|", *(f"| {k} | {x} |" for k, x in rows)]) + "\n"
 
 # %% ../nbs/11f_report.ipynb #9d2d3014
 USAGE = """craft-report RUN [RUN …]: what runs did, beside each other, on one page that needs no network.

@@ -240,10 +240,10 @@ def train(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None, qui
     finish(trainer)
     return trainer
 
-def finish(trainer: CraftTrainer) -> None:
+def finish(trainer: CraftTrainer, table: str = "") -> None:  # table: Markdown, into the model card
     "Push to the hub if the policy asks for it, and let go of the other ranks."
     acc, p = trainer.accelerator, trainer.parts
-    if acc.is_main_process: write_card(trainer)
+    if acc.is_main_process: write_card(trainer, table)
     if acc.is_main_process and p.cfg.policy.push_to_hub:
         policy = acc.unwrap_model(trainer.policy)
         policy.push_model_to_hub(p.cfg, dataset_meta=p.dataset.meta, **({"peft_model": policy} if p.cfg.policy.use_peft else {}))

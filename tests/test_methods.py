@@ -161,6 +161,7 @@ def test_a_budget_is_judged_on_held_out_anchors(place):
     assert f"Budget 1e+03 nats per action token, held-out {c['held_out']:.3g} (1 episode), met" in said
     card = (out / "checkpoints/last/pretrained_model/README.md").read_text()
     assert said[said.index("held-out"):].split(", met")[0] + ", met" in card and f"{len(held)} anchors that were not trained on" in card
+    assert all(x in card for x in ("| keeps by | ", "| held-out L_ret | ", ": met) |", "| old success, predicted, not measured | "))  # the report's own row
     out, said = run(place, "missed", "--craft.budget=1e-9", "--craft.require_budget=true", code=2)
     assert "not met" in said and events(out, "certificate")[0]["met"] is False
     # the judge agrees with a pass of its own
