@@ -25,6 +25,7 @@ from . import demo, libero_demo  # the latter is a workload
 from .cli import expanded, refuse_clearly
 from .config import CraftConfig, as_path
 from .evaluate import CSS, COLOURS, INK, figure_png, figure_svg, new_figure, section, table_html, table_markdown
+from .sequence import ARMS as SEQUENCE_ARMS, sequence, sequence_settings
 
 # %% ../nbs/14_study.ipynb #228026fa
 @dataclass(frozen=True)
@@ -477,26 +478,31 @@ def study_main(argv: list[str] | None = None) -> None:
     first.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld")
     argv = expanded(sys.argv[1:] if argv is None else argv)
     name = first.parse_known_args(argv)[0].workload
-    work = demo.WORKLOADS[name]
+    work, own = demo.WORKLOADS[name], "" if name == "metaworld" else f"_{demo.WORKLOADS[name].folder}"
     p.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld", help="what is simulated (%(default)s)")
     p.add_argument("--demo", default=f"outputs/{work.folder}", help="folder of the demo, whose data set and teacher are used, and made if they are not there (%(default)s)")
-    p.add_argument("--out", default="outputs/study" + f"_{work.folder}" * (name != "metaworld"), help="where everything goes (%(default)s)")
+    p.add_argument("--out", default="", help=f"where everything goes (outputs/study{own}; with --sequence outputs/sequence{own})")
     p.add_argument("--arms", default="", help="with commas between; all of the declared search by default")
     p.add_argument("--jobs", default="", help="instead of arms: \"ARM KNOB; ARM KNOB\", such as \"replay fraction=1; share:action_logits@4500 share=0.3\"")
     p.add_argument("--seeds", default="0,1,2", help="training seeds (%(default)s)")
     p.add_argument("--episodes", type=int, default=0, help="a task and job; 0: losses only (%(default)s)")
     p.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
+    p.add_argument("--sequence", default="", help="tasks with commas between, learned one after the other, instead of a study; in outputs/sequence, and nothing of --demo is used")
     p.add_argument("--quick", action="store_true", help="three arms, one seed")
     p.add_argument("--size", choices=work.sizes, default="full", help="tiny runs the same code and learns nothing")
     p.add_argument("--report", action="store_true", help="train nothing: the page of what has finished")
     args = p.parse_args(argv)
     if missing := work.missing(): raise SystemExit(f"craft-study: --workload={name}: {missing}")
-    out, settings = as_path(args.out).absolute(), work.sizes[args.size]
+    out, settings = as_path(args.out or f"outputs/{'sequence' if args.sequence else 'study'}{own}").absolute(), work.sizes[args.size]
+    if args.workers < 1 or args.episodes < 0: p.error("--workers: expected at least 1, and --episodes at least 0")
     try:
+        if args.sequence:
+            settings, arms = sequence_settings(settings, args.sequence.split(",")), args.arms.split(",") if args.arms else [*SEQUENCE_ARMS]
+            if strange := {*arms} - {*SEQUENCE_ARMS}: raise ValueError(f"unknown arm {', '.join(sorted(strange))}: a sequence has {', '.join(SEQUENCE_ARMS)}")
+            return refuse_clearly(lambda: sequence(out, settings, arms, [int(s) for s in args.seeds.split(",")], args.episodes, args.workers))
         seeds = [0] if args.quick else [int(s) for s in args.seeds.split(",")]
         jobs = named(args.jobs, seeds) if args.jobs else plan(args.arms.split(",") if args.arms else tuple(SEARCH), seeds, settings.anchors, args.quick)
     except ValueError as e: p.error(str(e))
-    if args.workers < 1 or args.episodes < 0: p.error("--workers: expected at least 1, and --episodes at least 0")
     refuse_clearly(lambda: study(as_path(args.demo).absolute(), out, settings, jobs, args.episodes, args.workers, args.report))
 
 def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], episodes: int = 0, workers: int = 2, only_report: bool = False) -> Path:
