@@ -144,7 +144,8 @@ def stage_config(run: demo.Run, arm: str, k: int, seed: int, teacher: Path, memo
     policy.scheduler_warmup_steps, policy.scheduler_decay_steps = 20, s.steps
     cfg.policy, cfg.steps, cfg.save_freq, cfg.num_workers, cfg.seed, cfg.dataset.episodes = policy, s.steps, s.steps, 0, seed, split(run, s.tasks[k])[0]
     if how.get("views"):
-        cfg.craft = CraftConfig(**how, anchor_cache_dir=str(memory))
+        there = json.loads((memory / "anchors.json").read_text())["num_anchors"]
+        cfg.craft = CraftConfig(**how, anchor_cache_dir=str(memory), anchor_batch_size=min(CraftConfig().anchor_batch_size, there))
         return cfg, size_of(memory)
     if arm != "replay": return cfg, 0
     inputs = cache_info(memory)

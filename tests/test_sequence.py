@@ -26,7 +26,7 @@ def test_a_memory_is_carried_from_stage_to_stage(work, tmp_path, monkeypatch):
     room = by["share"]["room"]
     memory = q.remember(run, out / "share-0/policy-1", "button-press-topdown-v3", 2, out / "first-anchors", tmp_path / "second", room)
     m = json.loads((memory / "anchors.json").read_text())
-    assert q.size_of(memory) <= room and len(m["extra"]["merged_from"]) == 2 if "merged_from" in m["extra"] else "cut" in m["extra"]
+    assert q.size_of(memory) <= room and len({x["weights"] for x in m["extra"]["merged_from"]}) == 2
     cfg, used = q.stage_config(run, "share", 1, 0, out / "share-0/policy-1", memory, room)
     q.fit(cfg, tmp_path / "third")
     assert (tmp_path / "third/model.safetensors").exists() and used <= room
@@ -36,6 +36,7 @@ def test_a_memory_is_carried_from_stage_to_stage(work, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # two minutes of CPU
+@pytest.mark.timeout(1800)
 def test_whole_sequence_tiny(tmp_path, capsys):
     from craft_nb.study import study_main
     study_main(["--size=tiny", "--sequence=window-open-v3,plate-slide-v3,button-press-v3", "--arms=constant,replay", "--seeds=0", "--episodes=1", f"--out={tmp_path}"])

