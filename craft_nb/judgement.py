@@ -100,8 +100,10 @@ def verdict(all_facts: dict[str, dict], evals: dict, tasks: dict) -> list[str]:
     return [first_sentence(all_facts), second_sentence(all_facts, evals, tasks), third_sentence(all_facts, evals, tasks)]
 
 # %% ../nbs/10m_judgement.ipynb #449e75ef
-STUDY = dict(view="action_logits", unit="nats per action token", teacher=(39, 60),  # bench/study_demo.json, of craft-study --episodes=30: (drift on held-out anchors, old successes, of)
-             points=((.0876, 43, 60), (.0859, 41, 60), (.1094, 39, 60), (.1258, 41, 60), (1.7543, 3, 60), (.1046, 47, 60), (.1035, 38, 60)))
+STUDY = dict(view="action_logits", unit="nats per action token", teacher=(67, 100),  # bench/study_demo.json, of craft-study --episodes=50: (drift on held-out anchors, old successes, of)
+             points=((.0834, 70, 100), (.0854, 74, 100), (.0859, 72, 100), (.0868, 69, 100), (.0876, 70, 100), (.1028, 67, 100), (.1035, 66, 100), (.1046, 73, 100),
+                     (.1055, 68, 100), (.1067, 69, 100), (.1094, 68, 100), (.1146, 66, 100), (.1203, 75, 100), (.1258, 72, 100), (.1313, 75, 100), (1.5691, 5, 100),
+                     (1.5820, 4, 100), (1.6937, 4, 100), (1.7257, 3, 100), (1.7543, 4, 100)))
 
 def predicted_kept(drift: float, study: dict = STUDY) -> dict:  # {ratio, low, high, near}
     "Success on old tasks over the teacher's that the study's curve foretells for a drift on held-out anchors; median and 95 % interval. `near`: has the study a run at such a drift?"

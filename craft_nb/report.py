@@ -136,7 +136,7 @@ def foretold_table(found: dict, shares: dict) -> str:
     def seen(n): return f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – {percent(shares[n]['high'])}</small>" if n in shares else "not measured"
     rows = [[esc(n), num(x["drift"]), f"{percent(x['ratio'])} <small>{percent(x['low'])} – {percent(x['high'])}{', no run of the study near it' * (not x['near'])}</small>", seen(n)] for n, x in have.items()]
     return section("Old success, predicted", "A prediction, not a measurement: the share of the teacher's success on old tasks that runs of the study kept at such a drift on held-out anchors (view action_logits, two "
-                   "Meta-World tasks, a small pi0_fast, seven fine-tunes; 95 % interval). Another robot has another curve: measure success where you can.",
+                   "Meta-World tasks, a small pi0_fast, twenty fine-tunes; 95 % interval). Another robot has another curve: measure success where you can.",
                    table_html(["run", "held-out drift", "predicted", "measured"], rows))
 
 def settings_section(differ: dict[str, dict], names: Sequence[str]) -> str:
