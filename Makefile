@@ -25,8 +25,8 @@ setup: .venv/.ready ## create .venv and install everything (the other targets do
 .venv/.ready: pyproject.toml tools/setup.sh
 	@sh tools/setup.sh
 
-demo: .venv/.ready ## simulator, teacher, cache, plain fine-tuning and CRaFT, report: outputs/demo/report.html
-	craft-demo
+demo: .venv/.ready ## simulator, teacher, cache, plain fine-tuning and CRaFT, report: outputs/demo/report.html; ARGS=--policy=act: with an ACT
+	craft-demo $(ARGS)
 
 study: .venv/.ready ## methods x knobs x seeds on the demo's workload, losses only: outputs/study/demo.html; ARGS=--quick: one seed, three methods
 	craft-study $(ARGS)

@@ -175,12 +175,12 @@ def test_tutorial_live(lab, page):
     at = step(page)
     until(lambda: step(page) > at + 15, "steps under the new budget", 40)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    change = [r for r in rows if r.get("event") == "control" and r["name"] == "epsilon_scale"][-1]
-    assert change["new"] < 1
+    changes = [r for r in rows if r.get("event") == "control" and r["name"] == "epsilon_scale"]   # eight keys may reach the run one by one
+    assert changes[-1]["new"] < 1
     eps = {r["step"]: r["epsilon"] for r in rows if "event" not in r}
     lam = {r["step"]: r["lambda"] for r in rows if "event" not in r}
-    s, n = change["step"], max(lam)
-    assert eps[n] < .8*eps[s]
+    s, n = changes[0]["step"], max(lam)
+    assert eps[n] < .8*eps[max(1, s - 1)]
     assert (lam[n] - lam[s])/(n - s) > (lam[s] - lam[max(1, s - 15)])/min(15, s - 1), "λ did not answer the tighter budget"
 
     # dark, and half as wide
