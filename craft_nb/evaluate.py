@@ -378,7 +378,7 @@ def success_section(report: dict, summary: dict) -> str:
     "Success of every arm on every task, the pooled columns and what was kept."
     def kept(c): return f"{c['ratio']:.0%} <small>{c['low']:.0%}–{c['high']:.0%}</small>".replace("%", " %") if c else "–"
     tasks = [*report["tasks"]["old"], *report["tasks"]["new"]]
-    head = ["arm", *(html.escape(t) for t in tasks), "kept of the old"]
+    head = ["arm", *(html.escape(t).replace("_", "_<wbr>") for t in tasks), "kept of the old"]
     rows = [[html.escape(a), *(cell_html(report["success"][t][a]) for t in tasks),
              kept(c["retention"]) if a != "teacher" else "–"] for a, c in summary.items()]
     n = min(c["n"] for cells in report["success"].values() for c in cells.values())
