@@ -209,7 +209,9 @@ def summary_rows(found: dict, what: str) -> list[list[str]]:
     rows = []
     for arm, by in found["arms"].items():
         some = [r[what] for r in by.values() if r[what]]
-        if some: rows.append([arm, str(len(some)), *(mean_of(x[k] for x in some) for k in ("average", "nbt", "bwt", "fwt")), f"{max(max(r['bytes']) for r in by.values()):,}"])
+        most, room = max(max(r["bytes"]) for r in by.values()), max(r["room"] for r in by.values())
+        memory = f"{most:,}" + f", more than the {room:,} allowed" * (most > room)  # replay keeps an episode a task, whatever it takes
+        if some: rows.append([arm, str(len(some)), *(mean_of(x[k] for x in some) for k in ("average", "nbt", "bwt", "fwt")), memory])
     return rows
 
 def matrix_rows(found: dict, arm: str, what: str) -> list[list[str]]:

@@ -25,7 +25,7 @@ from . import demo, libero_demo  # the latter is a workload
 from .cli import expanded, refuse_clearly
 from .config import CraftConfig, as_path
 from .evaluate import CSS, COLOURS, INK, figure_png, figure_svg, new_figure, section, table_html, table_markdown
-from .sequence import ARMS as SEQUENCE_ARMS, sequence, sequence_settings
+from .sequence import ARMS as SEQUENCE_ARMS, leave, sequence, sequence_settings, size_of
 
 # %% ../nbs/14_study.ipynb #228026fa
 @dataclass(frozen=True)
@@ -198,9 +198,8 @@ def trained(run: demo.Run, job: Job, out: Path) -> dict:
     if trainer.ended != "done": raise RuntimeError(f"{job.key}: training ended at step {trainer.step} ({trainer.ended}), so there is nothing to measure")
     row = dict(old=None, new=None, seconds=time.time() - start, cpu_seconds=time.process_time() - cpu)
     row |= measure(trainer, run, job, out) | of_records([json.loads(x) for x in (cfg.output_dir / "metrics.jsonl").read_text().splitlines()])
-    shards = json.loads((out / "caches" / job.cache / "anchors.json").read_text())["shards"] if job.cache else []
     unwrapped(trainer).save_pretrained(cfg.output_dir / "policy")
-    return row | dict(bytes=sum(s["bytes"] for s in shards))
+    return row | dict(bytes=size_of(out / "caches" / job.cache) if job.cache else 0)
 
 def run_job(run_args, out: str, job: Job, episodes: int = 0) -> None:
     "Train, measure, roll out; leave `jobs/<key>.json`. What is done is not done again: a job whose weights are there is only rolled out."
@@ -209,15 +208,11 @@ def run_job(run_args, out: str, job: Job, episodes: int = 0) -> None:
     run, out = demo.Run(*run_args), Path(out)
     file, weights = out / "jobs" / f"{job.key}.json", out / "runs" / job.key / "policy"
     if finished(file, episodes): return
-    def leave(row):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".tmp").write_text(json.dumps(asdict(job) | dict(result=row), indent=1))
-        file.with_suffix(".tmp").rename(file)
     if job.method == "teacher":
         row, weights = json.loads(file.read_text())["result"] if file.exists() else {}, run.result("teacher")["path"]
     elif file.exists() and weights.exists(): row = json.loads(file.read_text())["result"]
-    else: leave(row := trained(run, job, out))
-    if episodes: leave(row | successes(demo.workload(run).policy(weights), run, episodes, row))
+    else: leave(file, asdict(job) | dict(result=(row := trained(run, job, out))))
+    if episodes: leave(file, asdict(job) | dict(result=row | successes(demo.workload(run).policy(weights), run, episodes, row)))
 
 def finished(file: Path, episodes: int) -> bool:
     "Is there a result, with as many episodes a task?"
