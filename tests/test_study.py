@@ -20,7 +20,8 @@ def base(work, tmp_path_factory):  # arguments of `demo.Run` for a demo folder w
 
 def test_jobs_leave_a_front(base, tmp_path, monkeypatch):
     from craft_nb import lerobot
-    from craft_nb.study import Job, cache_jobs, collect, finished, run_job, write_report
+    from craft_nb.fronts import write_report
+    from craft_nb.study import Job, cache_jobs, collect, finished, run_job
     jobs = [Job("sft", "lr=1", 0), Job("share:action_logits@16", "share=0.3", 0)]
     for f, args, _ in cache_jobs(base, tmp_path, jobs, 8): f(*args)
     make, made = lerobot.make_trainer, []
@@ -44,7 +45,8 @@ def test_jobs_leave_a_front(base, tmp_path, monkeypatch):
 
 def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
     from craft_nb import lerobot
-    from craft_nb.study import Job, cache_jobs, collect, finished, run_job, tables
+    from craft_nb.fronts import tables
+    from craft_nb.study import Job, cache_jobs, collect, finished, run_job
     job, teacher = Job("sft", "lr=1", 0), Job("teacher", "", 0)
     for f, args, _ in cache_jobs(base, tmp_path, [job], 8): f(*args)
     run_job(base, str(tmp_path), job)
