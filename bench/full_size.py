@@ -1,13 +1,13 @@
-"""Policies at the sizes that people run, random weights, through the commands: cache of 8 anchors, training with and without CRaFT, resume, drift.
+"""Policies at the sizes that people run, random weights, through the commands: cache of 16 anchors, training with and without CRaFT, resume, drift.
 
-    python bench/full_size.py                        SmolVLA in full and with LoRA, pi0_fast with LoRA and the teacher inside
-    python bench/full_size.py --only smolvla_lora    one of them: smolvla, smolvla_lora, pi0_fast_lora
-    python bench/full_size.py --device cuda          on a GPU
+    python bench/full_size.py                        SmolVLA in full and with LoRA, pi0_fast with LoRA, both also with the teacher inside
+    python bench/full_size.py --only smolvla_lora    one of them: smolvla, smolvla_lora, smolvla_lora_inside, pi0_fast_lora, pi0_fast_lora_inside
+    python bench/full_size.py --device cuda --batch 16 --anchors 8 --steps 8     on a GPU, half as many anchors as samples
 
 Nothing is downloaded: the VLM's shape is written down here, tokenizers are made from the data. SmolVLA: 450 M parameters, float32; pi0_fast: 2.9 B,
 bfloat16. Needs about 12 GiB of memory, pi0_fast 16. Writes outputs/bench/full_size.json: {policy: {"parameters", "peak_over_estimate", "step_ratio",
-"first_loss", "bytes", …}}: the peak of the training process over the estimate it printed before its first step; a retention step (K = 1, as many
-anchors as samples) over a plain step, medians of two runs of the same length, first step left out; L_ret of the first step.
+"first_loss", "bytes", …}}: the peak of the training process over the estimate it printed before its first step; a retention step (K = 1) over a
+plain step, medians of two runs of the same length, first step left out; L_ret of the first step.
 """
 import argparse
 import json
@@ -22,10 +22,12 @@ SMOLVLM2_500M = dict(  # shape of HuggingFaceTB/SmolVLM2-500M-Video-Instruct
               head_dim=64, vocab_size=49280, pad_token_id=0, max_position_embeddings=8192),
     vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16, image_size=512), scale_factor=4)
 LORA = ["--peft.method_type=LORA", "--peft.r=16"]
+LANGUAGE = "--peft.target_modules=.*language_model.*(q_proj|v_proj)"
+SMOLVLA, FAST = dict(kind="smolvla", view="answer"), dict(kind="pi0_fast", view="action_logits", flags=[*LORA, LANGUAGE])
 RUNS = {
-    "smolvla": dict(kind="smolvla", view="answer", flags=["--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"], cache=True),
-    "smolvla_lora": dict(kind="smolvla", view="answer", flags=LORA, cache=True),
-    "pi0_fast_lora": dict(kind="pi0_fast", view="action_logits", flags=[*LORA, "--peft.target_modules=.*language_model.*(q_proj|v_proj)"], cache=False)}
+    "smolvla": SMOLVLA | dict(flags=["--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"], cache=True),
+    "smolvla_lora": SMOLVLA | dict(flags=LORA, cache=True), "smolvla_lora_inside": SMOLVLA | dict(flags=LORA, cache=False),
+    "pi0_fast_lora": FAST | dict(cache=True), "pi0_fast_lora_inside": FAST | dict(cache=False)}
 
 
 def checkpoint(work, kind: str, device: str):
@@ -66,11 +68,16 @@ def command(name: str, *flags: str) -> str:
     return done.stdout
 
 
+def device_name(device: str) -> str:
+    import torch
+    return torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+
+
 def rows(run: Path) -> list[dict]: return [json.loads(r) for r in (run / "metrics.jsonl").read_text().splitlines()]
 def seconds(run: Path) -> float: return statistics.median(r["seconds"] for r in rows(run)[1:] if "event" not in r and r["step"] > 1)
 
 
-def measure(name: str, folder: Path, steps: int, batch: int, device: str) -> dict:
+def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, device: str) -> dict:
     from craft_nb.small import tiny_workload
     how = RUNS[name]
     work = tiny_workload(folder)
@@ -80,21 +87,21 @@ def measure(name: str, folder: Path, steps: int, batch: int, device: str) -> dic
     cache, data = folder / f"{how['kind']}-anchors", f"--dataset.repo_id={work.root}"
     out = dict(parameters=json.loads((folder / f"{how['kind']}.json").read_text()))
     if not (cache / "anchors.json").exists():
-        command("craft-build-cache", f"--policy.path={teacher}", data, f"--out_dir={cache}", "--num_anchors=8", f"--views={how['view']}", "--batch_size=4",
+        command("craft-build-cache", f"--policy.path={teacher}", data, f"--out_dir={cache}", "--num_anchors=16", f"--views={how['view']}", "--batch_size=4",
                 *(["--actions=dataset", "--undecodable=keep"] if how["kind"] == "pi0_fast" else []))
-    out["bytes"] = round(sum(f.stat().st_size for f in cache.glob("*.safetensors")) / 8)
+    out["bytes"] = round(sum(f.stat().st_size for f in cache.glob("*.safetensors")) / 16)
     common = [f"--policy.path={teacher}", data, f"--batch_size={batch}", f"--steps={steps}", "--num_workers=0", "--env_eval_freq=0", "--craft.check=false",
               "--log_freq=1", *how["flags"]]
-    craft = [f"--craft.views={how['view']}", f"--craft.anchor_cache_dir={cache}", f"--craft.anchor_batch_size={batch}", "--craft.retention_freq=1",
+    craft = [f"--craft.views={how['view']}", f"--craft.anchor_cache_dir={cache}", f"--craft.anchor_batch_size={anchors}", "--craft.retention_freq=1",
              *([] if how["cache"] else ["--craft.teacher=inside"])]
-    plain, kept = folder / f"{name}-plain", folder / f"{name}-craft"
+    plain, kept = folder / f"{name.removesuffix('_inside')}-plain", folder / f"{name}-craft"
     if not (plain / "metrics.jsonl").exists(): command("craft-train", *common, "--craft.enabled=true", "--craft.method=sft", f"--output_dir={plain}", f"--save_freq={10 * steps}")
     if not (kept / "metrics.jsonl").exists(): command("craft-train", *common, *craft, f"--output_dir={kept}", f"--save_freq={steps - 1}")
     found = rows(kept)
     used = next(r for r in found if r.get("event") == "memory_used")
     mine = [r for r in found if "event" not in r]
     out |= dict(first_loss=mine[0]["retention_loss"], step_ratio=seconds(kept) / seconds(plain), peak_over_estimate=used["used"] / used["expected"],
-                peak_gib=used["used"] / 2**30, batch=batch, steps=steps)
+                peak_gib=used["used"] / 2**30, batch=batch, anchors=anchors, steps=steps, device=device_name(device))
     config = kept / f"checkpoints/{steps - 1:06d}/pretrained_model/train_config.json"
     again = folder / f"{name}-again"
     if not (again / "metrics.jsonl").exists(): command("craft-train", "--resume", f"--config_path={config}", f"--output_dir={again}")
@@ -111,6 +118,7 @@ def main():
     ap.add_argument("--out", type=Path, default=Path("outputs/bench/full_size.json"))
     ap.add_argument("--steps", type=int, default=3)
     ap.add_argument("--batch", type=int, default=2)
+    ap.add_argument("--anchors", type=int, help="a retention step; as many as samples if not given")
     ap.add_argument("--device", default="cpu")
     ap.add_argument("--make", help=argparse.SUPPRESS)
     a = ap.parse_args()
@@ -121,7 +129,7 @@ def main():
     if wrong := set(a.only.split(",")) - set(RUNS): ap.error(f"--only: expected some of {', '.join(RUNS)}, found {', '.join(sorted(wrong))}")
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name in a.only.split(","):
-        found[name] = measure(name, folder, a.steps, a.batch, a.device)
+        found[name] = measure(name, folder, a.steps, a.batch, a.anchors or a.batch, a.device)
         a.out.parent.mkdir(parents=True, exist_ok=True)
         a.out.write_text(json.dumps(found, indent=1))
         print(name, json.dumps(found[name]), flush=True)
