@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'LANDING', 'SHARE', 'CONTROLLERS', 'NO_GAIN', 'epsilon_schedule', 'update_lambda', 'see_held_out',
-           'Budget', 'Dual', 'no_trace', 'probe_drift']
+           'see_parts', 'Budget', 'Dual', 'no_trace', 'probe_drift']
 
 # %% ../nbs/04_dual.ipynb #2add2573
 import copy
 import math
 import random
+import statistics
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -111,7 +112,8 @@ def _share(dual, loss, eps, gradients):
     low, high = math.log(max(c.share, 1e-6)), math.log(max(c.share_max, 1e-6))
     s, e = memory.get("s", low), 0.0
     if 0 < eps < math.inf:
-        e = min(max(math.log(max(mean * memory.get("bias", 1.0), 1e-30) / eps), -1.0), 1.0)
+        bound = mean * memory.get("bias", 1.0) * (1 + memory.get("doubt", 0.0))
+        e = min(max(math.log(max(bound, 1e-30) / eps), -1.0), 1.0)
         s = min(max(s + p["ki"] * c.retention_freq * c.lambda_update_every * e, low), high)
     memory["s"], at = s, min(max(s + p["kp"] * e, low), high)
     memory["share"] = memory["most"] = math.exp(at) if c.share_max else 0.0
@@ -123,6 +125,14 @@ def see_held_out(dual, loss: float) -> None:
     "Tell `share` what L_ret is on held-out anchors now."
     if dual.memory.get("loss", 0.0) > 0 and loss > 0:
         dual.memory["bias"] = math.exp(_mean(dual.memory, "log_bias", math.log(loss / dual.memory["loss"]), SHARE["bias"]))
+
+def see_parts(dual, losses: list[float | None]) -> None:  # None: of that part there was nothing in this look
+    "Tell `share` what that look was on each part of the held-out episodes, so that it knows how far their mean may be off."
+    if not dual.memory.get("loss", 0.0) > 0: return
+    for i, x in enumerate(losses):
+        if x is not None and x > 0: _mean(dual.memory, f"part_{i}", math.log(x / dual.memory["loss"]), SHARE["memory"])
+    seen = [m for i in range(len(losses)) if (m := dual.memory.get(f"part_{i}")) is not None]
+    if len(seen) > 1: dual.memory["doubt"] = statistics.stdev(seen) / len(seen) ** 0.5
 
 CONTROLLERS = {"ascent": _ascent, "ema": _ema, "pi": _pi, "landing": _landing, "share": _share}
 NO_GAIN = ("landing", "share")  # they find λ itself
@@ -184,6 +194,11 @@ class Dual(Budget):
     def weight(self) -> float:
         "λ as it enters the merge on a retention step."
         return self.pressure * self.lam
+
+    @property
+    def estimate(self) -> float | None:
+        "L_ret on held-out anchors as `share` believes it to be; None before the first look."
+        return self.memory["loss"] * self.memory["bias"] if "bias" in self.memory else None
 
     def aim(self, step: int) -> float:
         "What the controller steers by: ε, for `share` with a budget tightened a little, and loosened as the learning rate of a cosine schedule is above its end."

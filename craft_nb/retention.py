@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import CraftConfig, parse_weights
-from .dual import Dual, no_trace, see_held_out
+from .dual import Dual, no_trace, see_held_out, see_parts
 from .losses import View, rounding_error
 from .passes import AnchorPass, count_rows
 from .step import Method, StepParts, across_ranks, clip_gradients, take_grad, task_backward
@@ -332,3 +332,9 @@ class Retention(Constraint):
 
     def see_held_out(self, loss: float):
         for d in self.duals.values(): see_held_out(d, loss)
+
+    @property
+    def steers(self) -> bool: return self.config.controller == "share" and (self.config.budget > 0 or self.config.epsilon_unit == "auto")
+
+    def see_parts(self, losses: list[float | None]):
+        for d in self.duals.values(): see_parts(d, losses)

@@ -28,6 +28,7 @@ class Method:
     copies = 0  # of the trained weights that it holds, for the memory estimate
     beside = 0  # bytes of a teacher that it holds
     constrained = False  # is it a `Constraint`, with budgets, multipliers and surgery?
+    steers = False  # by looks at held-out anchors? Then each is told to `see_parts` too
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -47,6 +48,7 @@ class Method:
     def update(self, trainer, row: dict): "All was finite and the step counts: move multipliers."
     def weights(self, trainer): "The optimizer has moved the weights."
     def see_held_out(self, loss: float): "L_ret on held-out anchors has just been measured."
+    def see_parts(self, losses: list[float | None]): "What that was on each part of their episodes; None: of that part there was nothing."
     def finish(self, trainer): "The last step is done, its checkpoint not yet written."
 
     def state_dict(self) -> dict: return {}  # plain JSON

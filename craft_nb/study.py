@@ -160,7 +160,7 @@ def of_records(rows: list[dict]) -> dict:
         return statistics.mean(found) if found else None
     out = dict(task_loss_end=mean("task_loss"), train_drift=mean("retention_loss"), lam=mean("lambda"), share=mean("share"), cosine=mean("cosine"),
                projected=sum(bool(r["projected"]) for r in steps), steps=len(steps))
-    return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "budget", "met", "seconds")}) if cert else {})
+    return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "standard_error", "estimate", "budget", "met", "seconds")}) if cert else {})
 
 # %% ../nbs/14_study.ipynb #a91f30c4
 def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}; done
