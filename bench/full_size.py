@@ -77,7 +77,7 @@ def rows(run: Path) -> list[dict]: return [json.loads(r) for r in (run / "metric
 def seconds(run: Path) -> float: return statistics.median(r["seconds"] for r in rows(run)[1:] if "event" not in r and r["step"] > 1)
 
 
-def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, device: str) -> dict:
+def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, device: str, brief: bool) -> dict:
     from craft_nb.small import tiny_workload
     how = RUNS[name]
     work = tiny_workload(folder)
@@ -102,6 +102,7 @@ def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, devic
     mine = [r for r in found if "event" not in r]
     out |= dict(first_loss=mine[0]["retention_loss"], step_ratio=seconds(kept) / seconds(plain), peak_over_estimate=used["used"] / used["expected"],
                 peak_gib=used["used"] / 2**30, batch=batch, anchors=anchors, steps=steps, device=device_name(device))
+    if brief: return out
     config = kept / f"checkpoints/{steps - 1:06d}/pretrained_model/train_config.json"
     again = folder / f"{name}-again"
     if not (again / "metrics.jsonl").exists(): command("craft-train", "--resume", f"--config_path={config}", f"--output_dir={again}")
@@ -120,6 +121,7 @@ def main():
     ap.add_argument("--batch", type=int, default=2)
     ap.add_argument("--anchors", type=int, help="a retention step; as many as samples if not given")
     ap.add_argument("--device", default="cpu")
+    ap.add_argument("--brief", action="store_true", help="neither resume nor craft-eval")
     ap.add_argument("--make", help=argparse.SUPPRESS)
     a = ap.parse_args()
     folder = a.folder.resolve()
@@ -129,7 +131,7 @@ def main():
     if wrong := set(a.only.split(",")) - set(RUNS): ap.error(f"--only: expected some of {', '.join(RUNS)}, found {', '.join(sorted(wrong))}")
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name in a.only.split(","):
-        found[name] = measure(name, folder, a.steps, a.batch, a.anchors or a.batch, a.device)
+        found[name] = measure(name, folder, a.steps, a.batch, a.anchors or a.batch, a.device, a.brief)
         a.out.parent.mkdir(parents=True, exist_ok=True)
         a.out.write_text(json.dumps(found, indent=1))
         print(name, json.dumps(found[name]), flush=True)
