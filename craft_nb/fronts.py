@@ -118,6 +118,8 @@ def colours(study: dict) -> dict[str, str]:
     others = [a for a in study if a not in ("sft", "teacher")]
     return {a: {"sft": "#d55e00", "teacher": INK}.get(a) or COLOURS[others.index(a) % len(COLOURS)] for a in study}
 
+def unit(study: dict) -> str: return "squared distance per action dimension" if any(":answer@" in a for a in study) else "nats per action token"
+
 def plot_losses(study: dict):  # matplotlib Figure
     "Held-out drift against the loss of the new task, on frames trained on and on others; a thin dot a seed."
     fig, axes = new_figure(9, 4.2, 1, 2)
@@ -128,7 +130,7 @@ def plot_losses(study: dict):  # matplotlib Figure
             seen = [(r["drift"], r[y]) for by_seed in knobs.values() for r in by_seed.values()]
             ax.plot(*zip(*seen), ".", color=colour, markersize=3, alpha=0.6)
         ax.set_xscale("log")
-        ax.set_xlabel("held-out drift, nats per action token", fontsize=8, color=INK)
+        ax.set_xlabel(f"held-out drift, {unit(study)}", fontsize=8, color=INK)
         ax.set_title(f"task loss, {title}", fontsize=9, color=INK, loc="left")
     axes[0, 0].legend(frameon=False, fontsize=6.5, labelcolor=INK)
     return fig
@@ -200,7 +202,8 @@ RECOMMENDED = "share:action_logits@{n}", "share=0.3"
 
 def reference(study: dict) -> tuple[str, str] | None:  # arm, knob
     "What the others are compared with: the recommended setting, at most anchors; None where it was not rolled out."
-    arms = [a for a in students(study) if a.partition("@")[0] == RECOMMENDED[0].partition("@")[0] and rolled_out(study[a].get(RECOMMENDED[1], {}))]
+    recommended = RECOMMENDED[0].partition("@")[0], "share:answer"  # of pi0_fast, of others
+    arms = [a for a in students(study) if a.partition("@")[0] in recommended and rolled_out(study[a].get(RECOMMENDED[1], {}))]
     return (max(arms, key=lambda a: int(a.partition("@")[2])), RECOMMENDED[1]) if arms else None
 
 def paired_rows(study: dict, ref: tuple[str, str] | None) -> list[list[str]]:

@@ -13,7 +13,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -84,19 +84,31 @@ SEARCH = {  # arm → knobs; {n} is the number of anchors
 }
 QUICK = ("sft", "share:action_logits@{n}", "constant:action_logits@{n}")
 
-def plan(arms=tuple(SEARCH), seeds=(0,), anchors: int = 4500, quick: bool = False) -> list[Job]:
+# %% ../nbs/14_study.ipynb #c93d05e2
+FAST = demo.POLICIES["pi0_fast"].views
+
+def own_view(arm: str, anchors: int, views=FAST) -> str: return arm.replace(FAST[0], views[0]).format(n=anchors)
+
+def search(anchors: int = 4500, views=FAST) -> dict[str, tuple]:  # arm → knobs
+    "The declared search for a policy that can be held by `views`, its answer first."
+    own = {own_view(a, anchors, views): k for a, k in SEARCH.items()}
+    return {a: k for a, k in own.items() if Job(a, "", 0).view in ("", *views)}
+
+# %% ../nbs/14_study.ipynb #1f6ab8d7
+def plan(arms=(), seeds=(0,), anchors: int = 4500, quick: bool = False, views=FAST) -> list[Job]:
     "The jobs, all arms of a seed before the next seed. Raises `ValueError` for an unknown arm."
-    table = {a.format(n=anchors): k for a, k in SEARCH.items()}
-    arms = [a.format(n=anchors) for a in (QUICK if quick else arms)]
+    table = search(anchors, views)
+    arms = [own_view(a, anchors, views) for a in QUICK] if quick else [a.format(n=anchors) for a in arms] or [*table]
     if strange := [a for a in arms if a not in table]: raise ValueError(f"unknown arm {', '.join(strange)}: choose from {', '.join(table)}")
     return [Job(a, k, s) for s in seeds for a in arms for k in table[a][: 1 if quick and a == "sft" else None]]
 
-def named(text: str, seeds) -> list[Job]:
-    "Jobs from `arm knob; arm knob; …`, whatever the search says. Raises `ValueError` for a method that there is not, or a knob that it lacks."
+def named(text: str, seeds, views=()) -> list[Job]:  # views: by which the policy can be held, none: not looked at
+    "Jobs from `arm knob; arm knob; …`, whatever the search says. Raises `ValueError` for a method that there is not, a knob that it lacks, or a view that the policy cannot have."
     jobs = []
     for arm, _, knob in (x.strip().partition(" ") for x in text.split(";") if x.strip()):
         try: CraftConfig(**(craft_settings(Job(arm, knob.strip(), 0)) or {}))
         except (KeyError, ValueError) as e: raise ValueError(f"{arm} {knob}: expected ARM KNOB, such as share:action_logits@4500 share=0.3; found {e}") from e
+        if views and (view := Job(arm, "", 0).view) and view not in views: raise ValueError(f"{arm}: this policy cannot be held by {view}; it can have {', '.join(views)}")
         jobs.append((arm, knob.strip()))
     return [Job(*j, s) for s in seeds for j in jobs]
 
@@ -115,19 +127,17 @@ def cache_job(run_args, out: str, name: str, views: str, number: int, part: str)
 
 def cache_jobs(run_args, out: Path, jobs: list[Job], number: int) -> list:
     "For `run_jobs`: the caches that the jobs need, and the two that they are judged on."
-    views = ",".join(dict.fromkeys(["action_logits", *(j.view for j in jobs if j.view and j.view != "pooled")]))
+    views = ",".join(dict.fromkeys([run_args[1].kind.answer, *(j.view for j in jobs if j.view and j.view != "pooled")]))
     need = {j.cache: (j.view, j.anchors, "anchors") for j in jobs if j.cache} | {k: (views, number, k) for k in ("held", "third")}
     return [(cache_job, (run_args, str(out), name, *how), None) for name, how in need.items()]
 
 # %% ../nbs/14_study.ipynb #c5d10170
 def train_config(run: demo.Run, job: Job, out: Path):  # CraftTrainConfig
     "The demo's fine-tune with the job's method, on the new task's trained episodes."
-    how, cfg, caches = craft_settings(job), demo.train_config(run, "sft"), out / "caches"
+    s, how, caches = run.settings, craft_settings(job), out / "caches"
+    paced = replace(s, steps=max(1, round(s.steps * job.values.get("steps", 1))), lr=s.lr * job.values.get("lr", 1))
+    cfg = demo.train_config(demo.Run(run.folder, paced), "sft")
     cfg.dataset.episodes, cfg.seed, cfg.save_checkpoint, cfg.output_dir = splits(run)["new"], job.seed, False, out / "runs" / job.key
-    cfg.steps = max(1, round(cfg.steps * job.values.get("steps", 1)))
-    cfg.policy.scheduler_decay_steps = cfg.steps
-    cfg.policy.optimizer_lr *= job.values.get("lr", 1)
-    cfg.policy.scheduler_decay_lr *= job.values.get("lr", 1)
     if how is None: how = dict(enabled=False)
     if job.method == "replay": how["method_options"] += f",episodes:{','.join(map(str, splits(run)['anchors']))},batch_size:{max(1, cfg.batch_size // 2)}"
     if job.cache: how["anchor_cache_dir"] = str(caches / job.cache)
@@ -145,8 +155,8 @@ def measure(trainer, run: demo.Run, job: Job, out: Path) -> dict:
     def loss(part):
         data = load_dataset(DatasetConfig(work.repo_id, root=str(work.root), episodes=parts[part]), trainer.parts.cfg.policy)
         return task_loss(policy, trainer.parts.pre, data, 32, 512)["loss"]
-    held, third = (anchor_drift(policy, out / "caches" / k, 32)["losses"] for k in ("held", "third"))
-    return dict(task_loss=loss("unseen"), task_loss_seen=loss("new"), drift=held["action_logits"], third=third["action_logits"],
+    answer, (held, third) = run.settings.kind.answer, (anchor_drift(policy, out / "caches" / k, 32)["losses"] for k in ("held", "third"))
+    return dict(task_loss=loss("unseen"), task_loss_seen=loss("new"), drift=held[answer], third=third[answer],
                 own_drift=held.get(job.view), own_third=third.get(job.view))
 
 # %% ../nbs/14_study.ipynb #23a31523
@@ -234,12 +244,17 @@ def study_main(argv: list[str] | None = None) -> None:
     "`craft-study`."
     p = argparse.ArgumentParser("craft-study", description="Arms, knobs and training seeds on the demo's workload; a killed study goes on where it was.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld")
+    usual = demo.Settings.policy
+    for x in (first, p):
+        x.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld", help="what is simulated (%(default)s)")
+        x.add_argument("--policy", choices=demo.POLICIES, default=usual, help="what learns it, as in craft-demo (%(default)s)")
     argv = expanded(sys.argv[1:] if argv is None else argv)
-    name = first.parse_known_args(argv)[0].workload
-    work, own = demo.WORKLOADS[name], "" if name == "metaworld" else f"_{demo.WORKLOADS[name].folder}"
-    p.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld", help="what is simulated (%(default)s)")
-    p.add_argument("--demo", default=f"outputs/{work.folder}", help="folder of the demo, whose data set and teacher are used, and made if they are not there (%(default)s)")
+    known = first.parse_known_args(argv)[0]
+    name, policy = known.workload, known.policy
+    work, kind, suffix = demo.WORKLOADS[name], demo.POLICIES[policy], "" if policy == usual else f"_{policy}"
+    own = ("" if name == "metaworld" else f"_{work.folder}") + suffix
+    if policy not in work.policies: p.error(f"--policy={policy}: --workload={name} has settings for {', '.join(work.policies)} only")
+    p.add_argument("--demo", default=f"outputs/{work.folder}{suffix}", help="folder of the demo, whose data set and teacher are used, and made if they are not there (%(default)s)")
     p.add_argument("--out", default="", help=f"where everything goes (outputs/study{own}; with --sequence outputs/sequence{own})")
     p.add_argument("--arms", default="", help="with commas between; all of the declared search by default")
     p.add_argument("--jobs", default="", help="instead of arms: \"ARM KNOB; ARM KNOB\", such as \"replay fraction=1; share:action_logits@4500 share=0.3\"")
@@ -252,7 +267,8 @@ def study_main(argv: list[str] | None = None) -> None:
     p.add_argument("--report", action="store_true", help="train nothing: the page of what has finished")
     args = p.parse_args(argv)
     if missing := work.missing(): raise SystemExit(f"craft-study: --workload={name}: {missing}")
-    out, settings = as_path(args.out or f"outputs/{'sequence' if args.sequence else 'study'}{own}").absolute(), work.sizes[args.size]
+    out, settings = as_path(args.out or f"outputs/{'sequence' if args.sequence else 'study'}{own}").absolute(), demo.sized(name, policy, args.size)
+    if args.sequence and policy != usual: p.error(f"--sequence has settings for {usual} only")
     if args.workers < 1 or args.episodes < 0: p.error("--workers: expected at least 1, and --episodes at least 0")
     try:
         if args.sequence:
@@ -260,7 +276,7 @@ def study_main(argv: list[str] | None = None) -> None:
             if strange := {*arms} - {*SEQUENCE_ARMS}: raise ValueError(f"unknown arm {', '.join(sorted(strange))}: a sequence has {', '.join(SEQUENCE_ARMS)}")
             return refuse_clearly(lambda: sequence(out, settings, arms, [int(s) for s in args.seeds.split(",")], args.episodes, args.workers))
         seeds = [0] if args.quick else [int(s) for s in args.seeds.split(",")]
-        jobs = named(args.jobs, seeds) if args.jobs else plan(args.arms.split(",") if args.arms else tuple(SEARCH), seeds, settings.anchors, args.quick)
+        jobs = named(args.jobs, seeds, kind.views) if args.jobs else plan(args.arms.split(",") if args.arms else (), seeds, settings.anchors, args.quick, kind.views)
     except ValueError as e: p.error(str(e))
     refuse_clearly(lambda: study(as_path(args.demo).absolute(), out, settings, jobs, args.episodes, args.workers, args.report))
 
@@ -278,7 +294,7 @@ def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], epi
             demo.run_jobs(here, "caches", cache_jobs(run_args, out, todo, settings.held_out))
             demo.run_jobs(here, "study", [(run_job, (run_args, str(out), j, episodes), None) for j in todo])
         finally: base.close(); here.close()
-    name = demo.door(settings).folder
+    name = demo.door(settings).folder + ("" if settings.policy == demo.Settings.policy else f"_{settings.policy}")
     page = write_report(collect(out, name), out)
     print(f"{(out / f'{name}.md').read_text()}\n{page}")
     return page

@@ -67,6 +67,27 @@ def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
     with pytest.raises(AssertionError, match="it is trained"): run_job(base, str(tmp_path), job, 3)  # without weights it is trained anew
 
 
+def test_a_policy_that_answers_with_numbers(base, work, tmp_path):
+    "ACT, which has no pace of its own: what it says is what drift is measured in, and a knob `steps` reaches its schedule."
+    from dataclasses import replace
+    from craft_nb.study import Job, cache_jobs, collect, run_job, train_config, write_report
+    from craft_nb.demo import Run
+    from craft_nb.zoo import zoo_checkpoint
+    folder = tmp_path / "base"
+    (folder / "stages").mkdir(parents=True)
+    for name in ("dataset", "tokenizers"): (folder / name).symlink_to(work.folder / name)
+    (folder / "stages" / "teacher.json").write_text(json.dumps(dict(result=dict(path=str(zoo_checkpoint(work, "act"))))))
+    run_args, job = (str(folder), replace(base[1], policy="act")), Job("share:answer@16", "share=0.3,steps=2,lr=0.5", 1)
+    cfg = train_config(Run(*run_args), job, tmp_path)
+    assert (cfg.seed, cfg.steps, cfg.scheduler.num_decay_steps, cfg.scheduler.peak_lr, cfg.optimizer.lr) == (1, 4, 4, 2.5e-4, 2.5e-4)
+    for f, args, _ in cache_jobs(run_args, tmp_path, [job], 8): f(*args)
+    run_job(run_args, str(tmp_path), job)
+    found = collect(tmp_path, "demo_act")
+    row = found["demo_act"]["share:answer@16"][job.knob]["1"]
+    assert row["steps"] == 4 and row["own_drift"] == row["drift"] > 0 < row["third"]
+    assert write_report(found, tmp_path).name == "demo_act.html"
+
+
 def test_success_is_asked_of_the_workload(base, tmp_path, monkeypatch):
     "And where it says what was done, that is kept, and added to."
     from types import SimpleNamespace
