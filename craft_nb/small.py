@@ -9,7 +9,7 @@ __all__ = ['PI0FastSmallConfig', 'PI0FastSmallPaliGemma', 'PI0FastSmallPytorch',
            'save_checkpoint_folder', 'new_policy', 'tiny_workload']
 
 # %% ../nbs/11b_small.ipynb #bf5815c7
-import ctypes.util, functools, io, os, shutil
+import ctypes.util, functools, io, json, os, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from .terminal import quieten
 quieten()  # before LeRobot is imported
+import lerobot.envs
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.envs import EnvConfig, make_env, make_env_pre_post_processors
@@ -161,6 +162,11 @@ def lerobot_metaworld():  # the module lerobot.envs.metaworld
     try: import lerobot.envs.metaworld as m
     except ImportError as e: raise ImportError(f"{e}. The simulator is an extra: pip install 'craft_nb[sim]'") from e
     return m
+
+@functools.cache
+def task_texts(): # {task: instruction}
+    "Meta-World's instructions, from LeRobot's file: a recorded data set is trained on where no simulator is installed."
+    return json.loads((Path(lerobot.envs.__file__).with_name("metaworld_config.json")).read_text())["TASK_DESCRIPTIONS"]
 
 # %% ../nbs/11b_small.ipynb #b0ca55cd
 @functools.cache
@@ -342,7 +348,7 @@ def write_dataset(
     root, names = as_path(root), names or {"image": "observation.image", "state": "observation.state", "action": "action"}
     part = root.with_name(root.name + ".part")
     if root.exists(): raise FileExistsError(f"{root} exists: remove it or choose another folder")
-    texts, ds = texts or lerobot_metaworld().TASK_DESCRIPTIONS, None
+    texts, ds = texts or task_texts(), None
     for e in episodes:
         if ds is None:
             feats = {f: dict(dtype="image", shape=e[k].shape[1:], names=["height", "width", "channels"]) if e[k].ndim == 4 else
@@ -373,7 +379,7 @@ def save_tokenizers(dataset:LeRobotDataset, folder, chunk_size:int=10, vocab_siz
     "Fit and save the tokenizers of a data set: `folder/action` (FAST) and `folder/text` (words of `sentences`; of all Meta-World tasks)."
     folder = as_path(folder).resolve()
     fit_action_tokenizer(action_chunks(dataset, chunk_size, normalise), scale, vocab_size).save_pretrained(folder/"action")
-    make_text_tokenizer(sentences or lerobot_metaworld().TASK_DESCRIPTIONS.values(), vocab_size).save_pretrained(folder/"text")
+    make_text_tokenizer(sentences or task_texts().values(), vocab_size).save_pretrained(folder/"text")
     return folder/"text", folder/"action"
 
 # %% ../nbs/11b_small.ipynb #0c58b12a
@@ -390,7 +396,7 @@ class Workload:
     @property
     def tokenizers(self): return as_path(self.folder)/"tokenizers"
     @property
-    def texts(self): return lerobot_metaworld().TASK_DESCRIPTIONS # {task: instruction}
+    def texts(self): return task_texts() # {task: instruction}
     @property
     def meta(self): return LeRobotDatasetMetadata(self.repo_id, root=self.root)
 
