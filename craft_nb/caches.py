@@ -27,13 +27,15 @@ from .anchors import MANIFEST, AnchorCacheDataset, check_compatible, read_manife
 from .builder import STORED, LiveFrames, build_anchor_cache, teacher_targets, AnchorFrames
 from .check import OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
-from .configs import ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, require_local, require_writable, each_dataset
+from .configs import (ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, parse_bytes, parse_count, require_local, require_writable,
+                              each_dataset)
 from .data import read_prompts, draw_over, find_tasks, read_frame, read_info, several
 from .features import resolve_layers
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy, load_policy_alone, rename_of,
                           require_fit, run_hashes, make_processors, Source, open_pictures)
 from .losses import VIEWS, make_views, pass_needs
 from .machine import Lock, follow
+from .mcq import build_question_cache, read_questions
 from .policies import adapter_for, base_policy, check_views, eval_mode
 from .terminal import decoder_line
 from .tools import MAY, merge_caches, open_whole
@@ -74,6 +76,8 @@ class BuildCacheConfig:
     append: str = ""  # a cache whose anchors come first in the new one: of an earlier task
     tasks: str = ""  # instructions to take anchors of: one, a list, or the flag more than once; empty: all
     image_dir: str = ""  # pictures in place of a data set, each shown under every prompt of prompts_file
+    mcq: str = ""  # JSONL of pictures, questions and choices in place of a data set: what the teacher would say
+    mcq_camera: str = ""  # of the policy, which sees those pictures; empty: its first
     state: str = ""  # image_dir: what the policy is told of its joints, numbers with commas between; empty: the mean of the data it knows
 
     @classmethod
@@ -94,6 +98,7 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True, asked: dict | None
     if cfg.images == "reference":
         raise ValueError("images: reference stores no pixels, and craft-train has no way to fetch frames: expected webp, zlib or raw "
                          "(AnchorWriter and AnchorCacheDataset(frames=…) take it from Python)")
+    if cfg.mcq: return build_of_questions(cfg, layers)
     room, number = parse_bytes(cfg.max_bytes), parse_count(cfg.num_anchors or "all")
     policy, sources, prompts = (open_pictures if cfg.image_dir else open_sources)(cfg, prompts)
     total, many = sum(len(s.index["index"]) for s in sources), len(sources) > 1
@@ -230,6 +235,23 @@ def require_one_form(cfg: BuildCacheConfig, policy: nn.Module, sources: list[Sou
             if v != first.form[k] and not {k, f"dataset.{k}"} & set(allow): raise ValueError(f"{s.name}: {k} is {v}, in {first.name} {first.form[k]}: build one cache of each, or allow it with --allow_mismatch={k}")
         if differ := [f"{k} is {v}, in {first.name} {want.get(k)}" for k, v in shapes(s).items() if v != want.get(k)]: raise ValueError(f"{s.name}: {'; '.join(differ)}: anchors of one cache have one form; build one of each")
 
+# %% ../nbs/10h_caches.ipynb #b2c7d901
+def build_of_questions(cfg: BuildCacheConfig, layers: list[int]) -> dict:  # the manifest
+    "Anchors of `cfg.mcq`: what the teacher would say of pictures, behind the anchors of `append` if there are any."
+    other = dict(dataset=cfg.dataset and (cfg.dataset.repo_id or cfg.dataset.root), image_dir=cfg.image_dir, prompts_file=cfg.prompts_file, tasks=cfg.tasks, state=cfg.state,
+                 num_anchors=cfg.num_anchors, max_bytes=cfg.max_bytes)
+    if given := [k for k, x in other.items() if x]: raise ValueError(f"mcq: the pictures and questions of {cfg.mcq} are all anchors; leave {', '.join(given)} out. Anchors of actions come first with --append=CACHE")
+    questions = read_questions(at_home(cfg).mcq)
+    policy, pre, _ = load_policy_alone(cfg.policy)
+    adapter, views = adapter_for(policy), [x.strip() for x in cfg.views.split(",") if x.strip()] or ["action_logits"]
+    about = dict(hashes=run_hashes(policy, pre), versions=versions(), extra=adapter.facts(policy)["extra"] | dict(drawn=hash_json([str(q) for q in questions])[:16]),
+                 dataset=dict(repo_id=f"questions/{Path(cfg.mcq).stem}", stills=True))
+    if cfg.append: require_appendable(cfg, policy, about, layers)
+    where = new_part(cfg) if cfg.append else Path(cfg.out_dir)
+    there = cfg.append and (where / MANIFEST).is_file() and read_manifest(where)["extra"].get("drawn") == about["extra"]["drawn"]  # a call that was killed while it joined them
+    m = read_manifest(where) if there else build_question_cache(policy, questions, where, views, cfg.top_k, layers, cfg.batch_size or 32, cfg.mcq_camera, about, shard_size=cfg.shard_size, images=cfg.images)
+    return join_parts(cfg, [where]) if cfg.append else m
+
 # %% ../nbs/10h_caches.ipynb #6ba895a9
 def new_part(cfg: BuildCacheConfig, i: int | None = None) -> Path: return Path(cfg.out_dir).with_name(f".{Path(cfg.out_dir).name}{'' if i is None else f'.{i}'}.new")
 
@@ -249,7 +271,7 @@ def require_appendable(cfg: BuildCacheConfig, policy: nn.Module, about: dict, la
     view = next(iter(made.values()))
     hidden = dict(layers=list(view.layers), pooling=list(view.pooling)) if "hidden" in adapter.gives else {}
     found = dict(policy_type=base_policy(policy).config.type, width=facts["width"], **hidden, hashes=about["hashes"],
-                 dtype=facts["dtype"], dataset={k: about["dataset"].get(k) for k in ("fps", "chunk")},
+                 dtype=facts["dtype"], dataset={k: about["dataset"].get(k) for k in ("fps", "chunk") if not about["dataset"].get("stills")},
                  extra=about["extra"] | (dict(top_k=cfg.top_k) if "action_logits" in made else {}))
     check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch")
 
@@ -267,21 +289,6 @@ def join_parts(cfg: BuildCacheConfig, parts: list[Path]) -> dict:  # the manifes
     return read_manifest(cfg.out_dir)
 
 # %% ../nbs/10h_caches.ipynb #6d513a2f
-def parse_count(text: str) -> int | str:
-    "`--num_anchors`: a number, or `all`."
-    if str(text).strip() == "all": return "all"
-    try: return int(str(text))
-    except ValueError: raise ValueError(f"num_anchors: expected a number or all, found {text!r}") from None
-
-def parse_bytes(text: str) -> int:  # 0 for no limit
-    "`--max_bytes`: 30MB, 1.5GiB, 200kB or a number of bytes."
-    import re
-    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    if not str(text).strip(): return 0
-    if not (m := re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]i?)?b?", str(text).strip().lower())) or not float(m[1]):
-        raise ValueError(f"max_bytes: expected a size such as 30MB, 1.5GiB or 200kB, found {text!r}")
-    return int(float(m[1]) * units[m[2] or ""])
-
 def dataset_facts(dataset, cfg: DatasetConfig) -> dict:  # `dataset` of a manifest
     "Name, sizes, rate, chunk length, tasks (number: text) and episodes (number: what it holds, as 16 hex digits)."
     tasks = dataset.hf_dataset.data["task_index"].unique().to_pylist()

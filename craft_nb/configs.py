@@ -223,3 +223,19 @@ def require_writable(folder: Path, flag: str = "--output_dir") -> None:
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise PermissionError(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. "
                               f"Give another {flag}")
+
+# %% ../nbs/10f_configs.ipynb #5c0de702
+def parse_count(text: str) -> int | str:
+    "`--num_anchors`: a number, or `all`."
+    if str(text).strip() == "all": return "all"
+    try: return int(str(text))
+    except ValueError: raise ValueError(f"num_anchors: expected a number or all, found {text!r}") from None
+
+def parse_bytes(text: str) -> int:  # 0 for no limit
+    "`--max_bytes`: 30MB, 1.5GiB, 200kB or a number of bytes."
+    import re
+    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    if not str(text).strip(): return 0
+    if not (m := re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]i?)?b?", str(text).strip().lower())) or not float(m[1]):
+        raise ValueError(f"max_bytes: expected a size such as 30MB, 1.5GiB or 200kB, found {text!r}")
+    return int(float(m[1]) * units[m[2] or ""])

@@ -30,7 +30,7 @@ from .evaluate import hidden_drift, rate
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy, load_policy_alone, rename_of,
                           require_fit, run_hashes, sizes_of, statistics_findings)
 from .machine import LOCK, Lock, holder
-from .mcq import PolicyScorer, ask, read_questions
+from .mcq import ask, policy_scorer, read_questions
 from .policies import extract_student_hidden_with_pooling
 from .trainer import AnchorPass
 
@@ -145,7 +145,7 @@ def evaluate_into(out: Path, cfg: CraftEvalConfig) -> tuple[str, Path]:
     parts = [(cfg.dataset, "task_loss", lambda: task_loss(policy, pre, dataset, cfg.batch_size, cfg.max_frames, wanted)),
              (cfg.anchors, "drift", lambda: anchor_drift(policy, cfg.anchors, cfg.batch_size)),
              (cfg.dataset and cfg.action_frames, "action_error", lambda: open_loop_error(policy, pre, post, dataset, cfg)),
-             (cfg.mcq, "mcq", lambda: mcq_answers(policy, cfg, out)), (cfg.env, "success", success)]
+             (cfg.mcq, "mcq", lambda: mcq_answers(policy, pre, cfg, out)), (cfg.env, "success", success)]
     about = dict(policy=str(cfg.policy.pretrained_path)) | (dict(data=dict(repo_id=cfg.dataset.repo_id, episodes=cfg.dataset.episodes) | (dict(tasks=wanted) if wanted else {})) if dataset else {})
     return measured({name: part for wanted, name, part in parts if wanted}, about, out), out
 
@@ -155,15 +155,15 @@ def open_loop_error(policy: nn.Module, pre, post, dataset, cfg: CraftEvalConfig)
     action = dataset.meta.features["action"]
     return action_error(policy, pre, post, loader, dataset.meta.camera_keys, joint_names(action, math.prod(action["shape"])), cfg.seed)
 
-def mcq_answers(policy: nn.Module, cfg: CraftEvalConfig, out: Path) -> dict:
+def mcq_answers(policy: nn.Module, pre, cfg: CraftEvalConfig, out: Path) -> dict:
     "What the policy, and the one that it is compared with, know of a file of questions; samples in `mcq.jsonl`."
     other = None
     if cfg.compare:
         second = PreTrainedConfig.from_pretrained(cfg.compare)
         second.pretrained_path, second.device = Path(cfg.compare), cfg.policy.device
-        other = PolicyScorer(load_policy_alone(second)[0], cfg.mcq_camera)
+        other = policy_scorer(*load_policy_alone(second)[:2], cfg.mcq_camera)
     out.mkdir(parents=True, exist_ok=True)
-    found = ask(PolicyScorer(policy, cfg.mcq_camera), read_questions(cfg.mcq), cfg.batch_size, other, out / "mcq.jsonl")
+    found = ask(policy_scorer(policy, pre, cfg.mcq_camera), read_questions(cfg.mcq), cfg.batch_size, other, out / "mcq.jsonl")
     return dict(file=str(cfg.mcq)) | found | (dict(other=dict(policy=str(cfg.compare)) | found["other"]) if other else {})
 
 def measured(parts: dict, result: dict, out: Path) -> str:

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'LINES', 'Question', 'read_question', 'read_questions', 'score_questions', 'mcq_summary', 'mcnemar',
-           'choice_ids', 'picture', 'likelihoods', 'HuggingFaceScorer', 'PolicyScorer', 'ask']
+           'choice_ids', 'picture', 'likelihoods', 'HuggingFaceScorer', 'camera_of', 'pixels_of', 'PolicyScorer',
+           'smolvlm_scorer', 'policy_scorer', 'ask', 'build_question_cache']
 
 # %% ../nbs/10d_mcq.ipynb #9428e89d
+import copy
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,9 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .anchors import AnchorWriter, read_manifest
+from .builder import PACKED, cache_plan, teacher_targets
 from .config import as_path
+from .draws import mixed_precision
 from .evaluate import rate
-from .policies import adapter_for, base_policy, eval_mode
+from .losses import make_views
+from .policies import adapter_for, base_policy, check_views, eval_mode
 
 # %% ../nbs/10d_mcq.ipynb #60353266
 @dataclass(frozen=True)
@@ -157,6 +164,14 @@ class HuggingFaceScorer:
         return likelihoods(logits, batch["input_ids"], counts)
 
 # %% ../nbs/10d_mcq.ipynb #23812871
+def camera_of(policy: nn.Module, camera: str) -> str:
+    "The camera that sees the pictures: `camera`, or the first. Raises `ValueError` for one that there is not."
+    cameras = list(base_policy(policy).config.image_features)
+    if camera and camera not in cameras: raise ValueError(f"mcq: there is no camera {camera!r}; there are {', '.join(cameras)}")
+    return camera or cameras[0]
+
+def pixels_of(q: Question) -> Tensor: return torch.from_numpy(np.array(picture(q))).permute(2, 0, 1)[None].float() / 255  # (1, 3, h, w)
+
 class PolicyScorer:
     "Scores choices with a policy whose adapter gives logits. Raises `ValueError` for one that has none."
     def __init__(self, policy: nn.Module, camera: str = ""):
@@ -164,9 +179,7 @@ class PolicyScorer:
         self.tokenizer = getattr(p, "_paligemma_tokenizer", None) or getattr(self.adapter, "tokenizer", lambda p: None)(p)
         if "logits" not in self.adapter.gives or self.tokenizer is None:
             raise ValueError(f"mcq: {p.config.type} answers in actions and not in words, it has no language-model head to ask")
-        cameras = list(p.config.image_features)
-        if camera and camera not in cameras: raise ValueError(f"mcq: there is no camera {camera!r}; there are {', '.join(cameras)}")
-        self.camera, self.limit, self.last = camera or cameras[0], p.config.tokenizer_max_length, (None, None)
+        self.camera, self.limit, self.last = camera_of(p, camera), p.config.tokenizer_max_length, (None, None)
 
     def asked(self, q: Question) -> dict[str, Tensor]:
         "Anchor inputs of a question, one row."
@@ -174,9 +187,8 @@ class PolicyScorer:
         from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
         said = self.tokenizer([q.question], return_tensors="pt", truncation=False, padding="max_length", max_length=self.limit, padding_side="right", verbose=False)
         if (n := int(said["attention_mask"].sum())) > self.limit: raise ValueError(f"line {q.line}: the question takes {n} tokens, and the policy reads {self.limit}: say it in fewer words")
-        pixels = torch.from_numpy(np.array(picture(q))).permute(2, 0, 1)[None].float() / 255
         device = next(self.policy.parameters()).device
-        batch = {self.camera: pixels, OBS_LANGUAGE_TOKENS: said["input_ids"], OBS_LANGUAGE_ATTENTION_MASK: said["attention_mask"].bool()}
+        batch = {self.camera: pixels_of(q), OBS_LANGUAGE_TOKENS: said["input_ids"], OBS_LANGUAGE_ATTENTION_MASK: said["attention_mask"].bool()}
         self.last = q, self.adapter.inputs(self.policy, {k: x.to(device) for k, x in batch.items()})
         return self.last[1]
 
@@ -186,7 +198,15 @@ class PolicyScorer:
         ids = [torch.tensor([self.tokenizer.bos_token_id, *choice_ids(self.tokenizer, q)[c]]) for q, c in rows]
         ids, mask = pad_sequence(ids, batch_first=True), pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in ids], batch_first=True)
         inputs = [self.asked(q) for q, _ in rows]
-        return {k: torch.cat([x[k] for x in inputs]) for k in inputs[0]} | dict(action_ids=ids.int(), action_mask=mask, labels=ids[:, 1:].masked_fill(~mask[:, 1:], -100))
+        return {k: torch.cat([x[k] for x in inputs]) for k in inputs[0]} | dict(action_ids=ids.int(), action_mask=mask, predict_mask=mask[:, 1:].clone())
+
+    def kept(self, questions: Sequence[Question]) -> dict[str, Tensor]:
+        "Anchors of questions, one each: with the choice that the policy finds most likely as the answer. Raises `ValueError` for one that is too long."
+        said = [s["said"] for s in score_questions(self, questions)]
+        out, most = self.anchors(list(zip(questions, said))), base_policy(self.policy).config.max_action_tokens
+        if (n := out["action_ids"].shape[1]) > most: raise ValueError(f"a choice takes {n - 1} tokens, and anchors of this policy have room for {most - 1}: say it in fewer words")
+        def wide(x, k): return nn.functional.pad(x, (0, most - n)) if k in ("action_ids", "action_mask", "predict_mask") else x
+        return {k: wide(x, k) for k, x in out.items()}
 
     def __call__(self, rows):
         anchors = self.adapter.prepare(self.policy, self.anchors(rows))
@@ -194,6 +214,69 @@ class PolicyScorer:
         targets, owner = anchors["action_ids"][:, 1:][f.action_mask], f.action_mask.nonzero()[:, 0]
         each = f.logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
         return each.new_zeros(len(rows)).index_add_(0, owner, each), f.action_mask.sum(1)
+
+# %% ../nbs/10d_mcq.ipynb #4d1f0a62
+class PaliGemmaScorer:
+    "Scores choices with the PaliGemma inside pi0 or pi05. `tokenizer` is the one of the policy's preprocessor."
+    def __init__(self, policy: nn.Module, tokenizer, camera: str = ""):
+        self.policy, self.tokenizer, self.camera = policy, tokenizer, camera_of(policy, camera)
+        self.limit = base_policy(policy).config.tokenizer_max_length
+
+    def batch(self, rows) -> tuple[list[Tensor], ...]:
+        "Questions (b, t) with their mask, choices (b, k) with theirs."
+        from torch.nn.utils.rnn import pad_sequence
+        asked = [self.tokenizer([q.question + "\n"], truncation=False, verbose=False)["input_ids"][0] for q, _ in rows]
+        if over := [(q, a) for (q, _), a in zip(rows, asked) if len(a) > self.limit]:
+            raise ValueError(f"line {over[0][0].line}: the question takes {len(over[0][1])} tokens, and the policy reads {self.limit}: say it in fewer words")
+        out, device = [], next(self.policy.parameters()).device
+        for ids in (asked, [choice_ids(self.tokenizer, q)[c] for q, c in rows]):
+            ids = [torch.tensor(x) for x in ids]
+            out += [pad_sequence(x, batch_first=True).to(device) for x in (ids, [torch.ones(len(x), dtype=torch.bool) for x in ids])]
+        return out
+
+    def __call__(self, rows):
+        from lerobot.policies.common.vla_utils import prepare_attention_masks_4d
+        p, (asked, is_asked, ids, counts) = base_policy(self.policy), self.batch(rows)
+        inner, k = p.model.paligemma_with_expert, ids.shape[1]
+        with eval_mode(self.policy), mixed_precision(self.policy):
+            shown = [p._preprocess_images({self.camera: pixels_of(q).to(asked.device)}) for q, _ in rows]  # each (cameras, their masks); pictures differ in size
+            pictures = [[torch.cat(x) for x in zip(*(s[i] for s in shown))] for i in (0, 1)]
+            x, seen, _ = p.model.embed_prefix(*pictures, asked, is_asked)
+            n, x, seen = x.shape[1], torch.cat([x, inner.embed_language_tokens(ids).to(x.dtype)], 1), torch.cat([seen, counts], 1)
+            if next(inner.paligemma.model.language_model.layers.parameters()).dtype == torch.bfloat16: x = x.bfloat16()
+            attends = torch.ones(n + k, n + k, dtype=torch.bool, device=x.device).tril()
+            attends[:n, :n] = True  # picture and question see each other
+            attends = attends & seen[:, None, :] & seen[:, :, None]
+            (out, _), _ = inner.forward(attention_mask=prepare_attention_masks_4d(attends, dtype=x.dtype), position_ids=seen.cumsum(1) - 1, inputs_embeds=[x, None],
+                                        use_cache=False, adarms_cond=[None, None])
+            last = n - asked.shape[1] + is_asked.sum(1, keepdim=True) - 1  # where the question ends: what predicts the first token
+            where = torch.cat([last, n + torch.arange(k - 1, device=x.device).expand(len(rows), -1)], 1)
+            logits = inner.paligemma.lm_head(out.gather(1, where[..., None].expand(-1, -1, out.shape[2])).to(inner.paligemma.lm_head.weight.dtype))
+        each = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
+        return each.masked_fill(~counts, 0).sum(1), counts.sum(1)
+
+# %% ../nbs/10d_mcq.ipynb #4d1f0a64
+def smolvlm_scorer(policy: nn.Module) -> HuggingFaceScorer:
+    "Scores choices with the SmolVLM inside SmolVLA. Raises `ValueError` if it is not whole."
+    c, inside = base_policy(policy).config, base_policy(policy).model.vlm_with_expert
+    have, whole = len(inside.vlm.model.text_model.layers), inside.vlm.config.text_config.num_hidden_layers
+    if have < whole:
+        raise ValueError(f"mcq: this {c.type} keeps {have} of the {whole} layers of its language model (num_vlm_layers), whose head was trained behind the last and stands behind layer {have} "
+                         "as nobody trained it: it cannot be asked in words. Ask the network that it was made from, HuggingFaceScorer, or train it with --policy.num_vlm_layers=0")
+    processor, size = copy.deepcopy(inside.processor), dict(longest_edge=max(c.resize_imgs_with_padding or (512, 512)))
+    processor.image_processor.size, processor.image_processor.max_image_size, processor.image_processor.do_image_splitting = size, size, False
+    turn = [dict(role="user", content=[dict(type="image"), dict(type="text", text="{question}")])]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True) + " " if getattr(processor, "chat_template", None) else f"{processor.image_token} {{question}} "
+    return HuggingFaceScorer(inside.vlm, processor, prompt)
+
+def policy_scorer(policy: nn.Module, preprocessor=None, camera: str = "") -> Scorer:
+    "The scorer of a LeRobot policy. Raises `ValueError` for one that cannot be asked in words, saying why."
+    kinds = {c.__dict__.get("name") for c in type(base_policy(policy)).__mro__}
+    if kinds & {"pi0", "pi05"}:
+        words = next((s.input_tokenizer for s in getattr(preprocessor, "steps", ()) if hasattr(s, "input_tokenizer")), None)
+        if words is None: raise ValueError(f"mcq: {base_policy(policy).config.type} keeps its tokenizer in its preprocessor: give that too")
+        return PaliGemmaScorer(policy, words, camera)
+    return smolvlm_scorer(policy) if "smolvla" in kinds else PolicyScorer(policy, camera)
 
 # %% ../nbs/10d_mcq.ipynb #00b1ae2a
 def ask(
@@ -211,3 +294,32 @@ def ask(
                 row = dict(line=q.line, image_path=str(q.image) if q.image else None, question=q.question, choices=q.choices, answer_index=q.answer) | s
                 f.write(json.dumps(row | (dict(other=theirs[i]) if theirs else {}), ensure_ascii=False) + "\n")
     return mcq_summary(mine) | (dict(other=mcq_summary(theirs), mcnemar=mcnemar([s["correct"] for s in mine], [s["correct"] for s in theirs])) if theirs else {})
+
+# %% ../nbs/10d_mcq.ipynb #4d1f0a66
+def build_question_cache(
+    policy: nn.Module,  # the teacher: one that answers in tokens, such as pi0_fast
+    questions: Sequence[Question],
+    out_dir: str | Path,  # new, or an interrupted build of the same
+    views: Sequence[str] = ("action_logits",),
+    top_k: int = 32,
+    layers: Sequence[int] = (-2, -1),
+    batch_size: int = 32,
+    camera: str = "",
+    manifest: dict | None = None,  # further fields of it: hashes, dataset, versions, extra
+    **how,  # of `AnchorWriter`: shard_size, images
+) -> dict:  # the manifest
+    "Anchors of pictures and questions, one each. Raises `ValueError` for a policy without a language-model head and for views that hold no answer."
+    scorer, chosen = PolicyScorer(policy, camera), make_views(list(views), layers=layers, top_k=top_k)
+    check_views(scorer.adapter, policy, chosen)
+    if not any("predict_mask" in v.tensors for v in chosen.values()): raise ValueError(f"mcq: {', '.join(chosen)} holds nothing of an answer in words: expected action_logits or action_tokens among the views")
+    pictures, asked = ({x: i for i, x in enumerate(dict.fromkeys(getattr(q, k) for q in questions))} for k in ("image", "question"))
+    hashes = {str(i): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f, i in pictures.items() if f}
+    about = dict(repo_id="questions", revision="", frames=len(questions), episodes=len(pictures), tasks={str(i): t for t, i in asked.items()}, episode_hashes=hashes, stills=True)
+    given = (manifest or {}) | dict(dataset=about | (manifest or {}).get("dataset", {}))
+    plan = cache_plan(policy, chosen, dict(actions="teacher"), None, given, scorer.adapter)
+    with eval_mode(policy), AnchorWriter(out_dir, len(questions), packed=PACKED, **plan, **how) as w:
+        for lo, hi in list(w.ranges(batch_size)):
+            some, anchors = questions[lo:hi], scorer.kept(questions[lo:hi])
+            index = dict(frame_index=range(lo, hi), episode_index=[pictures[q.image] for q in some], task_index=[asked[q.question] for q in some])
+            w.add(anchors | teacher_targets(policy, anchors, chosen, scorer.adapter) | {k: torch.tensor([*x]) for k, x in index.items()})
+    return read_manifest(out_dir)

@@ -139,7 +139,8 @@ def pi0_fast_features(policy: nn.Module, anchors: dict[str, Tensor], layers: Seq
     f = Features(hidden, seen[:, :p] & is_image, seen[:, :p] & ~is_image)
     if not asked: return f
     f.action_mask = anchors["action_mask"][:, 1:].clone()
-    if "labels" not in anchors: f.action_mask[:, : _fixed_tokens(policy)] = False
+    if "predict_mask" in anchors: f.action_mask &= anchors["predict_mask"].bool()  # what counts has been said
+    elif "labels" not in anchors: f.action_mask[:, : _fixed_tokens(policy)] = False
     with mixed_precision(policy):
         if logits: f.logits = policy.model.paligemma_with_expert.paligemma.lm_head(f.actions(last)[f.action_mask])
     return f

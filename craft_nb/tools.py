@@ -260,7 +260,7 @@ def merge_caches(
     number = dict(dtype='int64', shape=[], part='index')
     tensors |= dict(source_index=number) if len(data) > 1 else {}
     last = caches[-1].manifest
-    facts = {k: v for k in ('fps', 'chunk') if len(x := {ds.manifest['dataset'].get(k) for ds in caches}) == 1 for v in x if v is not None}
+    facts = {k: v for k in ('fps', 'chunk') if len(x := {ds.manifest['dataset'].get(k) for ds in caches if not ds.manifest['dataset'].get('stills')}) == 1 for v in x if v is not None}
     about = facts | (dict(tasks={str(i): t for i, t in enumerate(tasks)}) if tasks else {})
     common = {k: v for k, v in last['extra'].items() if all(ds.manifest['extra'].get(k) == v for ds in caches)}
     parts = [dict(cache_id=ds.manifest['cache_id'], anchors=len(ds), weights=ds.manifest['hashes'].get('weights', '')) for ds in caches]
