@@ -31,7 +31,7 @@ from craft_nb.small import Workload, new_policy, save_checkpoint_folder, save_to
 COLOURS = dict(red=(210, 50, 40), green=(50, 170, 70), blue=(50, 80, 210), yellow=(235, 205, 50), white=(240, 240, 240))
 SHAPES = ("cube", "ball", "cone")
 TASKS = dict(old="reach the cube", new="reach the ball")
-SIZES = dict(full=dict(scenes=700, anchors=400, asked=150, episodes=50, teach=700, steps=150, batch=32, old=800),
+SIZES = dict(full=dict(scenes=500, anchors=300, asked=150, episodes=40, teach=600, steps=150, batch=32, old=400),
              tiny=dict(scenes=8, anchors=10, asked=4, episodes=3, teach=2, steps=2, batch=4, old=18))
 SMALLER = dict(width=96, depth=3, mlp_dim=256, head_dim=24, vision_width=96, vision_mlp_dim=256)  # .6 M parameters
 ARMS = ("plain", "questions", "actions", "both")
@@ -125,19 +125,28 @@ def prepare(folder: Path, s: dict, seed: int) -> Shapes:
     return work
 
 
+def question_rows(scorer: PolicyScorer, questions) -> dict:
+    "`scorer.anchors` of the right answers, which are one token long here, in one batch."
+    from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+    said = scorer.tokenizer([q.question for q in questions], return_tensors="pt", padding="max_length", max_length=scorer.limit, padding_side="right")
+    seen = {f: torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1).float() / 255 for f in {q.image for q in questions}}
+    inputs = scorer.adapter.inputs(scorer.policy, {scorer.camera: torch.stack([seen[q.image] for q in questions]), OBS_LANGUAGE_TOKENS: said["input_ids"],
+                                                   OBS_LANGUAGE_ATTENTION_MASK: said["attention_mask"].bool()})
+    ids = torch.tensor([[scorer.tokenizer.bos_token_id, *scorer.tokenizer.encode(q.choices[q.answer], add_special_tokens=False)] for q in questions])
+    return inputs | dict(action_ids=ids.int(), action_mask=torch.ones_like(ids).bool(), predict_mask=torch.ones_like(ids[:, 1:]).bool())
+
+
 def teach(work: Shapes, s: dict, seed: int, say=print) -> None:
     "A policy that answers the questions and does the old task: both losses in every step."
     policy, pre, post = new_policy(work, seed, **SMALLER)
     scorer, data = PolicyScorer(policy), work.dataset(work.of("old", "train"))
-    questions = read_questions(work.folder / "scenes.jsonl")
-    rows = scorer.anchors([(q, q.choices[q.answer]) for q in questions])
+    rows = question_rows(scorer, read_questions(work.folder / "scenes.jsonl"))
     actions = pre(torch.utils.data.default_collate([data[i] for i in range(len(data))]))
     opt, g = torch.optim.AdamW(policy.parameters(), 1e-3), torch.Generator().manual_seed(seed)
     pace = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, total_steps=s["teach"] + 1, pct_start=.1)
     policy.train()
     for step in range(s["teach"]):
-        some, few = (torch.randint(n, (k * s["batch"],), generator=g) for n, k in ((len(questions), 2), (len(data), 1)))
-        few = few[: s["batch"] // 2]
+        some, few = (torch.randint(n, (int(k * s["batch"]),), generator=g) for n, k in ((len(rows["input_ids"]), 2), (len(data), .5)))
         anchors = scorer.adapter.prepare(policy, {k: x[some] for k, x in rows.items()})
         f = scorer.adapter.features(policy, anchors, [-1], True, True)
         known = torch.nn.functional.cross_entropy(f.logits.float(), anchors["action_ids"][:, 1:][f.action_mask])
@@ -146,7 +155,7 @@ def teach(work: Shapes, s: dict, seed: int, say=print) -> None:
         (known + done).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         opt.step(), pace.step()
-        if step % 100 == 99: say(f"teacher, step {step + 1}: questions {known.item():.3f}, actions {done.item():.3f} nats a token", flush=True)
+        if step % 50 == 49: say(f"teacher, step {step + 1}: questions {known.item():.3f}, actions {done.item():.3f} nats a token", flush=True)
     save_checkpoint_folder(policy.eval(), pre, post, work.policy_path)
 
 
