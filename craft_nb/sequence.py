@@ -8,6 +8,7 @@ __all__ = ['VIEW', 'ARMS', 'sequence_settings', 'summary', 'collect', 'sequence'
 # %% ../nbs/13a_sequence.ipynb #04f5abba
 import html
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -180,14 +181,16 @@ def chain_job(run_args, arm: str, seed: int, episodes: int) -> None:
 
 # %% ../nbs/13a_sequence.ipynb #118b14ce
 def summary(rows: list[dict], what: str) -> dict | None:  # {average, nbt, bwt, fwt, matrix}; rows of stages, the first with `untrained`
-    "Metrics of one chain; `what`: loss or success. None where not every stage has it."
+    "Metrics of one chain; `what`: loss or success. None where not every stage has it, and for a number that needs a task which was not rolled out."
     tasks = list(rows[0]["loss"])
     if len(rows) != len(tasks) or not all(r[what] for r in rows): return None
-    def values(found): return [found[t] if what == "loss" else found[t][0] / found[t][1] for t in tasks]
+    def values(found): return [math.nan if t not in found else found[t] if what == "loss" else found[t][0] / found[t][1] for t in tasks]
     matrix, sign = [values(r[what]) for r in rows], -1 if what == "loss" else 1
     score = sign * torch.tensor(matrix, dtype=torch.float64)
     gem = gem_metrics(score, sign * torch.tensor(values(rows[0]["untrained"][what]), dtype=torch.float64))
-    return dict(average=sign * gem["average"], nbt=libero_metrics(score)["nbt"], bwt=gem["bwt"], fwt=gem["fwt"], matrix=matrix)
+    def known(x): return None if math.isnan(x) else x
+    return {k: known(x) for k, x in dict(average=sign * gem["average"], nbt=libero_metrics(score)["nbt"], bwt=gem["bwt"], fwt=gem["fwt"]).items()} | dict(
+        matrix=[[known(x) for x in row] for row in matrix])
 
 def collect(folder) -> dict:  # {arm: {seed: {loss, success, bytes, room}}}
     "Every chain of a folder that has ended."
@@ -201,7 +204,8 @@ def collect(folder) -> dict:  # {arm: {seed: {loss, success, bytes, room}}}
 
 # %% ../nbs/13a_sequence.ipynb #c4c57684
 def mean_of(values) -> str:
-    x = torch.tensor([v for v in values], dtype=torch.float64)
+    x = torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+    if x.isnan().any(): return "–"
     return f"{x.mean():.3f}" + (f" ± {x.std():.3f}" if len(x) > 1 else "")
 
 def summary_rows(found: dict, what: str) -> list[list[str]]:
@@ -216,8 +220,8 @@ def summary_rows(found: dict, what: str) -> list[list[str]]:
 
 def matrix_rows(found: dict, arm: str, what: str) -> list[list[str]]:
     "A stage a row, a task a column; mean over seeds."
-    some = [torch.tensor(r[what]["matrix"], dtype=torch.float64) for r in found["arms"][arm].values() if r[what]]
-    return [[f"{i}: {t}", *(f"{x:.3f}" for x in row)] for i, (t, row) in enumerate(zip(found["tasks"], torch.stack(some).mean(0).tolist()))] if some else []
+    some = [torch.tensor([[math.nan if x is None else x for x in row] for row in r[what]["matrix"]], dtype=torch.float64) for r in found["arms"][arm].values() if r[what]]
+    return [[f"{i}: {t}", *("–" if math.isnan(x) else f"{x:.3f}" for x in row)] for i, (t, row) in enumerate(zip(found["tasks"], torch.stack(some).mean(0).tolist()))] if some else []
 
 def sequence_report(folder) -> Path:  # the page
     "`sequence.json`, `sequence.md` and `sequence.html`. Raises `ValueError` if no chain has ended."
