@@ -173,6 +173,8 @@ def of_records(rows: list[dict]) -> dict:
     return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "standard_error", "estimate", "budget", "met", "seconds")}) if cert else {})
 
 # %% ../nbs/14_study.ipynb #a91f30c4
+AT_ONCE = 20  # environments of a process, 100 MB each
+
 def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}; done
     "Roll out every task from the first `episodes` starting states. `before`: the row there is; what its `starts` lack is added."
     s, door, processors = run.settings, demo.door(run.settings), demo.workload(run).processors(run.result("teacher")["path"])
@@ -180,8 +182,10 @@ def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # ol
     for what, tasks in (("old", s.old_tasks), ("new", s.new.split(","))):
         for task in tasks:
             seen, did = (before.get("starts") or {}).get(what, {}).get(task, ""), (before.get("done") or {}).get(task, [])
-            if todo := list(range(demo.SEED + len(seen), demo.SEED + episodes)):
+            for start in range(demo.SEED + len(seen), demo.SEED + episodes, AT_ONCE):
+                todo = list(range(start, min(start + AT_ONCE, demo.SEED + episodes)))
                 env = door.open(s, task, len(todo))
+                torch.manual_seed(start)  # flow policies draw noise
                 try: found = door.play(s, env, policy, processors, task, todo)
                 finally: env.close()
                 seen, did = seen + "".join("01"[bool(x)] for x in found["success"]), did + list(found.get("done", []))

@@ -101,6 +101,8 @@ def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | N
     None where one is missing."""
     lead = r if g is None else g
     if lead is None: return []
+    if lead.numel() <= CHUNK.get(lead.device.type, CHUNK["cuda"]) and all(t is None or t.is_contiguous() for t in (g, r)):  # most tensors of a small policy
+        return [tuple(None if t is None else t.view(-1) for t in (g, r))]
     order = range(lead.dim()) if lead.is_contiguous() else sorted(range(lead.dim()), key=lambda d: -lead.stride(d))
     size = CHUNK.get(lead.device.type, CHUNK["cuda"])
     cut = [None if t is None else t.permute(tuple(order)).reshape(-1).split(size) for t in (g, r)]
