@@ -28,7 +28,9 @@ def eval_mode(policy: nn.Module):
     "Evaluation mode inside the `with`; afterwards every module is in the mode it was in."
     trained = [m for m in policy.modules() if m.training]
     def put(mode):
-        for m in trained: vars(m)["training"] = mode  # as attributes they cost milliseconds a pass
+        for m in trained:
+            if "training" in vars(m): vars(m)["training"] = mode  # `m.training = …` would cost milliseconds a pass
+            else: m.training = mode
     put(False)
     try: yield policy
     finally: put(True)
