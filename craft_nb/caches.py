@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BuildCacheConfig', 'build_cache', 'load_dataset', 'say_decoder', 'versions', 'recompute_targets', 'open_cache',
            'cache_adapter', 'check_cache', 'cache_views', 'inputs_of', 'live_frames', 'open_anchors', 'check_frames',
-           'make_teacher', 'asked_anchors', 'anchor_build', 'own_anchors']
+           'make_teacher', 'asked_anchors', 'anchor_build', 'builds_anchors', 'own_anchors']
 
 # %% ../nbs/10h_caches.ipynb #d866f7e9
 import copy
@@ -36,6 +36,7 @@ from .fit import (camera_findings, check_features, data_findings, heed, instruct
 from .losses import VIEWS, make_views, pass_needs
 from .machine import Lock, follow
 from .mcq import build_question_cache, read_questions
+from .methods import find_method
 from .policies import adapter_for, base_policy, check_views, eval_mode
 from .terminal import decoder_line
 from .tools import MAY, merge_caches, open_whole
@@ -471,6 +472,13 @@ def anchor_build(cfg: CraftTrainConfig) -> "BuildCacheConfig":
         dataset=data, policy=copy.deepcopy(cfg.policy), out_dir=str(Path(cfg.output_dir) / ANCHORS), num_anchors=a.num_anchors, prompts_file=a.prompts_file, tasks=a.tasks,
         views=",".join(parse_weights(c.views)), capture=c.capture, long_instructions=c.long_instructions, allow_mismatch=c.allow_mismatch, seed=cfg.seed or 0,
         num_workers=cfg.num_workers, rename_map={x: y for x, y in cfg.rename_map.items() if x in there} if set(cfg.rename_map) <= set(there) else {})
+
+def builds_anchors(cfg: CraftTrainConfig) -> bool:
+    "Does a run build anchors for itself? Not where a teacher answers for the frames, nor where its method looks at none."
+    craft = cfg.craft
+    if not (craft.enabled and craft.anchor_dataset.repo_id) or craft.teacher: return False
+    try: return find_method(craft.method).needs == "anchors"
+    except ValueError: return False  # no such method: refused where its anchors are opened
 
 def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> None:
     "Let `anchor_cache_dir` be the anchors that the run builds for itself; build them, or what is missing of them."

@@ -27,7 +27,7 @@ from .check import Finding, attempt, gathered
 from .config import CraftConfig
 from .data import several
 from .instructions import Heeded
-from .lerobot import (CraftTrainConfig, anchor_build, begun, camera_findings, each_dataset, load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
+from .lerobot import (CraftTrainConfig, anchor_build, begun, builds_anchors, camera_findings, each_dataset, load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
                               require_fit, require_writable, rows_of, wanted_tasks)
 from .policies import adapter_for, base_policy
 from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows, unwrapped
@@ -132,9 +132,10 @@ def say_anchors(r: Report, t: CraftTrainer, few: int = 6) -> None:
     m = cache.manifest
     said, answers = Counter((cache.instructions() if hasattr(cache, "instructions") else None) or []), m.get("answers") or {}
     by = answers.get("by_instruction", {})
+    views = list(m["views"] or cache.views)  # frames that a teacher answers store none
     lines = [f"{k} anchors" + (f", {by[i]['undecodable']} of {by[i]['asked']} answers undecodable" if i in by else "") + f": {i[:70]!r}" for i, k in said.most_common()]
-    r.add("anchors", f"{m['num_anchors']} in {cache.dir}, views {', '.join(m['views'])}, from {m['dataset'].get('repo_id', 'unknown data')}", *lines[:few],
-          *[f"{len(lines) - few} more instructions, see --json"] * (len(lines) > few), anchors=m["num_anchors"], views=list(m["views"]),
+    r.add("anchors", f"{m['num_anchors']} in {cache.dir}, views {', '.join(views)}, from {m['dataset'].get('repo_id', 'unknown data')}", *lines[:few],
+          *[f"{len(lines) - few} more instructions, see --json"] * (len(lines) > few), anchors=m["num_anchors"], views=views,
           dataset={k: m["dataset"][k] for k in ("repo_id", "fps", "rename_map", "episodes", "frames") if k in m["dataset"]}, instructions=dict(said), answers=answers)
     bad, asked = answers.get("undecodable", 0), answers.get("asked", 0)
     if asked and bad >= .05 * asked:
@@ -316,7 +317,7 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
         attempt("output", free_folder, cfg)
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, 0
-        if to_build := cfg.craft.enabled and bool(cfg.craft.anchor_dataset.repo_id) and not cfg.craft.teacher and not cfg.resume:
+        if to_build := not cfg.resume and builds_anchors(cfg):
             words, coming = attempt("anchors", anchors_to_build, cfg), copy.deepcopy(cfg.craft)
             c = cfg.craft  # the rest as it would be without them, but with the teacher's statistics
             cfg.craft = CraftConfig(method="sft", allow_mismatch=c.allow_mismatch, long_instructions=c.long_instructions, gradient_accumulation_steps=c.gradient_accumulation_steps)

@@ -129,6 +129,11 @@ def end_with_parent():
     "Let this worker process end when its parent does, even if that was killed: the standard pool's would wait for work for ever."
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
+def each_text(x, change:Callable): # what was decoded from JSON, with every text in it changed
+    if isinstance(x, dict): return {k: each_text(v, change) for k, v in x.items()}
+    if isinstance(x, (list, tuple)): return [each_text(v, change) for v in x]
+    return change(x) if isinstance(x, str) else x
+
 STAGES = {}  # name: (function of a Run, settings that it depends on); `craft_nb.demo` fills it
 
 class Run:
@@ -158,13 +163,31 @@ class Run:
         "What a finished stage returned. FileNotFoundError naming the stage if it has not run."
         if not self.marker(name).exists():
             raise FileNotFoundError(f"{self.folder}: stage {name!r} has not finished; run craft-demo {name} first")
-        return json.loads(self.marker(name).read_text())["result"]
+        return each_text(json.loads(self.marker(name).read_text())["result"], lambda x: str(self.folder/x[2:]) if x.startswith("./") else x)
+
+    def settle(self):
+        "Where the folder was moved or copied, let its files name the place where it is: checkpoints of LeRobot name tokenizers and data by whole paths."
+        found = {f: json.loads(f.read_text()) for f in sorted((self.folder/"stages").glob("*.json"))}
+        homes = {m["folder"] for m in found.values() if "folder" in m}
+        if self.marker("teacher") in found and not homes: # of an older demo, whose markers name whole paths
+            home, there, _ = str(found[self.marker("teacher")]["result"]["path"]).partition("/runs/teacher/")
+            if there: homes.add(home)
+        for home in homes - {str(self.folder)}:
+            old, new = (json.dumps(f"{x}/")[:-1] for x in (home, self.folder)) # with the quote before it: a path, not the end of one
+            files = [f for part in ("runs", "stages") for f in sorted((self.folder/part).rglob("*.json")) if old in f.read_text()]
+            for f in files:
+                f.with_name(f".{f.name}.new").write_text(f.read_text().replace(old, new))
+                f.with_name(f".{f.name}.new").rename(f)
+            for f in (f for f, m in found.items() if m.get("folder") == home): f.write_text(json.dumps(json.loads(f.read_text()) | dict(folder=str(self.folder)), indent=1))
+            self.say(f"the folder was at {home}: {len(files)} of its files name {self.folder} now")
 
     def stage(self, name):
         "Run one stage unless it is done with these settings. The folder is this process's until `close`."
         give_way(self.folder)
         self.lock.take().idle = False
-        try: self._stage(name)
+        try:
+            self.settle()
+            self._stage(name)
         finally: self.lock.idle = True
 
     def _stage(self, name):
@@ -178,7 +201,9 @@ class Run:
             return self.say(f"{name}: done before, in {path.parent}")
         result = func(self)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".tmp").write_text(json.dumps(dict(settings=used, seconds=time.time() - start, result=result), indent=1))
+        inside = f"{self.folder}/"
+        result = each_text(result, lambda x: "./" + x.removeprefix(inside) if x.startswith(inside) else x) # so that the folder can be moved
+        path.with_suffix(".tmp").write_text(json.dumps(dict(settings=used, seconds=time.time() - start, folder=str(self.folder), result=result), indent=1))
         path.with_suffix(".tmp").rename(path)
         self.say(f"{name}: {time.time()-start:.0f} s")
 

@@ -20,12 +20,13 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader
 from .builder import Answered, LiveFrames
-from .caches import cache_adapter, cache_views, check_cache, check_frames, make_teacher, open_anchors, open_cache, own_anchors, pick_episodes
-from .check import attempt, gathering, waivers
+from .caches import cache_adapter, cache_views, builds_anchors, check_cache, check_frames, make_teacher, open_anchors, open_cache, own_anchors, pick_episodes
+from .check import Finding, attempt, gathering, waivers
 from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last, read_craft_state,
                                   read_method_tensors, write_card, write_checkpoint)
 from .config import CraftConfig, at_home
 from .configs import CraftTrainConfig, begun, localise, or_say_what_is_lost, require_parts, require_writable
+from .data import several
 from .fit import camera_findings, check_features, data_findings, heed, instructions_of, make_processors, require_fit, run_hashes
 from .machine import Lock, Watched, follow, give_way, holder
 from .methods import MethodParts, find_method, make_method, read_options
@@ -78,7 +79,8 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     if cfg.resume: cfg.checkpoint_path = Path(follow(cfg.checkpoint_path))
     require_writable(Path(cfg.output_dir))
     if cfg.policy.pretrained_path: attempt("setup", require_parts, cfg.policy)
-    if cfg.craft.enabled and cfg.craft.anchor_dataset.repo_id and not cfg.craft.teacher: attempt("cache", own_anchors, cfg, not quiet)
+    if cfg.resume: check_same_data(cfg)
+    if builds_anchors(cfg): attempt("cache", own_anchors, cfg, not quiet)
     cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft, cfg.policy) if cfg.craft.enabled else None) or (None, None, [])
     acc = accelerator or make_accelerator(cfg)
     lock = claim(cfg, acc)
@@ -176,11 +178,25 @@ CARRIED = ("projection_gate", "initial_lambda", "lambda_lr", "lambda_max", "cont
            "epsilon_unit", "layer_weights", "retention_mode", "method", "method_options", "heldout_fraction", "heldout_cache_dir",
            "teacher", "anchor_actions", "anchor_draws")
 
+def craft_before(cfg: CraftTrainConfig) -> tuple[dict, Path]:
+    "The settings of the run that is resumed, and the file they stand in."
+    file = Path(cfg.checkpoint_path) / "pretrained_model" / "train_config.json"
+    return json.loads(file.read_text()).get("craft", {}), file
+
+def check_same_data(cfg: CraftTrainConfig) -> None:
+    "Refuse other anchors than those of the run that is resumed: other frames, or how many. A folder that was moved is the same one."
+    before, file = craft_before(cfg)
+    then, now = before.get("anchor_dataset") or {}, asdict(cfg.craft.anchor_dataset)
+    def moved(a, b): return bool(a and b) and not Path(a).exists() and Path(b).exists()
+    if changed := [f"anchor_dataset.{k} ({then[k]!r} then, {x!r} now)" for k, x in now.items()
+                   if k in then and then[k] != x and not (k in ("repo_id", "root") and moved(then[k], x))]:
+        raise ValueError(f"--resume goes on with the anchors of the checkpoint, and cannot change {', '.join(changed)}; "
+                         f"for that, begin a new run with --policy.path={file.parent}")
+
 def check_resumed(cfg: CraftTrainConfig, step: int) -> None:
     "Refuse changes that a resumed run would not take: λ, its limits and the gate go on from the checkpoint."
     if step > cfg.steps: raise ValueError(f"steps: the checkpoint stands at step {step}, expected at least that; found {cfg.steps}")
-    file = Path(cfg.checkpoint_path) / "pretrained_model" / "train_config.json"
-    before = json.loads(file.read_text()).get("craft", {})
+    before, file = craft_before(cfg)
     if changed := [f"{n} ({before[n]} then, {getattr(cfg.craft, n)} now)" for n in CARRIED
                    if n in before and before[n] != getattr(cfg.craft, n)]:
         raise ValueError(f"--resume goes on with the λ and the gate of the checkpoint, and cannot change {', '.join(changed)}; "
@@ -258,6 +274,8 @@ def part_anchors(craft: CraftConfig, policy: PreTrainedConfig | None = None) -> 
     "Anchors to train on, if the method takes any, anchors to judge on, and the episodes of those."
     read_options(method := find_method(craft.method), craft.method_options)
     cache = open_anchors(craft, policy) if method.needs == "anchors" else None
+    if cache is None and (old := craft.anchor_dataset.repo_id):
+        require_fit([Finding("warn", "anchors", f"the method {craft.method} looks at no anchors, so none are made of {', '.join(several(old))} (anchor_dataset)")])
     if craft.heldout_cache_dir:
         held = open_cache(replace(craft, anchor_cache_dir=craft.heldout_cache_dir))
         if cache is not None and held.manifest.get("cache_id") and held.manifest["cache_id"] == cache.manifest.get("cache_id"):

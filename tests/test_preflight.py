@@ -80,6 +80,10 @@ def test_anchors_that_are_yet_to_be_built(inside, capsys):
     assert "18 to be built first, from the 18 frames of local/sound, local/uneven with 'open the window'" in said and not Path("run").exists(), said
     code, said = check(capsys, *own, "--craft.method=aegis")
     assert code == 0 and "method aegis, once its anchors are built" in " ".join(said.split()), said
+    code, said = check(capsys, *own, "--craft.method=l2sp")
+    assert code == 0 and f"the method l2sp looks at no anchors, so none are made of {inside / 'sound'}, " in " ".join(said.split()) and "to be built" not in said, said
+    code, said = check(capsys, *own, "--craft.method=nosuch")
+    assert code == 1 and said.count("method: expected one of craft") == 1, said
     code, said = check(capsys, *own, "--craft.anchor_dataset.tasks=fly")
     assert code == 1 and "no task 'fly'" in said, said
 
