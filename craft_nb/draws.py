@@ -106,10 +106,10 @@ def submodule(policy: nn.Module, path: str) -> nn.Module:
         near = get_close_matches(path, names, 3, 0.5) or [n for n in names if "." not in n]
         raise ValueError(f"capture: {type(policy).__name__} has no module {path!r}; there are {', '.join(near)}") from None
 
-def _candidates(policy):  # "", or the modules that end in actions
-    c = policy.config
+def _candidates(policy, but=""):  # "", or the modules that end in actions
+    c = getattr(policy, "config", None)
     dims = {c.action_feature.shape[0], getattr(c, "max_action_dim", None)} if getattr(c, "output_features", None) and c.action_feature else ()
-    found = [n for n, m in policy.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", "")) in dims]
+    found = [n for n, m in policy.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", "")) in dims and n != but]
     return f" (out of {', '.join(found[-3:])}?)" if found else ""
 
 @contextmanager
@@ -119,7 +119,7 @@ def captured(policy: nn.Module, path: str, rows: int) -> Iterator[list[Tensor]]:
     hook = submodule(policy, path).register_forward_hook(lambda module, args, y: out.append(y))
     try: yield out
     finally: hook.remove()
-    def bad(found): return ValueError(f"capture={path} ({kind}): expected one tensor of {rows} rows in a forward pass, {found}: name another module")
+    def bad(found): return ValueError(f"capture={path} ({kind}): expected one tensor of {rows} rows in a forward pass, {found}: name another module{_candidates(policy, path)}")
     if len(out) != 1: raise bad(f"it was called {len(out)} times")
     if not isinstance(out[0], Tensor): raise bad(f"found {type(out[0]).__name__}")
     if out[0].ndim < 2 or len(out[0]) != rows: raise bad(f"found {tuple(out[0].shape)}")

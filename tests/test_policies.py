@@ -239,7 +239,7 @@ def test_wrong_use_is_one_line_and_writes_nothing(work, zoo, inside):
         ("act", ["--views=answer,action_logits"], "act has no action tokens"),
         ("pi0", ["--views=token_ce"], "It can have: pooled"),
         ("act", ["--capture=model.acton_head"], "has no module 'model.acton_head'; there are model.action_head"),
-        ("act", ["--craft.capture=model.vae_encoder"], "called 0 times"),
+        ("act", ["--craft.capture=model.vae_encoder"], "called 0 times: name another module (out of "),
         ("act", ["--capture=model.backbone"], "found"),
         ("diffusion", ["--draws=0"], "draws: expected 1 or more"),
         ("smolvla", ["--actions=mine"], "actions: expected one of teacher, dataset"),
