@@ -3,8 +3,8 @@
     python bench/mcq_shapes.py               outputs/bench/mcq.json, about ten minutes of one core
     python bench/mcq_shapes.py --size tiny   the same code in seconds; learns nothing
 
-A small pi0_fast learns to answer questions about a cube, a ball and a cone of different colours ("which colour is the cube ?", "which shape is red ?") and to reach for the
-cube. It is then fine-tuned on reaching for the ball, by craft-train: plainly; with anchors of pictures and questions (craft-build-cache --mcq), whose target is the teacher's
+A small pi0_fast learns to answer questions about a cube, ball or cone on a table ("which colour is the cube ?", "which shape is red ?") and to reach for it. It is then
+fine-tuned on drawing back from it, by craft-train: plainly; with anchors of pictures and questions (craft-build-cache --mcq), whose target is the teacher's
 own next-token distribution; with anchors of old actions; and with both in one cache (--append). craft-eval --mcq --compare asks each on pictures that nobody was trained on.
 Scenes are drawn here; there is no simulator.
 """
@@ -30,8 +30,8 @@ from craft_nb.small import Workload, new_policy, save_checkpoint_folder, save_to
 
 COLOURS = dict(red=(210, 50, 40), green=(50, 170, 70), blue=(50, 80, 210), yellow=(235, 205, 50), white=(240, 240, 240))
 SHAPES = ("cube", "ball", "cone")
-TASKS = dict(old="reach the cube", new="reach the ball")
-SIZES = dict(full=dict(scenes=500, anchors=300, asked=150, episodes=40, teach=600, steps=150, batch=32, old=400),
+TASKS = dict(old="reach the thing", new="leave the thing")
+SIZES = dict(full=dict(scenes=1000, anchors=300, asked=150, episodes=40, teach=400, steps=150, batch=32, old=400),
              tiny=dict(scenes=8, anchors=10, asked=4, episodes=3, teach=2, steps=2, batch=4, old=18))
 SMALLER = dict(width=96, depth=3, mlp_dim=256, head_dim=24, vision_width=96, vision_mlp_dim=256)  # .6 M parameters
 ARMS = ("plain", "questions", "actions", "both")
@@ -42,15 +42,15 @@ def darker(colour, by): return tuple(int(x * by) for x in colour)
 
 @dataclass
 class Scene:
-    "A table with three things on it, each in its own cell of 4 × 4."
-    colours: dict[str, str]  # of each shape
+    "A table with a thing on it, in one of 4 × 4 cells."
+    colours: dict[str, str]  # of the shape
     places: dict[str, tuple[float, float]]  # middles, in 0 … 1
     light: float
 
     @classmethod
     def drawn(cls, rng):
-        cells = rng.permutation(16)[:3]
-        return cls(dict(zip(SHAPES, rng.permutation([*COLOURS])[:3].tolist())), {s: ((c % 4 + .5) / 4, (c // 4 + .5) / 4) for s, c in zip(SHAPES, cells)}, rng.uniform(.7, 1.1))
+        shape, cell = SHAPES[rng.integers(3)], rng.integers(16)
+        return cls({shape: str(rng.choice([*COLOURS]))}, {shape: ((cell % 4 + .5) / 4, (cell // 4 + .5) / 4)}, rng.uniform(.7, 1.1))
 
     def picture(self, hand=None) -> np.ndarray:  # (64, 64, 3) uint8
         im = Image.new("RGB", (128, 128), darker((120, 95, 75), self.light))
@@ -93,15 +93,15 @@ def write_questions(folder: Path, name: str, n: int, each: int, rng) -> Path:
 
 
 def episodes(n: int, rng):
-    "A hand that goes straight to the thing it is told, `n` times for each task."
-    for task, text in TASKS.items():
+    "A hand that goes straight to the thing, or away from it, `n` times for each task."
+    for task in TASKS:
         for _ in range(n):
             scene, hand, rows = Scene.drawn(rng), rng.uniform(.05, .95, 2), []
-            goal = np.array(scene.places[text.split()[-1]])
+            thing, = scene.places.values()
             for _ in range(14):
-                move = np.clip((goal - hand) * 5, -1, 1)
+                move = np.clip((np.array(thing) - hand) * 5, -1, 1) * (1 if task == "old" else -1)
                 rows.append((scene.picture(hand), hand.astype(np.float32), move.astype(np.float32)))
-                hand = hand + .08 * move
+                hand = np.clip(hand + .08 * move, .02, .98)
             image, state, action = map(np.stack, zip(*rows))
             yield dict(task=task, image=image, state=state, action=action)
 
@@ -117,10 +117,10 @@ class Shapes(Workload):
 def prepare(folder: Path, s: dict, seed: int) -> Shapes:
     "Pictures, questions, demonstrations, tokenizers."
     rng = np.random.default_rng(seed)
-    for name, each in (("scenes", 6), ("anchors", 2), ("asked", 2)): write_questions(folder, name, s[name], each, rng)
+    for name, each in (("scenes", 2), ("anchors", 2), ("asked", 2)): write_questions(folder, name, s[name], each, rng)
     work = Shapes(folder, "local/shapes")
     write_dataset(episodes(s["episodes"], rng), work.root, work.repo_id, fps=10, texts=TASKS)
-    words = [*TASKS.values(), *COLOURS, *SHAPES, *(q["question"] for q in Scene.drawn(rng).questions()), "which colour is the shape ?"]
+    words = [*TASKS.values(), *COLOURS, *SHAPES, "which colour is the thing ?", "which shape is it ?"]
     save_tokenizers(work.dataset(), work.tokenizers, sentences=words)
     return work
 

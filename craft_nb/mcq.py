@@ -309,6 +309,7 @@ def build_question_cache(
     **how,  # of `AnchorWriter`: shard_size, images
 ) -> dict:  # the manifest
     "Anchors of pictures and questions, one each. Raises `ValueError` for a policy without a language-model head and for views that hold no answer."
+    if "logits" not in adapter_for(policy).gives: raise ValueError(f"mcq: {base_policy(policy).config.type} answers in actions; anchors of questions are of policies that answer in tokens, such as pi0_fast")
     scorer, chosen = PolicyScorer(policy, camera), make_views(list(views), layers=layers, top_k=top_k)
     check_views(scorer.adapter, policy, chosen)
     if not any("predict_mask" in v.tensors for v in chosen.values()): raise ValueError(f"mcq: {', '.join(chosen)} holds nothing of an answer in words: expected action_logits or action_tokens among the views")

@@ -143,3 +143,19 @@ def test_questions_become_anchors_behind_those_of_actions(work, asked, tmp_path,
     for more, says in (("--views=pooled", "holds nothing of an answer in words"), ("--num_anchors=3", "leave num_anchors out"), (f"--image_dir={tmp_path}", "leave image_dir out"), ("--mcq_camera=left", "there is no camera 'left'")):
         with pytest.raises(SystemExit, match=says): build_cache([teacher, file, more, f"--out_dir={tmp_path / 'c'}"])
         assert not (tmp_path / "c").exists()
+    from craft_nb.zoo import zoo_checkpoint
+    with pytest.raises(SystemExit, match="pi0_small answers in actions; anchors of questions"): build_cache([f"--policy.path={zoo_checkpoint(work, 'pi0')}", file, f"--out_dir={tmp_path / 'c'}"])
+
+
+def test_the_bench_of_coloured_shapes_runs_small(tmp_path, monkeypatch, capsys):
+    "Teacher, plain fine-tuning and anchors of both kinds, through the commands; it learns nothing at this size."
+    from pathlib import Path
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "bench")
+    import mcq_shapes
+    threads = torch.get_num_threads()
+    try: rows = mcq_shapes.main(["--size=tiny", f"--out={tmp_path}", "--arms=plain,both"])
+    finally: torch.set_num_threads(threads)
+    assert [r["arm"] for r in rows] == ["teacher", "plain", "both"] and "| both " in capsys.readouterr().out
+    for r in rows: assert r["mcq"]["n"] == 8 and math.isfinite(r["mcq"]["margin"]) and 0 < min(r["task_loss"].values()) < 20
+    assert (rows[0]["mcq"]["mcnemar"], rows[0]["mcq"]["margin"]) == (dict(only_first=0, only_second=0, p=1.0), rows[0]["mcq"]["other"]["margin"])  # the teacher beside itself
+    assert json.loads((tmp_path / "mcq.json").read_text())["rows"] == json.loads(json.dumps(rows))
