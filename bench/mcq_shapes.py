@@ -31,7 +31,7 @@ from craft_nb.small import Workload, new_policy, save_checkpoint_folder, save_to
 COLOURS = dict(red=(210, 50, 40), green=(50, 170, 70), blue=(50, 80, 210), yellow=(235, 205, 50), white=(240, 240, 240))
 SHAPES = ("cube", "ball", "cone")
 TASKS = dict(old="reach the thing", new="leave the thing")
-SIZES = dict(full=dict(scenes=1000, anchors=300, asked=150, episodes=40, teach=400, steps=150, batch=32, old=400),
+SIZES = dict(full=dict(scenes=1000, anchors=300, asked=150, episodes=40, teach=400, steps=60, batch=32, old=400),
              tiny=dict(scenes=8, anchors=10, asked=4, episodes=3, teach=2, steps=2, batch=4, old=18))
 SMALLER = dict(width=96, depth=3, mlp_dim=256, head_dim=24, vision_width=96, vision_mlp_dim=256)  # .6 M parameters
 ARMS = ("plain", "questions", "actions", "both")
@@ -176,7 +176,7 @@ def tune(work: Shapes, s: dict, arm: str, cache: Path | None, seed: int, share: 
     craft = ["--craft.enabled=false"] if cache is None else [f"--craft.anchor_cache_dir={cache}", "--craft.method=share", f"--craft.share={share}", "--craft.retention_freq=1"]
     cli.train([f"--policy.path={work.policy_path}", "--policy.push_to_hub=false", f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}", f"--dataset.episodes={work.of('new', 'train')}",
                f"--output_dir={out}", f"--steps={s['steps']}", f"--batch_size={s['batch']}", f"--seed={seed}", "--num_workers=0", "--log_freq=0", "--env_eval_freq=0", f"--save_freq={s['steps']}",
-               "--policy.optimizer_lr=5e-4", "--policy.scheduler_warmup_steps=20", f"--policy.scheduler_decay_steps={s['steps']}", "--wandb.enable=false", "--craft.check=false", *craft])
+               "--policy.optimizer_lr=1e-3", "--policy.scheduler_warmup_steps=10", f"--policy.scheduler_decay_steps={s['steps']}", "--wandb.enable=false", "--craft.check=false", *craft])
     return out / "checkpoints" / "last" / "pretrained_model"
 
 

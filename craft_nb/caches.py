@@ -29,7 +29,7 @@ from .check import OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .configs import (ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, parse_bytes, parse_count, require_local, require_writable,
                               each_dataset)
-from .data import read_prompts, draw_over, find_tasks, read_frame, read_info, several
+from .data import Rows, read_prompts, draw_over, find_tasks, read_frame, read_info, several
 from .features import resolve_layers
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy, load_policy_alone, rename_of,
                           require_fit, run_hashes, make_processors, Source, open_pictures)
@@ -147,12 +147,6 @@ def versions() -> dict[str, str]:
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
 
 # %% ../nbs/10h_caches.ipynb #0f93e616
-class Rows(torch.utils.data.Dataset):
-    "Some frames of a data set."
-    def __init__(self, dataset, rows: list[int]): self.dataset, self.rows = dataset, rows
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return read_frame(self.dataset, self.rows[i])
-
 def episodes_of(meta, tasks: list[str], among: list[int] | None = None, where: str = "the data set", whole: bool = False) -> list[int]:
     "Episodes that hold one of `tasks`; `whole`: refuse those that hold others too. Raises `ValueError`."
     wanted = set(find_tasks(tasks, [str(t) for t in meta.tasks.index], where))

@@ -154,6 +154,13 @@ def _opens(picture, root: Path) -> bool:
     except Exception: return False  # whatever is wrong with it
     return True
 
+# %% ../nbs/06a_data.ipynb #9d3e5f10
+class Rows(torch.utils.data.Dataset):
+    "Some frames of a data set."
+    def __init__(self, dataset, rows: list[int]): self.dataset, self.rows = dataset, rows
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return read_frame(self.dataset, self.rows[i])
+
 # %% ../nbs/06a_data.ipynb #83fbb92e
 def read_prompts(file: str | Path) -> list[str]:
     "One prompt a line, empty lines left out; of a `.jsonl` file a text, or the `prompt` of an object. Raises `ValueError` or `OSError` naming the file."

@@ -10,7 +10,6 @@ __all__ = ['wilson', 'rate', 'pooled_rate', 'bootstrap', 'retention_ratio', 'lib
 # %% ../nbs/10_evaluate.ipynb #c6a895b7
 import base64
 import html
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .config import as_path
+from .plots import COLOURS, INK, arm_colour, figure_png, figure_svg, new_figure
 
 # %% ../nbs/10_evaluate.ipynb #4a77118e
 def wilson(
@@ -200,48 +200,6 @@ def summarise(report: dict) -> dict:  # {arm: {old: cell, new: cell, retention: 
     before = cells["teacher"]["old"]
     for c in cells.values(): c["retention"] = retention_ratio(before, c["old"]) if before["rate"] else None
     return cells
-
-# %% ../nbs/10_evaluate.ipynb #2e44dd74
-INK = "#010203"  # nearly black in a PNG; `figure_svg` turns it into the page's text colour
-COLOURS = "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#b79f00", "#882255"
-
-def arm_colour(arm: str, names: Sequence[str]) -> str:
-    "Colour of an arm among `names`: fixed for `teacher`, `sft`, `origin`, by order for the others."
-    fixed = dict(teacher="#8c8c8c", sft="#d55e00", origin="#e69f00")
-    ours = [n for n in names if n not in fixed]
-    return fixed.get(arm) or COLOURS[ours.index(arm) % len(COLOURS)]
-
-def new_figure(width: float, height: float, rows: int = 1, cols: int = 1, **kw):  # (Figure, (rows, cols) axes)
-    "A matplotlib figure in the report's style, outside pyplot. Needs `craft_nb[notebook]`."
-    try: from matplotlib.figure import Figure
-    except ImportError as e: raise ImportError("figures need matplotlib: pip install 'craft_nb[notebook]'") from e
-    fig = Figure((width, height), layout="constrained")
-    axes = fig.subplots(rows, cols, squeeze=False, **kw)
-    for ax in axes.flat:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[:].set_color(INK)
-        ax.tick_params(colors=INK, labelsize=8, length=2)
-        ax.grid(color="#8888", linewidth=0.4)
-        ax.set_axisbelow(True)
-        ax.patch.set_alpha(0)
-    return fig, axes
-
-def figure_png(fig, dpi: int = 80) -> bytes:
-    "The figure as PNG on white."
-    fig.savefig(out := io.BytesIO(), format="png", dpi=dpi, facecolor="white")
-    return out.getvalue()
-
-def figure_svg(fig, label: str) -> str:
-    "The figure as an SVG element for a page: transparent, text in the page's colour and font, `label` for screen readers."
-    import re
-    from matplotlib import rc_context
-    with rc_context({"svg.fonttype": "none"}):
-        fig.savefig(out := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
-    svg = out.getvalue()[out.getvalue().index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    width = f"max-width:{fig.get_figwidth() * 96:.0f}px"
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}" style="{width}"', 1)
 
 # %% ../nbs/10_evaluate.ipynb #4221f80a
 def plot_success(report: dict):  # matplotlib Figure
