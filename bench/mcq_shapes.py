@@ -1,6 +1,6 @@
 """Does a policy still know what it sees, after it was fine-tuned on actions?
 
-    python bench/mcq_shapes.py               outputs/bench/mcq.json, about ten minutes of one core
+    python bench/mcq_shapes.py               outputs/bench/mcq.json
     python bench/mcq_shapes.py --size tiny   the same code in seconds; learns nothing
 
 A small pi0_fast learns to answer questions about a cube, ball or cone on a table ("which colour is the cube ?", "which shape is red ?") and to reach for it. It is then
