@@ -173,7 +173,7 @@ def of_records(rows: list[dict]) -> dict:
     return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "standard_error", "estimate", "budget", "met", "seconds")}) if cert else {})
 
 # %% ../nbs/14_study.ipynb #a91f30c4
-AT_ONCE = 20  # environments of a process, 100 MB each
+AT_ONCE = 20  # environments of a process, 100 to 200 MB each
 
 def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}; done
     "Roll out every task from the first `episodes` starting states. `before`: the row there is; what its `starts` lack is added."
