@@ -113,7 +113,7 @@ def zoo(kind, **sizes): # of `Kind.make`
 VELOCITY = "the squared distance of the velocity at stored noise and time from the teacher's, per action dimension"
 POLICIES = dict(
     pi0_fast=Kind(("action_logits", "action_tokens", "tokens", "pooled"), "the Kullback–Leibler divergence from the teacher's action probabilities, in nats per action token", fast, sees_grey=True),
-    act=Kind(("answer",), "the squared distance of the chunk of actions from the teacher's, per action dimension", zoo("act"), dict(teacher_steps=1500, steps=200, anchors=1500)),
+    act=Kind(("answer",), "the squared distance of the chunk of actions from the teacher's, per action dimension", zoo("act"), dict(teacher_steps=1500, steps=400)),
     smolvla=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("smolvla", freeze_vision_encoder=False), dict(teacher_steps=2500)),
     pi0=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("pi0")),
 )
