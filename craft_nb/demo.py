@@ -35,6 +35,7 @@ def workload(run:Run): # the data set, tokenizers and policy of a demo folder
 # %% ../nbs/12_demo.ipynb #075bf263
 def tokenizers(run:Run):
     "FAST and text tokenizers, fitted to the data set."
+    run.result("record")
     work = workload(run)
     door(run.settings).tokenize(work)
     return dict(text=str(work.tokenizers/"text"), action=str(work.tokenizers/"action"))
@@ -84,6 +85,7 @@ def train_job(run_args, arm, blind=False):
     return str(Path(follow(config.output_dir/"checkpoints"/"last"/"pretrained_model")).resolve())
 
 def train_arms(run:Run, stage:str, arms, steps:int, **kw): # {arm: checkpoint path}
+    run.result("tokenizers")
     args = (str(run.folder), run.settings, run.workers)
     logs = {a: run.folder/"runs"/a.replace(":", "-")/"metrics.jsonl" for a in arms}
     for f in logs.values(): f.unlink(missing_ok=True)
