@@ -6,6 +6,7 @@
 __all__ = ['estimate_memory', 'Memory']
 
 # %% ../nbs/07f_memory.ipynb #bf13b0fd
+import ctypes
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
@@ -149,9 +150,10 @@ class Memory(Callback):
 
 # %% ../nbs/07f_memory.ipynb #8f612f04
 def resident(what: str = "VmRSS", forget_peak: bool = False) -> int:
-    "Bytes of this process in memory, or at most so far (`VmHWM`); 0 where the system does not tell."
+    "Bytes of this process in memory, or at most so far (`VmHWM`); 0 where the system does not tell. `forget_peak`: begin anew, without what is freed already."
     try:
         if forget_peak:
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)  # glibc keeps freed memory: a step that used it again would look free
             with open("/proc/self/clear_refs", "w") as f: f.write("5")
         with open("/proc/self/status") as f: return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
-    except (OSError, StopIteration): return 0
+    except (OSError, TypeError, StopIteration): return 0  # TypeError: Windows has no library of the process itself
