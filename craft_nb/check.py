@@ -313,7 +313,8 @@ def check_cameras(
     missing, lost = [w for w in wanted if w not in {*place.values(), *blank}], [a for a, b in place.items() if b not in wanted]
     facts, out = dict(policy=sorted(wanted), data=sorted(have), rename_map=dict(rename_map), blank=missing, unused=lost), []
     if missing:
-        how = f" Name each one's place: --rename_map='{{\"{lost[0]}\": \"{missing[0]}\"}}'" if lost else ""
+        pairs = ", ".join(f'"{a}": "{b}"' for a, b in [*rename_map.items(), *zip(lost, missing)] if a in have and b in wanted)
+        how = f" Name each one's place: --rename_map='{{{pairs}}}'" if lost else ""
         text = (f"the policy's {' and '.join(missing)} would see no picture, the data set's {' and '.join(lost) or 'cameras'} "
                 f"{'would not be seen' if lost else 'have other places'}: the policy takes {', '.join(wanted)}, the data set has {', '.join(have) or 'no camera'}.")
         nothing = not set(wanted) & set(place.values())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .cards import _size
 from .control import Callback
 from .passes import count_rows, passing, unwrapped
 from .retention import anchor_losses, endless, enough_memory, pressed
@@ -130,13 +131,14 @@ def measure_passes(trainer: StepParts, policy: nn.Module) -> dict[str, int]:
 
 # %% ../nbs/07f_memory.ipynb #78b2e443
 class Memory(Callback):
-    "Says before the first step what memory will be needed, and at the end what was used."
+    "Says before the first step what memory will be needed, unless a check has said so, and at the end what was used."
     order = 10
     def before_fit(self, trainer):
-        self.device, self.expected = next(trainer.policy.parameters()).device, trainer.expected or estimate_memory(trainer)
+        said, self.device = trainer.expected, next(trainer.policy.parameters()).device
+        self.expected = said or estimate_memory(trainer)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
         else: self.start = resident(forget_peak=True) - self.expected["weights"] - self.expected.get("teacher", 0)
-        print("memory: " + ", ".join(f"{k.replace('_', ' ')} {v / 2**30:.3g}" for k, v in self.expected.items()) + " GiB")
+        if not said: print("memory: " + ", ".join(f"{k.replace('_', ' ')} {_size(v)}" for k, v in self.expected.items()))
 
     def on_event(self, trainer, row):
         if row["event"] in ("start", "resume"): trainer.event("memory", **self.expected)
@@ -146,7 +148,7 @@ class Memory(Callback):
         used = (torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda"
                 else max(resident("VmHWM") - self.start, 0))
         trainer.event("memory_used", used=used, expected=self.expected["peak"])
-        print(f"memory used: {used / 2**30:.3g} GiB of {self.expected['peak'] / 2**30:.3g} expected")
+        print(f"memory used: {_size(used)} of {_size(self.expected['peak'])} expected")
 
 # %% ../nbs/07f_memory.ipynb #8f612f04
 def resident(what: str = "VmRSS", forget_peak: bool = False) -> int:

@@ -75,12 +75,24 @@ class Report:
                 out += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False)
         return "\n".join([*out, *([f"{'pictures':<15}{self.sheet}"] if self.sheet else [])])
 
+# %% ../nbs/11d_preflight.ipynb #5e0c81ab
+def keeping(craft: CraftConfig) -> str:
+    "By what a run keeps, in the words of the flags that decide it."
+    name = "CRaFT" if craft.method == "craft" else f"method {craft.method}"
+    if craft.method not in ("craft", "share", "constant"): return name
+    name += " every step" if craft.retention_freq == 1 else f" every {craft.retention_freq} steps"
+    if craft.method == "constant": return f"{name}, λ {craft.initial_lambda:g}"
+    end = f"{craft.epsilon_fraction:g} of a probe's drift" if craft.epsilon_unit == "auto" else f"{craft.epsilon_start:g} → {craft.epsilon_end:g}"
+    budget = f", budget {craft.budget:g}" * bool(craft.budget)
+    if "share" in (craft.method, craft.controller): return f"{name}, share {craft.share:g}" + (budget or f", ε {end}" * (craft.epsilon_unit == "auto"))
+    return f"{name}, {craft.controller}, ε {end}{budget}"
+
 # %% ../nbs/11d_preflight.ipynb #f3f08ab7
 def say_setup(r: Report, t: CraftTrainer, to_come: CraftConfig | None = None) -> None:  # to_come: of a run that builds its anchors first
     cfg, n = t.parts.cfg, sum(p.numel() for p in t.policy.parameters())
     trained, craft = sum(p.numel() for p in t.params), to_come or cfg.craft
-    kept = f"CRaFT every {craft.retention_freq} steps, {craft.controller}, ε {craft.epsilon_start:g} → {craft.epsilon_end:g}" + ", once its anchors are built" * bool(to_come) if t.retention or (
-        to_come and to_come.method == "craft") else f"method {craft.method}, once its anchors are built" if to_come else "without retention" if t.method.name in ("plain", "sft") else f"method {t.method.name}"
+    kept = "without retention" if not (t.retention or to_come) and t.method.name in ("plain", "sft") else keeping(craft) if t.retention or to_come else f"method {t.method.name}"
+    kept += ", once its anchors are built" * bool(to_come)
     r.add("setup", f"{cfg.trainable_config.type} of {n / 1e6:,.3g} M parameters{f', {trained / n:.1%} of them trained' * (trained < n)}, {next(t.policy.parameters()).device}, "
           f"{cfg.steps} steps of {cfg.batch_size} frames, {kept}", policy=cfg.trainable_config.type, parameters=n, trained=trained, steps=cfg.steps)
 
@@ -192,7 +204,7 @@ def say_costs(r: Report, t: CraftTrainer) -> None:
     if s := attempt("time", pass_seconds, t):
         each = s["task"] + s["retention"] / (cfg.craft.retention_freq if t.retention else 1)
         waits = max(each, s["load"] / max(1, cfg.num_workers)) if cfg.num_workers else each + s["load"]
-        r.add("time", f"{duration(each)} a step ({duration(s['task'])} the task" + f", {duration(s['retention'])} the anchors, every {cfg.craft.retention_freq} steps" * bool(t.retention)
+        r.add("time", f"{duration(each)} a step ({duration(s['task'])} the task" + f", {duration(s['retention'])} the anchors, every {f'{k} steps' if (k := cfg.craft.retention_freq) > 1 else 'step'}" * bool(t.retention)
               + f"), {duration(s['load'])} to load a batch: about {duration(waits * (cfg.steps - t.step))} for {cfg.steps - t.step} steps", step=each, total=waits * (cfg.steps - t.step), **s)
     say_disk(r, t, m["optimizer"] if m else 0)
 
@@ -284,7 +296,7 @@ def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = T
         say_costs(r, trainer)
         if sheet and (trainer.parts.cameras or base_policy(trainer.policy).config.image_features): r.sheet = attempt("picture", contact_sheet, trainer, Path(sheet))
     if r.count("refuse"):  # what is refused may be why it could not be measured
-        for f in more: r.add(f.what if f.what in SECTIONS else "cameras", f"not measured, mend what is refused first ({f.text.splitlines()[0][:100]})")
+        for f in more: r.add(f.what if f.what in SECTIONS else "cameras", "not measured, mend what is refused first", why=f.text.splitlines()[0])
     else: r.findings += more
     return r
 

@@ -88,7 +88,7 @@ def drift_tables(evals: dict, found: dict, names: Sequence[str], where: dict[str
         at = [[d["by_instruction"][t]["losses"].get(view, math.nan) if t in d["by_instruction"] else math.nan for d in have.values()] for t in texts[:60]]
         if all(math.isfinite(x) for r in at for x in r):
             parts.append(heat_table([f"instruction: L_ret, {esc(view)}", *map(esc, have)], texts[:60], at, max(map(max, at))))
-    note = " ".join(dict.fromkeys(where.values()))
+    note = " ".join(dict.fromkeys(where[n] for n in have if where.get(n)))
     return section("Where the network moved", f"Measured on anchors of a cache. By layer: mean ‖h′−h‖ / ‖h‖ of pooled hidden states against the teacher's. {esc(note)}", *parts)
 
 # %% ../nbs/11f_report.ipynb #509f54e1
@@ -168,11 +168,10 @@ def measure(run: Recorded, cache: str | Path) -> dict:
         evaluate(CraftEvalConfig(policy=policy, anchors=str(cache), out_dir=f"{d}/eval"))
         return read_json(Path(d) / "eval" / "eval.json", "what was measured")["drift"]
 
-def trained_on(run: Recorded, cache: str | Path) -> bool:
-    "Whether the run's anchors came from that cache."
-    begun = next((e for e in reversed(run.events) if e["event"] in ("start", "resume")), {})
-    used = (begun.get("craft") or {}).get("anchor_cache_dir")
-    return bool(used) and facts(run)["retains"] and as_path(used).resolve() == as_path(cache).resolve()
+def anchors_of(name: str, drift: dict, now: bool) -> str:
+    "On what a run's drift was measured."
+    if not drift.get("held_out", True): return f"{name} was trained on anchors of this cache: for it, this is no held-out drift."
+    return f"Measured now on {drift['cache']}." if now else f"{name}: on {drift['cache']}." if drift.get("cache") else ""
 
 # %% ../nbs/11f_report.ipynb #c1330cc0
 class Report:
@@ -188,8 +187,7 @@ class Report:
         self.runs = read_runs([runs] if isinstance(runs, (str, Path)) else list(runs))
         self.names, self.facts = [r.name for r in self.runs], {r.name: facts(r) for r in self.runs}
         self.evals = read_evals([evals] if isinstance(evals, (str, Path)) else evals, self.runs)
-        self.where = {n: "The cache of an eval.json." for n, e in self.evals.items() if "drift" in e}
-        self.seen_anchors = set()  # runs whose drift is known on their own anchors only
+        self.where = {n: anchors_of(n, e["drift"], False) for n, e in self.evals.items() if "drift" in e}
         if cache is not None: self.measure(cache)
         self.tasks, self.differ = split_tasks(self.evals, new), differing(self.runs)
         self.shares = {n: k for n in self.names if (k := kept(self.evals, n, self.tasks))}
@@ -200,10 +198,8 @@ class Report:
         if twice := [n for n in self.names if "drift" in self.evals.get(n, {})]: raise ValueError(f"--cache: the drift of {twice[0]} is in an --eval already; give one of the two")
         if not as_path(cache).is_dir(): raise FileNotFoundError(f"--cache: there is no folder {cache}")
         for r in self.runs:
-            self.evals.setdefault(r.name, {})["drift"] = measure(r, as_path(cache))
-            own = trained_on(r, cache)
-            self.where[r.name] = f"{r.name} was trained on anchors of this cache: for it, this is no held-out drift." if own else f"Measured now on {cache}."
-            if own: self.seen_anchors.add(r.name)
+            self.evals.setdefault(r.name, {})["drift"] = d = measure(r, as_path(cache))
+            self.where[r.name] = anchors_of(r.name, d, True)
 
 # %% ../nbs/11f_report.ipynb #eab21027
 def value(self, name: str, run: str):  # number, bool, or None: not measured
@@ -215,7 +211,7 @@ def value(self, name: str, run: str):  # number, bool, or None: not measured
     if name in ("kept", "new"): return share.get("ratio") if name == "kept" else (share.get("new") or {}).get("rate")
     if name == "drift":
         cells = [x for r in e.get("drift", {}).get("relative_l2", []) for x in r]
-        return statistics.fmean(cells) if cells and run not in self.seen_anchors else None
+        return statistics.fmean(cells) if cells and e["drift"].get("held_out", True) else None  # on its own anchors it says nothing
     if name == "task_loss": return (f["task_loss"] or {}).get("mean")
     if name == "mcq": return e.get("mcq", {}).get("accuracy")
     return e.get("action_error", {}).get("mae") if name == "action_error" else f[name]

@@ -219,14 +219,15 @@ def test_drift_is_measured_now(work, tmp_path, capsys):
     cfg = run_config(work, tmp_path / "run", anchor_cache_dir=str(cache), views="pooled", controller="share", budget=9., heldout_fraction=.25, check=False)
     cfg.save_checkpoint, cfg.save_freq = True, 3
     train(cfg, quiet=True)
-    shutil.copytree(cache, tmp_path / "held")
+    cli.build_cache([f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}", f"--out_dir={tmp_path / 'held'}", "--num_anchors=8", "--seed=5", "--views=pooled"])
     assert run_report(tmp_path / "run", f"--cache={tmp_path / 'held'}", "--gate=drift<=1e9,drift>=0,budget,finished") == 0
     found = json.loads((tmp_path / "run/report.json").read_text())
     d = found["measured"]["run"]["drift"]
     assert d["losses"]["pooled"] > 0 and len(d["by_instruction"]) == 2 and found["policy"] == "pi0_fast_small" and found["runs"]["run"]["certificate"]["met"]
     page = (tmp_path / "run/report.html").read_text()
     assert "Where the network moved" in page and all(f">{t}</th>" in page for t in d["by_instruction"])
-    assert "not measured" in run_report(tmp_path / "run", f"--cache={cache}", "--gate=drift<=1e9"), "anchors that were trained on are not held out"
+    shutil.copytree(cache, tmp_path / "copy")
+    for own in cache, tmp_path / "copy": assert "not measured" in run_report(tmp_path / "run", f"--cache={own}", "--gate=drift<=1e9"), "anchors that were trained on are not held out"
     shutil.rmtree(tmp_path / "run/checkpoints")
     assert "has no checkpoint" in run_report(tmp_path / "run", f"--cache={tmp_path / 'held'}")
 
