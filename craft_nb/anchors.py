@@ -32,6 +32,7 @@ def check_compatible(
     allow=(),  # names that may differ, 'weights' or 'hashes.weights': a list or a comma list
     known=(),  # names that `allow` may hold though this run does not compare them
     flag='--craft.allow_mismatch',  # how a user names them
+    never={},  # names that may not differ, whatever `allow` says: why
 ) -> dict:  # {'checked', 'allowed', 'unknown'}: lists of names; unknown is what the cache does not say
     "Compare a run with the cache it wants to use. Raises `AnchorCacheError` listing every mismatch with both values."
     allow = [a.strip() for a in (allow.split(',') if isinstance(allow, str) else allow) if a.strip()]
@@ -40,11 +41,13 @@ def check_compatible(
         raise AnchorCacheError(f'allow_mismatch: no such check {typo}; there are {sorted({*map(short, got), *known})}')
     known = sorted(k for k in got if want.get(k) not in (None, '', [], 0))
     differ = [k for k in known if want[k] != got[k]]
-    allowed = [k for k in differ if k in allow or short(k) in allow]
+    allowed = [k for k in differ if k not in never and (k in allow or short(k) in allow)]
     if bad := [k for k in differ if k not in allowed]:
-        lines = '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}{_MEANS.get(k, "")}' for k in bad)
-        raise AnchorCacheError(f'the anchor cache was made for another run:\n{lines}\nBuild one for this policy and '
-                               f'data, or allow the difference: {flag}={",".join(map(short, bad))}')
+        lines = '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}{_MEANS.get(k, "")}' + f' ({never.get(k)})' * (k in never) for k in bad)
+        final, words = [k for k in bad if k in never], dict.fromkeys(short(k) for k in differ if k in allowed or k in bad)
+        way = (f'Build one with this policy: craft-build-cache --policy.path=…; {flag} cannot waive {", ".join(final)}' if final else
+               f'Build one for this policy and data, or allow the difference: {flag}={",".join(words)}')
+        raise AnchorCacheError(f'the anchor cache was made for another run:\n{lines}\n{way}')
     return dict(checked=known, allowed=allowed, unknown=sorted(set(got) - set(known)))
 
 # %% ../nbs/05_anchors.ipynb #1fbec324

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BuildCacheConfig', 'build_cache', 'load_dataset', 'say_decoder', 'versions', 'recompute_targets', 'open_cache',
-           'cache_adapter', 'check_cache', 'cache_views', 'inputs_of', 'live_frames', 'open_anchors', 'check_frames',
-           'make_teacher', 'asked_anchors', 'anchor_build', 'builds_anchors', 'own_anchors']
+           'cache_adapter', 'check_cache', 'not_to_compare', 'cache_views', 'inputs_of', 'live_frames', 'open_anchors',
+           'check_frames', 'make_teacher', 'asked_anchors', 'anchor_build', 'builds_anchors']
 
 # %% ../nbs/10h_caches.ipynb #d866f7e9
 import copy
@@ -25,7 +25,7 @@ from torch import nn
 
 from .anchors import MANIFEST, AnchorCacheDataset, check_compatible, read_manifest, BUILDING, hash_json, sources
 from .builder import STORED, LiveFrames, build_anchor_cache, teacher_targets, AnchorFrames
-from .check import OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
+from .check import NEVER, OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
 from .configs import (ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, parse_bytes, parse_count, require_local, require_writable,
                               each_dataset)
@@ -39,7 +39,7 @@ from .mcq import build_question_cache, read_questions
 from .methods import find_method
 from .policies import adapter_for, base_policy, check_views, eval_mode
 from .terminal import decoder_line
-from .tools import MAY, merge_caches, open_whole
+from .tools import MAY, MUST, merge_caches, open_whole
 from .video import read_forward
 
 from lerobot.configs.default import DatasetConfig
@@ -89,6 +89,7 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True, asked: dict | None
     "Build the anchor cache that `cfg` describes. → its manifest."
     if cfg.policy is None or not cfg.policy.pretrained_path:
         raise ValueError("no teacher: give --policy.path=FOLDER or --policy.pretrained_path=FOLDER")
+    waivers(cfg.allow_mismatch)
     require_writable(Path(at_home(cfg).out_dir), "--out_dir")
     try: layers, prompts = [int(i) for i in cfg.layers_to_save.split(",")], None
     except ValueError: raise ValueError(f"layers_to_save: expected numbers such as -2,-1; found {cfg.layers_to_save!r}") from None
@@ -265,10 +266,11 @@ def require_appendable(cfg: BuildCacheConfig, policy: nn.Module, about: dict, la
     made = make_views(m["views"], layers=layers, pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k)
     view = next(iter(made.values()))
     hidden = dict(layers=list(view.layers), pooling=list(view.pooling)) if "hidden" in adapter.gives else {}
+    extra = {k: v for k, v in about["extra"].items() if k != "drawn"}  # which anchors: others, that is why they are appended
     found = dict(policy_type=base_policy(policy).config.type, width=facts["width"], **hidden, hashes=about["hashes"],
                  dtype=facts["dtype"], dataset={k: about["dataset"].get(k) for k in ("fps", "chunk") if not about["dataset"].get("stills")},
-                 extra=about["extra"] | (dict(top_k=cfg.top_k) if "action_logits" in made else {}))
-    check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch")
+                 extra=extra | (dict(top_k=cfg.top_k) if "action_logits" in made else {}))
+    check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch", never=dict.fromkeys((*MUST, "extra.top_k", "extra.capture", "extra.chunk"), "anchors of one cache have one form"))
 
 def finished_part(where: Path, about: dict) -> dict | None:
     "The new anchors, if an earlier call built them and was killed while it joined them."
@@ -356,8 +358,7 @@ def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
 def cache_adapter(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module):
     "The adapter that the anchors of `cache` are shown to `policy` through. Raises if the cache is of another policy type."
     m, kind = cache.manifest, base_policy(policy).config.type
-    check_compatible(dict(policy_type=m["policy_type"]), dict(policy_type=kind),
-                     [w for w in map(str.strip, craft.allow_mismatch.split(",")) if w == "policy_type"])
+    check_compatible(dict(policy_type=m["policy_type"]), dict(policy_type=kind), never=NEVER)
     return adapter_for(policy, craft.capture or m["extra"].get("capture", ""))
 
 def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str],
@@ -365,19 +366,25 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
     """Refuse a cache that was made for another policy, or at another recording rate or chunk length than `dataset`, naming both values.
     A resumed student has moved, so its weights are not compared."""
     adapter, m = cache_adapter(cache, craft, policy), cache.manifest
-    facts = adapter.facts(policy)
+    waivers(craft.allow_mismatch)
+    facts, views = adapter.facts(policy), cache_views(cache, craft)
     found = dict(policy_type=base_policy(policy).config.type, width=facts["width"], extra=facts["extra"],
                  hashes={k: v for k, v in hashes.items() if not (resumed and k == "weights")})
     if m["hashes"]: found["dtype"] = facts["dtype"]  # old caches do not say the policy's dtype
     if dataset is not None: found["dataset"] = dict(fps=dataset.meta.fps, chunk=chunk_length(dataset))
     allow = craft.allow_mismatch + ",weights" * bool(craft.teacher)  # what they once answered is not asked
-    out = check_compatible(m, found, allow, known=(*WAIVABLE, *OF_THE_CACHE), flag=flag)
+    out = check_compatible(m, found, allow, known=(*WAIVABLE, *OF_THE_CACHE), flag=flag, never=not_to_compare(views))
     if "dataset.fps" in out["unknown"] and not m["dataset"].get("stills"):
         logging.warning("%s does not say at which recording rate (fps) its anchors were made: compare it yourself with the %s fps of the data",
                         cache.dir, dataset.meta.fps)
     if m["layers"]: resolve_layers(m["layers"], facts["extra"]["depth"])
-    check_views(adapter, policy, cache_views(cache, craft))
+    check_views(adapter, policy, views)
     return out
+
+def not_to_compare(views: dict) -> dict[str, str]:  # name: why
+    "What may not differ between a policy and the cache that holds these views of it: there would be nothing to compare."
+    layers, actions, _ = pass_needs(list(views.values()))
+    return NEVER | ({"width": "hidden states of another width have no distance"} if layers else {}) | ({"extra.chunk": "chunks of another shape have no distance"} if actions else {})
 
 def cache_views(cache: AnchorCacheDataset, craft: CraftConfig) -> dict:
     "View objects for what the cache holds."
@@ -474,18 +481,40 @@ def builds_anchors(cfg: CraftTrainConfig) -> bool:
     try: return find_method(craft.method).needs == "anchors"
     except ValueError: return False  # no such method: refused where its anchors are opened
 
-def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> None:
+# %% ../nbs/10h_caches.ipynb #cf22a2d1
+PLACES = "repo_id", "root", "prompts_file"
+
+def moved(then: str, now: str) -> bool:  # a path, or a list of them
+    "Is what was at `then`, and is there no more, at `now`?"
+    a, b = several(then), several(now)
+    return len(a) == len(b) > 0 and all(x == y or not as_path(x).exists() and as_path(y).exists() for x, y in zip(a, b))
+
+def other_wishes(then: dict, now: dict) -> list[str]:  # of `asked_anchors`
+    "In what anchors are asked for otherwise, in words. A folder or file that was moved is the same one."
+    return [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in now.items() if then.get(k) != v and not (k in PLACES and moved(then.get(k), v))]
+
+def built_at(cfg: CraftTrainConfig) -> Path:
+    "Where the anchors lie that a run builds for itself. Those of a run that goes on may have been moved with it, or be left where it began."
+    here = Path(cfg.output_dir) / ANCHORS
+    others = [Path(follow(cfg.checkpoint_path)).parents[1] / ANCHORS, as_path(cfg.craft.anchor_cache_dir)] if cfg.resume else []
+    return next((p for p in (here, *others) if (p / MANIFEST).is_file()), here)
+
+def require_as_asked(where: Path, craft: CraftConfig) -> None:
+    "Refuse finished anchors that were built for other wishes. The data that they were built from need not be there any more."
+    m, now = read_manifest(where), asked_anchors(craft)
+    if changed := other_wishes(then := sources(m)[0].get("asked", {}), now): raise ValueError(f"{where} holds anchors that were built for other wishes: {', '.join(changed)}; give another --output_dir")
+    if then["prompts_file"] != (file := now["prompts_file"]) and (lost := {*m["prompts"]} - {*read_prompts(file)}):
+        raise ValueError(f"{where} holds anchors with the prompt {min(lost)!r}, which is not in {file}; give the file that they were built with, or another --output_dir")
+
+# %% ../nbs/10h_caches.ipynb #e7242a51
+def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> Path:
     "Let `anchor_cache_dir` be the anchors that the run builds for itself; build them, or what is missing of them."
-    where, asked = Path(cfg.output_dir) / ANCHORS, asked_anchors(cfg.craft)
+    where, asked = built_at(cfg), asked_anchors(cfg.craft)
     if not cfg.resume and cfg.craft.anchor_cache_dir not in (str(where), CraftConfig.anchor_cache_dir):
         raise ValueError("craft: anchor_cache_dir names a cache that is there, anchor_dataset.repo_id data to build one from: give one of them")
     cfg.craft.anchor_cache_dir = str(where)
-    if (where / MANIFEST).is_file():
-        then = sources(read_manifest(where))[0].get("asked", {})
-        if changed := [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in asked.items() if then.get(k) != v]:
-            raise ValueError(f"{where} holds anchors that were built for other wishes: {', '.join(changed)}; give another --output_dir")
-        return
-    if cfg.resume: raise FileNotFoundError(f"{where}: the anchors that this run was trained with are not there: restore the folder")
+    if (where / MANIFEST).is_file(): return require_as_asked(where, cfg.craft) or where
+    if cfg.resume: raise FileNotFoundError(f"{where}: the anchors that this run was trained with are not there: restore the folder, or name the run's, if it was moved, with --output_dir")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError(f"craft.anchor_dataset: one process builds anchors. Build them with craft-build-cache --out_dir=CACHE and give --craft.anchor_cache_dir=CACHE")
     with Lock(cfg.output_dir):
@@ -496,3 +525,4 @@ def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> None:
             raise ValueError(f"{e} (flags of craft-build-cache: build the anchors with it, and give --craft.anchor_cache_dir)") from e
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
+    return where

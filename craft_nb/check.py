@@ -37,7 +37,10 @@ WAIVABLE = {  # word: what is then accepted
     "timestamps": "videos and times that do not fit their episodes"}
 
 # %% ../nbs/10a_check.ipynb #df100415
-OF_THE_CACHE = ("policy_type", "width", "depth", "dtype", "weights", "processors", "normalisation", "tokenizers", "fps", "chunk")  # anchors compare these
+OF_THE_CACHE = ("width", "depth", "dtype", "weights", "processors", "normalisation", "tokenizers", "fps", "chunk")  # anchors compare these
+NEVER = {  # what anchors compare too, and why no word waives it
+    "policy_type": "anchors are inputs as one type of policy takes them, and what they hold is the answer of that type",
+    "extra.capture": "what another module says is another quantity"}
 
 # %% ../nbs/10a_check.ipynb #e10505df
 USERS = (ValueError, OSError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)  # what a user can mend
@@ -64,6 +67,8 @@ def waivers(allow: str | Iterable[str]) -> set[str]:
     "The words of `allow_mismatch`. Raises `ValueError` for a word that waives nothing, naming those that do."
     words = {w.strip() for w in (allow.split(",") if isinstance(allow, str) else allow)} - {""}
     known = [*WAIVABLE, *OF_THE_CACHE]
+    for k, why in NEVER.items():
+        if words & {k, k.rsplit(".", 1)[-1]}: raise ValueError(f"allow_mismatch: {k.rsplit('.', 1)[-1]} cannot be waived: {why}. Build anchors with this policy (craft-build-cache --policy.path=…)")
     if wrong := sorted(w for w in words if w.rsplit(".", 1)[-1] not in known):
         close = difflib.get_close_matches(wrong[0], known, 1)
         raise ValueError(f"allow_mismatch: no such check {', '.join(wrong)}{f' (did you mean {close[0]}?)' if close else ''}; "

@@ -22,6 +22,7 @@ from torch import nn
 from .actions import action_error, joint_names
 from .anchors import AnchorCacheDataset
 from .caches import cache_adapter, cache_views, check_cache, load_dataset, rows_of
+from .check import waivers
 from .checkpoints import loader_by_task, loss_by_task, rollouts
 from .config import CraftConfig, as_path, at_home
 from .configs import require_local, require_writable
@@ -107,6 +108,7 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     if at_home(cfg).compare and not cfg.mcq: raise ValueError("compare: a second policy is asked questions: give --mcq=FILE too")
     if not (cfg.env or cfg.dataset or cfg.anchors or cfg.mcq):
         raise ValueError("nothing to evaluate: give --env.type=…, --dataset.repo_id=…, --anchors=FOLDER or --mcq=FILE")
+    waivers(cfg.allow_mismatch)
     if cfg.tasks and not cfg.dataset: raise ValueError("tasks: picks frames of a data set: give --dataset.repo_id too")
     if cfg.mcq: read_questions(cfg.mcq)
     if cfg.compare: require_local(cfg.compare)

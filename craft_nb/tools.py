@@ -245,6 +245,7 @@ def merge_caches(
 ) -> dict:  # the manifest; {'twice': anchors that are there twice} beside it
     "All anchors of some caches in one, in their order. Raises `AnchorCacheError` naming what does not fit."
     allow = {a.strip() for a in (allow.split(',') if isinstance(allow, str) else allow)} - {''}
+    if hopeless := sorted(allow & {*MUST}): raise AnchorCacheError(f'allow: {hopeless[0]} cannot differ: anchors of one cache have one form, and one type of policy takes them')
     if typo := allow - {*MAY, *(k.rsplit('.', 1)[-1] for k in MAY)}:
         raise AnchorCacheError(f'allow: no such check {sorted(typo)}; there are {sorted(k.rsplit(".", 1)[-1] for k in MAY)}')
     if len(folders) < 2: raise AnchorCacheError('merge: expected at least two caches')

@@ -20,7 +20,7 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader
 from .builder import Answered, LiveFrames
-from .caches import cache_adapter, cache_views, builds_anchors, check_cache, check_frames, make_teacher, open_anchors, open_cache, own_anchors, pick_episodes
+from .caches import cache_adapter, cache_views, builds_anchors, check_cache, check_frames, make_teacher, open_anchors, open_cache, other_wishes, own_anchors, pick_episodes, PLACES
 from .check import Finding, attempt, gathering, waivers
 from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last, read_craft_state,
                                   read_method_tensors, write_card, write_checkpoint)
@@ -80,8 +80,8 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     require_writable(Path(cfg.output_dir))
     if cfg.policy.pretrained_path: attempt("setup", require_parts, cfg.policy)
     if cfg.resume: check_same_data(cfg)
-    if builds_anchors(cfg): attempt("cache", own_anchors, cfg, not quiet)
-    cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft, cfg.policy) if cfg.craft.enabled else None) or (None, None, [])
+    there = not builds_anchors(cfg) or attempt("cache", own_anchors, cfg, not quiet)
+    cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft, cfg.policy) if cfg.craft.enabled and there else None) or (None, None, [])
     acc = accelerator or make_accelerator(cfg)
     lock = claim(cfg, acc)
     try: return assemble(cfg, callbacks, acc, quiet, cache, lock, judged, judged_episodes)
@@ -147,7 +147,8 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         if drawn: batches = itertools.chain([next(batches)], batches)  # opening a loader draws; the unbroken run did that before
         load_rng_state(cfg.checkpoint_path / "training_state")
     def answered(anchors): return anchors if teacher is None or anchors is None else answered_by(teacher, anchors, cfg.craft, adapter, pre)
-    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(old_demonstrations, cfg, acc, dataset, pre, post), answered) if cfg.craft.enabled else None
+    lost = gathering() and cfg.craft.enabled and cache is None and find_method(cfg.craft.method).needs == "anchors"  # it is refused; what else there is, is looked at
+    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(old_demonstrations, cfg, acc, dataset, pre, post), answered) if cfg.craft.enabled and not lost else None
     if teacher is not None and cfg.craft.teacher != "inside": method.beside = nbytes([*teacher.parameters(), *teacher.buffers()])
     trainer = CraftTrainer(
         policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc, retention=method,
@@ -157,7 +158,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts), Locked(parts)],
         checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)
     trainer.parts = parts
-    if state:
+    if state and not lost:
         trainer.load_state_dict(state)
         if trainer.method.tensors(): trainer.method.load_tensors(read_method_tensors(cfg.checkpoint_path))
         parts.saved = go_on_from(cfg, acc, trainer.step)
@@ -187,10 +188,9 @@ def check_same_data(cfg: CraftTrainConfig) -> None:
     "Refuse other anchors than those of the run that is resumed: other frames, or how many. A folder that was moved is the same one."
     before, file = craft_before(cfg)
     then, now = before.get("anchor_dataset") or {}, asdict(cfg.craft.anchor_dataset)
-    def moved(a, b): return bool(a and b) and not Path(a).exists() and Path(b).exists()
-    if changed := [f"anchor_dataset.{k} ({then[k]!r} then, {x!r} now)" for k, x in now.items()
-                   if k in then and then[k] != x and not (k in ("repo_id", "root") and moved(then[k], x))]:
-        raise ValueError(f"--resume goes on with the anchors of the checkpoint, and cannot change {', '.join(changed)}; "
+    if changed := other_wishes(then, {k: x for k, x in now.items() if k in then}):
+        way = "; what was built needs its data no more: leave the flag out" if builds_anchors(cfg) and all(c.startswith(PLACES) for c in changed) else ""
+        raise ValueError(f"--resume goes on with the anchors of the checkpoint, and cannot change anchor_dataset.{', anchor_dataset.'.join(changed)}{way}; "
                          f"for that, begin a new run with --policy.path={file.parent}")
 
 def check_resumed(cfg: CraftTrainConfig, step: int) -> None:

@@ -243,6 +243,28 @@ def test_a_full_disk_while_a_run_builds_its_anchors(inside, work, monkeypatch):
     assert sorted(set(AnchorCacheDataset("run/anchors").column("source_index").tolist())) == [0, 1] and not list(Path("run").glob(".anchors*"))
 
 
+def test_anchors_that_were_built_need_their_source_no_more(inside, work, capsys):
+    "The old data and the prompts are moved, or gone: a run goes on with what lies in its folder, to the same bits; `craft-check` says the same."
+    copy(work, "other")
+    Path("prompts.txt").write_text("open it\npush it\n")
+    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=other", "--craft.anchor_dataset.prompts_file=prompts.txt", "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2"]
+    train(work, *own, "--steps=2", "--save_freq=1", "--save_checkpoint=true")
+    def weights(): return Path("run/checkpoints/000002/pretrained_model/model.safetensors").read_bytes()
+    whole, again = weights(), ["--resume=true", "--config_path=run/checkpoints/000001/pretrained_model/train_config.json"]
+    Path("other").rename("elsewhere")
+    Path("prompts.txt").rename("told.txt")
+    cli.train([*again, "--craft.anchor_dataset.repo_id=elsewhere", "--craft.anchor_dataset.prompts_file=told.txt"])
+    assert weights() == whole
+    says = refused(lambda work, *f: cli.train([*f]), work, *again, "--craft.anchor_dataset.repo_id=nowhere", leaves=("run",))
+    assert "what was built needs its data no more: leave the flag out" in says
+    with pytest.raises(SystemExit) as stop: cli.check(again)
+    assert stop.value.code == 0, capsys.readouterr().out
+    Path("run/anchors").rename("begun")
+    with pytest.raises(SystemExit) as stop: cli.check(again)
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 1 and "1 refused" in said and "run/anchors: the anchors that this run was trained with are not there" in said and "craft-check-" not in said
+
+
 # old data in several places, some tasks of many, pictures alone
 
 def copy(work, name, tasks=None, change=None):

@@ -255,10 +255,15 @@ def test_a_cache_of_another_policy_type_is_refused(work, zoo, inside):
     base = [data := f"--dataset.repo_id={work.root}", "--output_dir=new", "--craft.anchor_cache_dir=cache", "--craft.anchor_batch_size=4", "--steps=1"]
     for folder in (zoo("pi0"), work.policy_path):
         line = refused(cli.train, f"--policy.path={folder}", *base)
-        assert "policy_type: cache act, this run" in line and not Path("new").exists(), line
-    assert "capture: cache model.action_head" in refused(cli.train, f"--policy.path={zoo('act')}", *base, "--craft.capture=model.decoder")
+        assert "policy_type: cache act, this run" in line and "Build one with this policy" in line and "mismatch=" not in line and not Path("new").exists(), line
+    line = refused(cli.train, f"--policy.path={zoo('act')}", *base, "--craft.capture=model.decoder")
+    assert "capture: cache model.action_head" in line and "cannot waive extra.capture" in line
     assert "policy_type: cache act" in refused(cli.evaluate, f"--policy.path={zoo('pi0')}", "--anchors=cache", "--out_dir=new")
-    assert data and not Path("new").exists()
+    for word, own in (("policy_type", "policy_type"), ("weights,extra.capture", "capture")):
+        for main, flags in ((cli.train, [*base, f"--craft.allow_mismatch={word}"]), (cli.build_cache, [data, "--out_dir=new", f"--allow_mismatch={word}"]),
+                            (cli.evaluate, ["--anchors=cache", "--out_dir=new", f"--allow_mismatch={word}"])):
+            assert f"allow_mismatch: {own} cannot be waived" in refused(main, f"--policy.path={zoo('pi0')}", *flags)
+    assert not Path("new").exists()
 
 
 def test_a_type_in_no_table_needs_one_flag(work, zoo, inside, monkeypatch):
