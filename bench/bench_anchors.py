@@ -1,5 +1,6 @@
 """What a cache costs: `python bench/bench_anchors.py [--only bytes,build,rss,open,batch,video] [--anchors 1000000]`
-writes outputs/bench/anchors.json. Timings are ratios of runs that take turns, so that a busy machine hits both sides."""
+writes outputs/bench/anchors.json. Timings are ratios of runs that take turns, so that a busy machine hits both
+sides."""
 import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,8 @@ def bytes_per_anchor(tmp, n=48, px=224, tt=200, words=40, d=2048, ta=64, said=40
     mask = torch.cat([torch.ones(n, p * p, dtype=torch.bool), seen], 1); act = (torch.arange(ta) < said).expand(n, ta)
     inputs = lambda i: dict(pixel_values=frames[i][None, None], image_mask=torch.ones(1, 1), input_ids=ids[i:i + 1],
                             attention_mask=seen[i:i + 1])
-    actions = lambda i: dict(action_ids=torch.randint(0, 257_152, (1, ta + 1), generator=g), action_mask=torch.ones(1, ta + 1),
-                             predict_mask=act[i:i + 1])
+    actions = lambda i: dict(action_ids=torch.randint(0, 257_152, (1, ta + 1), generator=g),
+                             action_mask=torch.ones(1, ta + 1), predict_mask=act[i:i + 1])
     targets = dict(
         pooled=lambda i: dict(teacher_hidden=torch.randn(1, 2, 2, d, generator=g)),
         tokens=lambda i: dict(tokens_hidden=torch.randn(1, 2, prefix, d, generator=g), tokens_mask=mask[i:i + 1]),
@@ -45,7 +46,7 @@ def bytes_per_anchor(tmp, n=48, px=224, tt=200, words=40, d=2048, ta=64, said=40
         with AnchorWriter(tmp/view, k, {view: dict(tensors=names)}, 12, packed=packed) as w:
             for i in range(0, n, n // k): w.add(inputs(i) | make(i))
         info[view] = cache_info(tmp/view)
-    hidden = 2 * 2 * d * 4; origin = 3 * px * px * 4 + 2 * tt * 8 + hidden           # float32 pixels, int64 ids and mask, hidden
+    hidden = 2 * 2 * d * 4; origin = 3 * px * px * 4 + 2 * tt * 8 + hidden  # float32 pixels, int64 ids and mask, hidden
     pooled = info['pooled']; all_prefix = 2 * prefix * d * 4
     return dict(bytes_per_anchor={v: i['bytes_per_anchor'] for v, i in info.items()},
                 target_bytes_per_anchor={v: i['views'][v]['bytes_per_anchor'] for v, i in info.items()},
@@ -65,7 +66,8 @@ class Again(torch.utils.data.Dataset):
 
 
 def builds(tmp, n=512, batch=16, turns=3, views=('pooled', 'action_logits'), **sizes):
-    "Anchors a second of a build over those of the loop without writing, and over forward passes alone on batches held in memory."
+    """Anchors a second of a build over those of the loop without writing, and over forward passes alone on batches held
+    in memory."""
     from craft_nb.builder import AnchorFrames, anchor_batch_targets, build_anchor_cache
     from craft_nb.losses import make_views
     from craft_nb.policies import adapter_for, eval_mode
@@ -73,15 +75,17 @@ def builds(tmp, n=512, batch=16, turns=3, views=('pooled', 'action_logits'), **s
     work = tiny_workload(tmp/'work', tasks=TASKS[:2]); policy, pre, _ = new_policy(work, **sizes); policy.eval()
     data, chosen, adapter = Again(work.dataset(), n), make_views(views), adapter_for(policy)
     spans = [(i, min(i + batch, n)) for i in range(0, n, batch)]; frames = AnchorFrames(data, list(range(n)), spans)
-    def build(): build_anchor_cache(policy, pre, data, tempfile.mkdtemp(dir=tmp), episode_index=[0] * n, task_index=[0] * n,
-                                    num_anchors=n, views=views, batch_size=batch, progress=False, allow_undecodable=True)
+    def build():
+        build_anchor_cache(policy, pre, data, tempfile.mkdtemp(dir=tmp), episode_index=[0] * n, task_index=[0] * n,
+                           num_anchors=n, views=views, batch_size=batch, progress=False, allow_undecodable=True)
     def loop():
         with eval_mode(policy):
             for b in torch.utils.data.DataLoader(frames, batch_size=None): anchor_batch_targets(policy, pre(b), chosen)
     with eval_mode(policy), torch.no_grad(): held = [adapter.inputs(policy, pre(frames[i])) for i in range(len(spans))]
     def forward():
         with eval_mode(policy), torch.no_grad():
-            for x in held: adapter.features(policy, adapter.prepare(policy, x | adapter.decode(policy, x)), [-2, -1], True, True)
+            for x in held:
+                adapter.features(policy, adapter.prepare(policy, x | adapter.decode(policy, x)), [-2, -1], True, True)
     took = {f.__name__: [] for f in (build, loop, forward)}
     for f in (build, loop, forward): f()
     for _ in range(turns):
@@ -134,27 +138,33 @@ def film(root, episodes=16, frames=125, size=(240, 320), codec='h264'):
     h, w = size; cams = [f'observation.images.{c}' for c in ('top', 'wrist')]
     features = {c: dict(dtype='video', shape=(h, w, 3), names=['height', 'width', 'channels']) for c in cams}
     features |= {k: dict(dtype='float32', shape=(7,), names=None) for k in ('observation.state', 'action')}
-    ds = LeRobotDataset.create('bench/film', 30, features, root=root, use_videos=True, rgb_encoder=RGBEncoderConfig(vcodec=codec))
+    ds = LeRobotDataset.create('bench/film', 30, features, root=root, use_videos=True,
+                               rgb_encoder=RGBEncoderConfig(vcodec=codec))
     y, x = np.mgrid[:h, :w] / 40
     for e in range(episodes):
         for i in range(frames):
-            picture = lambda k: np.stack([127 + 120 * np.sin(x + c + e + .1 * i) * np.cos(y * (k + 1) - .07 * i) for c in range(3)], -1).astype(np.uint8)
+            picture = lambda k: np.stack([127 + 120 * np.sin(x + c + e + .1 * i) * np.cos(y * (k + 1) - .07 * i)
+                                          for c in range(3)], -1).astype(np.uint8)
             z = np.sin(np.arange(7) + .05 * i + e).astype(np.float32)
-            ds.add_frame({c: picture(k) for k, c in enumerate(cams)} | {'observation.state': z, 'action': z, 'task': f'task {e % 3}'})
+            ds.add_frame({c: picture(k) for k, c in enumerate(cams)}
+                         | {'observation.state': z, 'action': z, 'task': f'task {e % 3}'})
         ds.save_episode()
     ds.finalize()
 
 
 def video(tmp, n=1000, chunk=50):
-    "Frames a second of 1,000 anchors as a build reads them, over `dataset[i]` of the same frames in random order. PyAV on both sides."
+    """Frames a second of 1,000 anchors as a build reads them, over `dataset[i]` of the same frames in random order.
+    PyAV on both sides."""
     import random
     from craft_nb.tools import sample_anchors
     from craft_nb.video import ForwardFrames
     from lerobot.datasets import LeRobotDataset
     film(tmp/'film')
-    ds = LeRobotDataset('bench/film', root=tmp/'film', video_backend='pyav', delta_timestamps={'action': [i / 30 for i in range(chunk)]})
+    ds = LeRobotDataset('bench/film', root=tmp/'film', video_backend='pyav',
+                        delta_timestamps={'action': [i / 30 for i in range(chunk)]})
     column = lambda k: ds.hf_dataset.data[k].to_pylist()
-    picked = sample_anchors(column('episode_index'), column('task_index'), n); mixed = random.Random(0).sample(picked, n)
+    picked = sample_anchors(column('episode_index'), column('task_index'), n)
+    mixed = random.Random(0).sample(picked, n)
     ForwardFrames(ds)[0], ds[0]
     took = {}
     for turn in range(4):  # quarters that take turns, so that a busy machine hits both sides
@@ -163,7 +173,8 @@ def video(tmp, n=1000, chunk=50):
             t = time.perf_counter()
             for i in which: data[i]
             took[name] = took.get(name, 0) + time.perf_counter() - t
-    return dict(video_over_random=took['random'] / took['video'], video_frames_per_second=n / took['video'], random_frames_per_second=n / took['random'],
+    return dict(video_over_random=took['random'] / took['video'], video_frames_per_second=n / took['video'],
+                random_frames_per_second=n / took['random'],
                 video_frames=len(ds), video_shape=list(ds.meta.shapes['observation.images.top']))
 
 
@@ -182,9 +193,10 @@ print(json.dumps([took, opened - before, used - before, used, first, time.perf_c
 
 def opening(cache):
     "Seconds and resident memory that opening takes; `import torch` alone is in the last figure."
-    took = [json.loads(run(OPEN, ROOT, cache)) for _ in range(3)]; s, o, b, total, first, headers = (median(c) for c in zip(*took))
-    return dict(open_seconds=s, open_rss_mb=o, open_rss_mb_with_a_batch=b, process_rss_mb=total, first_batch_seconds=first, headers_seconds=headers,
-                open_anchors=len(AnchorCacheDataset(cache)))
+    took = [json.loads(run(OPEN, ROOT, cache)) for _ in range(3)]
+    s, o, b, total, first, headers = (median(c) for c in zip(*took))
+    return dict(open_seconds=s, open_rss_mb=o, open_rss_mb_with_a_batch=b, process_rss_mb=total,
+                first_batch_seconds=first, headers_seconds=headers, open_anchors=len(AnchorCacheDataset(cache)))
 
 
 def batches(tmp, cache, steps=40):
@@ -195,21 +207,32 @@ def batches(tmp, cache, steps=40):
     line = build_anchor_dataloader(cache, 16, num_workers=2).forever(); next(line); wait, step = [], []
     for _ in range(steps):
         t = time.perf_counter(); next(line); u = time.perf_counter()
-        opt.zero_grad(); policy(data)[0].backward(); opt.step(); wait.append(u - t); step.append(time.perf_counter() - u)
-    return dict(batch_over_step=median(wait) / median(step), batch_wait_ms=median(wait) * 1e3, step_ms=median(step) * 1e3)
+        opt.zero_grad()
+        policy(data)[0].backward()
+        opt.step()
+        wait.append(u - t)
+        step.append(time.perf_counter() - u)
+    return dict(batch_over_step=median(wait) / median(step), batch_wait_ms=median(wait) * 1e3,
+                step_ms=median(step) * 1e3)
 
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('--only', default='bytes,build,rss,open,batch,video'); p.add_argument('--anchors', type=int, default=1_000_000)
-    a, _ = p.parse_known_args(); out = ROOT/'outputs'/'bench'/'anchors.json'; out.parent.mkdir(parents=True, exist_ok=True)
+    p.add_argument('--only', default='bytes,build,rss,open,batch,video')
+    p.add_argument('--anchors', type=int, default=1_000_000)
+    a, _ = p.parse_known_args()
+    out = ROOT/'outputs'/'bench'/'anchors.json'
+    out.parent.mkdir(parents=True, exist_ok=True)
     found = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); cache = tmp/'million'
         if {'open', 'batch'} & set(a.only.split(',')):
-            t = time.time(); generate(cache, a.anchors); found['generate_anchors_per_second'] = a.anchors / (time.time() - t)
+            t = time.time()
+            generate(cache, a.anchors)
+            found['generate_anchors_per_second'] = a.anchors / (time.time() - t)
         for name, f in dict(bytes=lambda: bytes_per_anchor(tmp), build=lambda: builds(tmp), rss=lambda: rss(tmp),
-                            open=lambda: opening(cache), batch=lambda: batches(tmp, cache), video=lambda: video(tmp)).items():
+                            open=lambda: opening(cache), batch=lambda: batches(tmp, cache),
+                            video=lambda: video(tmp)).items():
             if name not in a.only.split(','): continue
             found |= (new := f()); out.write_text(json.dumps(found, indent=1) + '\n')
             for k, v in new.items(): print(f'{k:<32} {json.dumps(v)}', flush=True)

@@ -88,7 +88,8 @@ def main():
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path.relative_to(ROOT), json.dumps(result))
     asked = dict(redraw_ms_300=2.0, redraw_ms_100k=5.0, step_ratio_on_off=1.02, rss_growth=1.05)
-    if bad := [f"{k} = {result[k]:.3g}, asked ≤ {v}" for k, v in asked.items() if result[k] > v]: raise SystemExit("; ".join(bad))
+    if bad := [f"{k} = {result[k]:.3g}, asked ≤ {v}" for k, v in asked.items() if result[k] > v]:
+        raise SystemExit("; ".join(bad))
 
 
 if __name__ == "__main__": main()

@@ -104,7 +104,8 @@ def gradient_copies(device: str) -> dict:
     def default():  # the recommended step, where it measures norms: the steps between do not even look at g
         plain()
         with added_gradients(params, 0.3): anchors().backward()
-    return {"global": extra_copies(plain, whole, model), "layer": extra_copies(plain, layer, model), "default": extra_copies(plain, default, model)}
+    return {"global": extra_copies(plain, whole, model), "layer": extra_copies(plain, layer, model),
+            "default": extra_copies(plain, default, model)}
 
 
 def build_policy(size: str, folder: Path, device: str):
@@ -114,8 +115,8 @@ def build_policy(size: str, folder: Path, device: str):
     if size == "small": return *new_policy(work)[:2], work
     from lerobot.policies import make_policy, make_pre_post_processors
     from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
-    cfg = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"), action_tokenizer_name=str(work.tokenizers / "action"),
-                        push_to_hub=False, device=device,
+    cfg = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"),
+                        action_tokenizer_name=str(work.tokenizers / "action"), push_to_hub=False, device=device,
                         paligemma_variant="gemma_300m" if size.endswith("300m") else "gemma_2b", dtype="bfloat16",
                         chunk_size=10, n_action_steps=10, max_action_tokens=64, gradient_checkpointing=True)
     policy = make_policy(cfg, ds_meta=work.meta)
@@ -128,15 +129,18 @@ def workload(size: str, folder: Path, device: str, batch_size: int):
     data = work.dataset()
     rows = torch.randint(len(data), (batch_size,), generator=torch.Generator().manual_seed(0)).tolist()
     collate = torch.utils.data.default_collate
-    return policy.train(), pre(collate([data[i] for i in rows])), pre(collate([data[i] for i in rows[: batch_size // 2]]))
+    return (policy.train(), pre(collate([data[i] for i in rows])),
+            pre(collate([data[i] for i in rows[: batch_size // 2]])))
 
 
 def forever(x):
     while True: yield x
 
 
-def training_memory(size: str, device: str, batch_size: int, folder: Path, steps: int = 3, accumulate: int = 1, **craft) -> dict:
-    "Peak memory of whole training steps with AdamW in GiB, what `estimate_memory` said before the first, and seconds a step."
+def training_memory(size: str, device: str, batch_size: int, folder: Path, steps: int = 3, accumulate: int = 1,
+                    **craft) -> dict:
+    """Peak memory of whole training steps with AdamW in GiB, what `estimate_memory` said before the first, and seconds
+    a step."""
     from craft_nb.builder import anchor_batch_targets
     from craft_nb.config import CraftConfig
     from craft_nb.losses import make_views
@@ -171,7 +175,8 @@ def training_memory(size: str, device: str, batch_size: int, folder: Path, steps
 
 
 def step_ratios(size: str, device: str, rounds: int, batch_size: int, folder: Path, views=VIEWS) -> dict:
-    """Five optimizer steps with CRaFT over five plain ones of the same policy and batch; anchor batch half the task batch.
+    """Five optimizer steps with CRaFT over five plain ones of the same policy and batch; anchor batch half the task
+    batch.
     `default`: the recommended method, `share`, which measures norms on every tenth step."""
     from craft_nb.builder import anchor_batch_targets
     from craft_nb.config import CraftConfig
@@ -191,7 +196,8 @@ def step_ratios(size: str, device: str, rounds: int, batch_size: int, folder: Pa
         anchors = anchor_batch_targets(policy, anchor_source, make_views([view]), actions="dataset")
         cfg = CraftConfig(retention_freq=K, views=view)
         trainer = CraftTrainer(policy, forever(batch), opt, steps=10**6, grad_clip_norm=1.0,
-                               retention=Retention(policy, forever(anchors), make_views([view]), adapter_for(policy), cfg, 10**6))
+                               retention=Retention(policy, forever(anchors), make_views([view]), adapter_for(policy),
+                                                   cfg, 10**6))
         def run():
             for _ in range(5): one_step(trainer)
         return run
@@ -218,7 +224,8 @@ def step_ratios(size: str, device: str, rounds: int, batch_size: int, folder: Pa
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--size", default="small", choices=["small", "pi0_fast", "pi0_fast_300m"])
-    ap.add_argument("--millions", type=float, help="parameters of the surgery benchmark (default: 75 on a CPU, 1000 on a GPU)")
+    ap.add_argument("--millions", type=float,
+                    help="parameters of the surgery benchmark (default: 75 on a CPU, 1000 on a GPU)")
     ap.add_argument("--rounds", type=int, default=7)
     ap.add_argument("--batch_size", type=int, help="of the task (default: 32, for pi0_fast 8)")
     ap.add_argument("--only", choices=["surgery", "memory", "training", "step"],
@@ -229,8 +236,9 @@ def main():
     if args.size != "small" and device == "cpu":
         raise SystemExit(f"--size {args.size} needs a GPU, and none was found; --size small runs on the CPU")
     result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
-    result |= dict(device=torch.cuda.get_device_name() if device == "cuda" else
-                   f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads", size=args.size)
+    result |= dict(device=torch.cuda.get_device_name() if device == "cuda"
+                   else f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads",
+                   size=args.size)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.only in (None, "surgery"):
         result |= surgery_speed(args.millions or (1000 if device == "cuda" else 75), device, args.rounds)
@@ -255,7 +263,8 @@ def main():
     limits = {"K1": ("≤ 1.45", "≤ 1.60"), "K5": ("≤ 1.10", "≤ 1.15")}
     lines += [(f"step_ratio.{K}.{v}", x, limits[K][v.startswith("action")])
               for K, row in result.get("step_ratio", {}).items() for v, x in row.items()]
-    lines += [(f"step_ratio_default.{v}", x, "≤ 1.40" if v.startswith("action") else "≤ 1.30") for v, x in result.get("step_ratio_default", {}).items()]
+    lines += [(f"step_ratio_default.{v}", x, "≤ 1.40" if v.startswith("action") else "≤ 1.30")
+              for v, x in result.get("step_ratio_default", {}).items()]
     print(result["device"])
     for name, value, goal in lines: print(f"  {name:42} {value:6.2f}   {goal}")
     print("written to", args.out)

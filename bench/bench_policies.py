@@ -1,14 +1,15 @@
-"""What holding a policy costs a step: pi0_fast, pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with a cache, all weights trained;
-and its answer with LoRA, by a cache and by the teacher inside (the same network with its adapters off).
+"""What holding a policy costs a step: pi0_fast, pi0, pi05, SmolVLA, ACT and Diffusion at small size, in each view, with
+a cache, all weights trained; and its answer with LoRA, by a cache and by the teacher inside (the same network with its
+adapters off).
 
     python bench/bench_policies.py                     every policy
     python bench/bench_policies.py --only smolvla --rounds 9
 
-A retention step on every step (K = 1), anchors half the batch, two draws an anchor. Everything that is compared runs in one process, in turns,
-after a warm-up; figures are medians of ratios that were taken side by side. Writes outputs/bench/policies.json:
-{policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache, images among them. The views "… lora cached" and
-"… lora inside" have ratios to a plain LoRA step, and "extra_memory": bytes above that step's peak of live tensors, beside "forward", what one
-forward pass of the anchors makes.
+A retention step on every step (K = 1), anchors half the batch, two draws an anchor. Everything that is compared runs in
+one process, in turns, after a warm-up; figures are medians of ratios that were taken side by side. Writes
+outputs/bench/policies.json: {policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache,
+images among them. The views "… lora cached" and "… lora inside" have ratios to a plain LoRA step, and "extra_memory":
+bytes above that step's peak of live tensors, beside "forward", what one forward pass of the anchors makes.
 """
 import argparse
 import json
@@ -31,7 +32,8 @@ from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
 from memory import peak_memory
 
 ALL = "pi0_fast", *KINDS
-TARGETS = dict(act=".*model.decoder.*linear1", diffusion=".*cond_encoder.1", pi0_fast=".*(q_proj|v_proj)")  # the others have their own
+# the others have their own
+TARGETS = dict(act=".*model.decoder.*linear1", diffusion=".*cond_encoder.1", pi0_fast=".*(q_proj|v_proj)")
 
 
 def forever(x):
@@ -56,7 +58,8 @@ def ratios(rounds: int, plain, **runs) -> dict[str, float]:
 def trainer_of(policy, batch, anchors, views, **craft):
     cfg = CraftConfig(retention_freq=1, views=",".join(views), **craft)
     opt = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-5)
-    ret = Retention(policy, anchors, make_views(views), adapter_for(policy), cfg, 10**6) if anchors is not None else None
+    ret = (Retention(policy, anchors, make_views(views), adapter_for(policy), cfg, 10**6)
+           if anchors is not None else None)
     return CraftTrainer(policy, forever(batch), opt, steps=10**6, grad_clip_norm=1.0, retention=ret)
 
 
@@ -69,7 +72,8 @@ def stepper(trainer):
 def bytes_an_anchor(policy, pre, data, view: str, folder: Path) -> float:
     n = 16
     columns = {k: data.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
-    build_anchor_cache(policy, pre, data, folder, **columns, num_anchors=n, views=[view], progress=False, allow_undecodable=True)
+    build_anchor_cache(policy, pre, data, folder, **columns, num_anchors=n, views=[view], progress=False,
+                       allow_undecodable=True)
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / len(AnchorCacheDataset(folder))
 
 
@@ -95,7 +99,8 @@ def lora(work, kind, folder, batch, rows, view, rounds) -> dict:
     policy = ready["inside"][0]
     ask = Answered(None, policy, make_views([view]), adapter_for(policy)).answer
     forward = peak_memory(lambda: ask(rows), policy) - sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
-    return {f"{view} lora {n}": dict(step_ratio=round(found[n], 3), first_loss=first[n], extra_memory=peaks[n] - peaks["plain"], forward=forward) for n in found}
+    return {f"{view} lora {n}": dict(step_ratio=round(found[n], 3), first_loss=first[n],
+                                     extra_memory=peaks[n] - peaks["plain"], forward=forward) for n in found}
 
 
 def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
@@ -111,7 +116,8 @@ def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
     for view in names:
         anchors = anchor_batch_targets(policy, source, make_views([view]), seeds=seeds)
         t = trainer_of(policy, batch, forever(anchors), [view])
-        out[view] = dict(bytes=round(bytes_an_anchor(policy, pre, data, view, tmp / f"{kind}-{view}")), first_loss=one_step(t)["retention_loss"])
+        out[view] = dict(bytes=round(bytes_an_anchor(policy, pre, data, view, tmp / f"{kind}-{view}")),
+                         first_loss=one_step(t)["retention_loss"])
         policy = work.policy(folder).train()
         runs[view] = stepper(trainer_of(policy, batch, forever(anchors), [view]))
         t = None

@@ -1,12 +1,14 @@
-"""Policies at the sizes that people run, random weights, through the commands: cache of 16 anchors, training with and without CRaFT, resume, drift.
+"""Policies at the sizes that people run, random weights, through the commands: cache of 16 anchors, training with and
+without CRaFT, resume, drift.
 
     python bench/full_size.py                        SmolVLA in full and with LoRA, pi0_fast with LoRA, both also with the teacher inside
     python bench/full_size.py --only smolvla_lora    one of them: smolvla, smolvla_lora, smolvla_lora_inside, pi0_fast_lora, pi0_fast_lora_inside
     python bench/full_size.py --device cuda --batch 16 --anchors 8 --steps 8     on a GPU, half as many anchors as samples
 
-Nothing is downloaded: the VLM's shape is written down here, tokenizers are made from the data. SmolVLA: 450 M parameters, float32; pi0_fast: 2.9 B,
-bfloat16. Needs about 12 GiB of memory, pi0_fast 16. Writes outputs/bench/full_size.json: {policy: {"parameters", "peak_over_estimate", "step_ratio",
-"first_loss", "bytes", …}}: the peak of the training process over the estimate it printed before its first step; a retention step (K = 1) over a
+Nothing is downloaded: the VLM's shape is written down here, tokenizers are made from the data. SmolVLA: 450 M
+parameters, float32; pi0_fast: 2.9 B, bfloat16. Needs about 12 GiB of memory, pi0_fast 16. Writes
+outputs/bench/full_size.json: {policy: {"parameters", "peak_over_estimate", "step_ratio", "first_loss", "bytes", …}}:
+the peak of the training process over the estimate it printed before its first step; a retention step (K = 1) over a
 plain step, medians of two runs of the same length, first step left out; L_ret of the first step.
 """
 import argparse
@@ -18,15 +20,18 @@ import time
 from pathlib import Path
 
 SMOLVLM2_500M = dict(  # shape of HuggingFaceTB/SmolVLM2-500M-Video-Instruct
-    text=dict(model_type="llama", hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5,
-              head_dim=64, vocab_size=49280, pad_token_id=0, max_position_embeddings=8192),
-    vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16, image_size=512), scale_factor=4)
+    text=dict(model_type="llama", hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15,
+              num_key_value_heads=5, head_dim=64, vocab_size=49280, pad_token_id=0, max_position_embeddings=8192),
+    vision=dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16,
+                image_size=512), scale_factor=4)
 LORA = ["--peft.method_type=LORA", "--peft.r=16"]
 LANGUAGE = "--peft.target_modules=.*language_model.*(q_proj|v_proj)"
-SMOLVLA, FAST = dict(kind="smolvla", view="answer"), dict(kind="pi0_fast", view="action_logits", flags=[*LORA, LANGUAGE])
+SMOLVLA, FAST = (dict(kind="smolvla", view="answer"),
+                 dict(kind="pi0_fast", view="action_logits", flags=[*LORA, LANGUAGE]))
 RUNS = {
-    "smolvla": SMOLVLA | dict(flags=["--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"], cache=True),
-    "smolvla_lora": SMOLVLA | dict(flags=LORA, cache=True), "smolvla_lora_inside": SMOLVLA | dict(flags=LORA, cache=False),
+    "smolvla": SMOLVLA | dict(flags=["--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"],
+                              cache=True), "smolvla_lora": SMOLVLA | dict(flags=LORA, cache=True),
+    "smolvla_lora_inside": SMOLVLA | dict(flags=LORA, cache=False),
     "pi0_fast_lora": FAST | dict(cache=True), "pi0_fast_lora_inside": FAST | dict(cache=False)}
 
 
@@ -48,13 +53,17 @@ def checkpoint(work, kind: str, device: str):
                 if k != "model_type": setattr(part, k, v)
         c.scale_factor = SMOLVLM2_500M["scale_factor"]
         c.save_pretrained(vlm)
-        config = SmolVLAConfig(vlm_model_name=str(vlm), chunk_size=50, n_action_steps=50, push_to_hub=False, device=device)
+        config = SmolVLAConfig(vlm_model_name=str(vlm), chunk_size=50, n_action_steps=50, push_to_hub=False,
+                               device=device)
     else:
         from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
-        config = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"), action_tokenizer_name=str(work.tokenizers / "action"), dtype="bfloat16",
-                               chunk_size=10, n_action_steps=10, max_action_tokens=64, gradient_checkpointing=True, push_to_hub=False, device=device)
+        config = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"),
+                               action_tokenizer_name=str(work.tokenizers / "action"), dtype="bfloat16",
+                               chunk_size=10, n_action_steps=10, max_action_tokens=64, gradient_checkpointing=True,
+                               push_to_hub=False, device=device)
     policy = make_policy(config, ds_meta=work.meta)
-    save_checkpoint_folder(policy, *make_pre_post_processors(policy.config, dataset_stats=work.meta.stats), work.folder / kind)
+    save_checkpoint_folder(policy, *make_pre_post_processors(policy.config, dataset_stats=work.meta.stats),
+                           work.folder / kind)
     (work.folder / f"{kind}.json").write_text(json.dumps(sum(p.numel() for p in policy.parameters())))
 
 
@@ -74,7 +83,8 @@ def device_name(device: str) -> str:
 
 
 def rows(run: Path) -> list[dict]: return [json.loads(r) for r in (run / "metrics.jsonl").read_text().splitlines()]
-def seconds(run: Path) -> float: return statistics.median(r["seconds"] for r in rows(run)[1:] if "event" not in r and r["step"] > 1)
+def seconds(run: Path) -> float:
+    return statistics.median(r["seconds"] for r in rows(run)[1:] if "event" not in r and r["step"] > 1)
 
 
 def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, device: str, brief: bool) -> dict:
@@ -83,32 +93,42 @@ def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, devic
     work = tiny_workload(folder)
     teacher = folder / how["kind"]
     if not (folder / f"{how['kind']}.json").exists():
-        subprocess.run([sys.executable, __file__, "--make", how["kind"], "--folder", str(folder), "--device", device], check=True)
+        subprocess.run([sys.executable, __file__, "--make", how["kind"], "--folder", str(folder), "--device", device],
+                       check=True)
     cache, data = folder / f"{how['kind']}-anchors", f"--dataset.repo_id={work.root}"
     out = dict(parameters=json.loads((folder / f"{how['kind']}.json").read_text()))
     if not (cache / "anchors.json").exists():
-        command("craft-build-cache", f"--policy.path={teacher}", data, f"--out_dir={cache}", "--num_anchors=16", f"--views={how['view']}", "--batch_size=4",
+        command("craft-build-cache", f"--policy.path={teacher}", data, f"--out_dir={cache}", "--num_anchors=16",
+                f"--views={how['view']}", "--batch_size=4",
                 *(["--actions=dataset", "--undecodable=keep"] if how["kind"] == "pi0_fast" else []))
     out["bytes"] = round(sum(f.stat().st_size for f in cache.glob("*.safetensors")) / 16)
-    common = [f"--policy.path={teacher}", data, f"--batch_size={batch}", f"--steps={steps}", "--num_workers=0", "--env_eval_freq=0", "--craft.check=false",
-              "--log_freq=1", *how["flags"]]
-    craft = [f"--craft.views={how['view']}", f"--craft.anchor_cache_dir={cache}", f"--craft.anchor_batch_size={anchors}", "--craft.retention_freq=1",
+    common = [f"--policy.path={teacher}", data, f"--batch_size={batch}", f"--steps={steps}", "--num_workers=0",
+              "--env_eval_freq=0", "--craft.check=false", "--log_freq=1", *how["flags"]]
+    craft = [f"--craft.views={how['view']}", f"--craft.anchor_cache_dir={cache}",
+             f"--craft.anchor_batch_size={anchors}", "--craft.retention_freq=1",
              *([] if how["cache"] else ["--craft.teacher=inside"])]
     plain, kept = folder / f"{name.removesuffix('_inside')}-plain", folder / f"{name}-craft"
-    if not (plain / "metrics.jsonl").exists(): command("craft-train", *common, "--craft.enabled=true", "--craft.method=sft", f"--output_dir={plain}", f"--save_freq={10 * steps}")
-    if not (kept / "metrics.jsonl").exists(): command("craft-train", *common, *craft, f"--output_dir={kept}", f"--save_freq={steps - 1}")
+    if not (plain / "metrics.jsonl").exists():
+        command("craft-train", *common, "--craft.enabled=true", "--craft.method=sft", f"--output_dir={plain}",
+                f"--save_freq={10 * steps}")
+    if not (kept / "metrics.jsonl").exists():
+        command("craft-train", *common, *craft, f"--output_dir={kept}", f"--save_freq={steps - 1}")
     found = rows(kept)
     used = next(r for r in found if r.get("event") == "memory_used")
     mine = [r for r in found if "event" not in r]
-    out |= dict(first_loss=mine[0]["retention_loss"], step_ratio=seconds(kept) / seconds(plain), peak_over_estimate=used["used"] / used["expected"],
+    out |= dict(first_loss=mine[0]["retention_loss"], step_ratio=seconds(kept) / seconds(plain),
+                peak_over_estimate=used["used"] / used["expected"],
                 peak_gib=used["used"] / 2**30, batch=batch, anchors=anchors, steps=steps, device=device_name(device))
     if brief: return out
     config = kept / f"checkpoints/{steps - 1:06d}/pretrained_model/train_config.json"
     again = folder / f"{name}-again"
-    if not (again / "metrics.jsonl").exists(): command("craft-train", "--resume", f"--config_path={config}", f"--output_dir={again}")
+    if not (again / "metrics.jsonl").exists():
+        command("craft-train", "--resume", f"--config_path={config}", f"--output_dir={again}")
     last = [r for r in rows(again) if "event" not in r][-1]
-    out["resumed_as_unbroken"] = all(abs(last[k] - mine[-1][k]) <= 1e-6 * abs(mine[-1][k]) for k in ("task_loss", "retention_loss"))
-    command("craft-eval", f"--policy.path={kept}/checkpoints/last/pretrained_model", f"--anchors={cache}", f"--out_dir={folder / (name + '-eval')}")
+    out["resumed_as_unbroken"] = all(abs(last[k] - mine[-1][k]) <= 1e-6 * abs(mine[-1][k])
+                                     for k in ("task_loss", "retention_loss"))
+    command("craft-eval", f"--policy.path={kept}/checkpoints/last/pretrained_model", f"--anchors={cache}",
+            f"--out_dir={folder / (name + '-eval')}")
     return out
 
 
@@ -128,7 +148,8 @@ def main():
     if a.make:
         from craft_nb.small import tiny_workload
         return checkpoint(tiny_workload(folder), a.make, a.device)
-    if wrong := set(a.only.split(",")) - set(RUNS): ap.error(f"--only: expected some of {', '.join(RUNS)}, found {', '.join(sorted(wrong))}")
+    if wrong := set(a.only.split(",")) - set(RUNS):
+        ap.error(f"--only: expected some of {', '.join(RUNS)}, found {', '.join(sorted(wrong))}")
     found = json.loads(a.out.read_text()) if a.out.exists() else {}
     for name in a.only.split(","):
         found[name] = measure(name, folder, a.steps, a.batch, a.anchors or a.batch, a.device, a.brief)

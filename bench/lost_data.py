@@ -3,10 +3,11 @@
     make demo                                             the data set and the teacher
     python bench/lost_data.py [--demo outputs/demo]       outputs/bench/lost_data.json; losses only, about three minutes of one core a run
 
-The recommended share, on as many anchors from three places: frames of the old data (what a person would keep by if it were there),
-frames of the *new* data under the old instructions (`--prompts_file`), and a folder of pictures of those same frames under the old
-instructions (`--image_dir`; the joints are then told as the mean that the checkpoint knows). Plain fine-tuning beside them. Every
-run is judged on anchors of old episodes that no cache holds, and on episodes of the new task.
+The recommended share, on as many anchors from three places: frames of the old data (what a person would keep by if it
+were there), frames of the *new* data under the old instructions (`--prompts_file`), and a folder of pictures of those
+same frames under the old instructions (`--image_dir`; the joints are then told as the mean that the checkpoint knows).
+Plain fine-tuning beside them. Every run is judged on anchors of old episodes that no cache holds, and on episodes of
+the new task.
 """
 import argparse
 import json
@@ -20,7 +21,8 @@ from craft_nb import demo
 from craft_nb.evaluate import table_markdown
 from craft_nb.study import Job, cache_jobs, run_job, splits
 
-ARMS = {"none: plain": "", "old data": "old", "new data, old instructions": "new", "pictures of the new data, old instructions": "pictures"}
+ARMS = {"none: plain": "", "old data": "old", "new data, old instructions": "new",
+        "pictures of the new data, old instructions": "pictures"}
 
 
 def instructions(run) -> list[str]: return [demo.workload(run).texts[t] for t in run.settings.old_tasks]
@@ -51,8 +53,10 @@ def build(run, out: Path, where: str, number: int) -> None:
     policy.pretrained_path = Path(path)
     source = dict(image_dir=str(home / "pictures")) if where == "pictures" else {}
     if source: save_pictures(run, home)
-    data = DatasetConfig("" if source else work.repo_id, root=None if source else str(work.root), episodes=None if source else splits(run)["new"])
-    build_cache(BuildCacheConfig(data, policy, out_dir=str(home / "caches" / job.cache), num_anchors=str(number), views="action_logits", prompts_file=str(prompts),
+    data = DatasetConfig("" if source else work.repo_id, root=None if source else str(work.root),
+                         episodes=None if source else splits(run)["new"])
+    build_cache(BuildCacheConfig(data, policy, out_dir=str(home / "caches" / job.cache), num_anchors=str(number),
+                                 views="action_logits", prompts_file=str(prompts),
                                  batch_size=32, allow_undecodable=True, **source), progress=False)
 
 
@@ -74,13 +78,18 @@ def main():
             build(run, out, where, args.anchors)
             job = Job(f"share:action_logits@{args.anchors}", "share=0.3", seed) if where else Job("sft", "lr=1", seed)
             run_job((str(run.folder), run.settings), str(home), job)
-            rows.append(dict(anchors=arm, seed=seed) | json.loads((home / "jobs" / f"{job.key}.json").read_text())["result"])
-            print(f"{arm}, seed {seed}: task loss {rows[-1]['task_loss_seen']:.3f}, held-out drift {rows[-1]['drift']:.3f} ({time.process_time() - start:.0f} s of processor time)", flush=True)
+            rows.append(dict(anchors=arm, seed=seed)
+                        | json.loads((home / "jobs" / f"{job.key}.json").read_text())["result"])
+            print(f"{arm}, seed {seed}: task loss {rows[-1]['task_loss_seen']:.3f}, held-out drift "
+                  f"{rows[-1]['drift']:.3f} ({time.process_time() - start:.0f} s of processor time)", flush=True)
     def mean(arm, name): return statistics.mean(r[name] for r in rows if r["anchors"] == arm)
     names = ("task_loss_seen", "task_loss", "drift", "third", "train_drift")
-    table = table_markdown(["anchors of", "task loss", "unseen episodes", "held-out drift", "third set", "drift in training"],
-                           [[a, *("–" if w == "" and n == "train_drift" else f"{mean(a, n):.3f}" for n in names)] for a, w in ARMS.items()])
-    (args.out / "lost_data.json").write_text(json.dumps(dict(anchors=args.anchors, seeds=args.seeds, rows=rows), indent=1) + "\n")
+    table = table_markdown(["anchors of", "task loss", "unseen episodes", "held-out drift", "third set",
+                            "drift in training"],
+                           [[a, *("–" if w == "" and n == "train_drift" else f"{mean(a, n):.3f}" for n in names)]
+                            for a, w in ARMS.items()])
+    ((args.out / "lost_data.json")
+     .write_text(json.dumps(dict(anchors=args.anchors, seeds=args.seeds, rows=rows), indent=1) + "\n"))
     print(table)
 
 

@@ -3,10 +3,11 @@
     python bench/mcq_shapes.py               outputs/bench/mcq.json
     python bench/mcq_shapes.py --size tiny   the same code in seconds; learns nothing
 
-A small pi0_fast learns to answer questions about a cube, ball or cone on a table ("which colour is the cube ?", "which shape is red ?") and to reach for it. It is then
-fine-tuned on drawing back from it, by craft-train: plainly; with anchors of pictures and questions (craft-build-cache --mcq), whose target is the teacher's
-own next-token distribution; with anchors of old actions; and with both in one cache (--append). craft-eval --mcq --compare asks each on pictures that nobody was trained on.
-Scenes are drawn here; there is no simulator.
+A small pi0_fast learns to answer questions about a cube, ball or cone on a table ("which colour is the cube ?", "which
+shape is red ?") and to reach for it. It is then fine-tuned on drawing back from it, by craft-train: plainly; with
+anchors of pictures and questions (craft-build-cache --mcq), whose target is the teacher's own next-token distribution;
+with anchors of old actions; and with both in one cache (--append). craft-eval --mcq --compare asks each on pictures
+that nobody was trained on. Scenes are drawn here; there is no simulator.
 """
 import argparse
 import json
@@ -50,7 +51,8 @@ class Scene:
     @classmethod
     def drawn(cls, rng):
         shape, cell = SHAPES[rng.integers(3)], rng.integers(16)
-        return cls({shape: str(rng.choice([*COLOURS]))}, {shape: ((cell % 4 + .5) / 4, (cell // 4 + .5) / 4)}, rng.uniform(.7, 1.1))
+        return cls({shape: str(rng.choice([*COLOURS]))}, {shape: ((cell % 4 + .5) / 4, (cell // 4 + .5) / 4)},
+                   rng.uniform(.7, 1.1))
 
     def picture(self, hand=None) -> np.ndarray:  # (64, 64, 3) uint8
         im = Image.new("RGB", (128, 128), darker((120, 95, 75), self.light))
@@ -75,8 +77,9 @@ class Scene:
 
     def questions(self) -> list[dict]:
         of = {c: s for s, c in self.colours.items()}
-        return ([dict(question=f"which colour is the {s} ?", choices=[*COLOURS], answer_index=[*COLOURS].index(c)) for s, c in self.colours.items()]
-                + [dict(question=f"which shape is {c} ?", choices=[*SHAPES], answer_index=SHAPES.index(s)) for c, s in of.items()])
+        return ([dict(question=f"which colour is the {s} ?", choices=[*COLOURS], answer_index=[*COLOURS].index(c))
+                 for s, c in self.colours.items()] + [dict(question=f"which shape is {c} ?", choices=[*SHAPES],
+                                                           answer_index=SHAPES.index(s)) for c, s in of.items()])
 
 
 def write_questions(folder: Path, name: str, n: int, each: int, rng) -> Path:
@@ -128,12 +131,17 @@ def prepare(folder: Path, s: dict, seed: int) -> Shapes:
 def question_rows(scorer: PolicyScorer, questions) -> dict:
     "`scorer.anchors` of the right answers, which are one token long here, in one batch."
     from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-    said = scorer.tokenizer([q.question for q in questions], return_tensors="pt", padding="max_length", max_length=scorer.limit, padding_side="right")
-    seen = {f: torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1).float() / 255 for f in {q.image for q in questions}}
-    inputs = scorer.adapter.inputs(scorer.policy, {scorer.camera: torch.stack([seen[q.image] for q in questions]), OBS_LANGUAGE_TOKENS: said["input_ids"],
+    said = scorer.tokenizer([q.question for q in questions], return_tensors="pt", padding="max_length",
+                            max_length=scorer.limit, padding_side="right")
+    seen = {f: torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1).float() / 255
+            for f in {q.image for q in questions}}
+    inputs = scorer.adapter.inputs(scorer.policy, {scorer.camera: torch.stack([seen[q.image] for q in questions]),
+                                                   OBS_LANGUAGE_TOKENS: said["input_ids"],
                                                    OBS_LANGUAGE_ATTENTION_MASK: said["attention_mask"].bool()})
-    ids = torch.tensor([[scorer.tokenizer.bos_token_id, *scorer.tokenizer.encode(q.choices[q.answer], add_special_tokens=False)] for q in questions])
-    return inputs | dict(action_ids=ids.int(), action_mask=torch.ones_like(ids).bool(), predict_mask=torch.ones_like(ids[:, 1:]).bool())
+    ids = torch.tensor([[scorer.tokenizer.bos_token_id,
+                         *scorer.tokenizer.encode(q.choices[q.answer], add_special_tokens=False)] for q in questions])
+    return inputs | dict(action_ids=ids.int(), action_mask=torch.ones_like(ids).bool(),
+                         predict_mask=torch.ones_like(ids[:, 1:]).bool())
 
 
 def teach(work: Shapes, s: dict, seed: int, say=print) -> None:
@@ -146,16 +154,20 @@ def teach(work: Shapes, s: dict, seed: int, say=print) -> None:
     pace = torch.optim.lr_scheduler.OneCycleLR(opt, 1e-3, total_steps=s["teach"] + 1, pct_start=.1)
     policy.train()
     for step in range(s["teach"]):
-        some, few = (torch.randint(n, (int(k * s["batch"]),), generator=g) for n, k in ((len(rows["input_ids"]), 2), (len(data), .5)))
+        some, few = (torch.randint(n, (int(k * s["batch"]),), generator=g)
+                     for n, k in ((len(rows["input_ids"]), 2), (len(data), .5)))
         anchors = scorer.adapter.prepare(policy, {k: x[some] for k, x in rows.items()})
         f = scorer.adapter.features(policy, anchors, [-1], True, True)
         known = torch.nn.functional.cross_entropy(f.logits.float(), anchors["action_ids"][:, 1:][f.action_mask])
-        done = policy({k: x[few] if isinstance(x, torch.Tensor) else [x[i] for i in few] if isinstance(x, list) else x for k, x in actions.items()})[0]
+        done = policy({k: x[few] if isinstance(x, torch.Tensor) else [x[i] for i in few] if isinstance(x, list) else x
+                       for k, x in actions.items()})[0]
         opt.zero_grad()
         (known + done).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         opt.step(), pace.step()
-        if step % 50 == 49: say(f"teacher, step {step + 1}: questions {known.item():.3f}, actions {done.item():.3f} nats a token", flush=True)
+        if step % 50 == 49:
+            say(f"teacher, step {step + 1}: questions {known.item():.3f}, actions {done.item():.3f} nats a token",
+                flush=True)
     save_checkpoint_folder(policy.eval(), pre, post, work.policy_path)
 
 
@@ -163,27 +175,36 @@ def caches(work: Shapes, s: dict) -> dict[str, Path]:
     "What the arms are held to: by craft-build-cache."
     where = {a: work.folder / "caches" / a for a in ARMS[1:]}
     teacher, view = f"--policy.path={work.policy_path}", "--views=action_logits"
-    frames = [f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}", f"--dataset.episodes={work.of('old', 'train')}", f"--num_anchors={s['old']}", "--allow_undecodable=true"]
+    frames = [f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}",
+              f"--dataset.episodes={work.of('old', 'train')}", f"--num_anchors={s['old']}", "--allow_undecodable=true"]
     cli.build_cache([teacher, view, f"--mcq={work.folder / 'anchors.jsonl'}", f"--out_dir={where['questions']}"])
     cli.build_cache([teacher, view, *frames, f"--out_dir={where['actions']}"])
-    cli.build_cache([teacher, view, f"--mcq={work.folder / 'anchors.jsonl'}", f"--append={where['actions']}", f"--out_dir={where['both']}"])
+    cli.build_cache([teacher, view, f"--mcq={work.folder / 'anchors.jsonl'}", f"--append={where['actions']}",
+                     f"--out_dir={where['both']}"])
     return where
 
 
 def tune(work: Shapes, s: dict, arm: str, cache: Path | None, seed: int, share: float) -> Path:  # the checkpoint
     "The new task, by craft-train."
     out = work.folder / "runs" / f"{arm}-{seed}"
-    craft = ["--craft.enabled=false"] if cache is None else [f"--craft.anchor_cache_dir={cache}", "--craft.method=share", f"--craft.share={share}", "--craft.retention_freq=1"]
-    cli.train([f"--policy.path={work.policy_path}", "--policy.push_to_hub=false", f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}", f"--dataset.episodes={work.of('new', 'train')}",
-               f"--output_dir={out}", f"--steps={s['steps']}", f"--batch_size={s['batch']}", f"--seed={seed}", "--num_workers=0", "--log_freq=0", "--env_eval_freq=0", f"--save_freq={s['steps']}",
-               "--policy.optimizer_lr=1e-3", "--policy.scheduler_warmup_steps=10", f"--policy.scheduler_decay_steps={s['steps']}", "--wandb.enable=false", "--craft.check=false", *craft])
+    craft = ["--craft.enabled=false"] if cache is None else [f"--craft.anchor_cache_dir={cache}",
+                                                             "--craft.method=share", f"--craft.share={share}",
+                                                             "--craft.retention_freq=1"]
+    cli.train([f"--policy.path={work.policy_path}", "--policy.push_to_hub=false", f"--dataset.repo_id={work.repo_id}",
+               f"--dataset.root={work.root}", f"--dataset.episodes={work.of('new', 'train')}",
+               f"--output_dir={out}", f"--steps={s['steps']}", f"--batch_size={s['batch']}", f"--seed={seed}",
+               "--num_workers=0", "--log_freq=0", "--env_eval_freq=0", f"--save_freq={s['steps']}",
+               "--policy.optimizer_lr=1e-3", "--policy.scheduler_warmup_steps=10",
+               f"--policy.scheduler_decay_steps={s['steps']}", "--wandb.enable=false", "--craft.check=false", *craft])
     return out / "checkpoints" / "last" / "pretrained_model"
 
 
 def judge(work: Shapes, name: str, path: Path) -> dict:
-    "Questions that nobody was trained on, beside the teacher's answers; the loss on held-out demonstrations. By craft-eval."
+    """Questions that nobody was trained on, beside the teacher's answers; the loss on held-out demonstrations. By
+    craft-eval."""
     out, held = work.folder / "eval" / name, work.of("old", "held") + work.of("new", "held")
-    cli.evaluate([f"--policy.path={path}", f"--mcq={work.folder / 'asked.jsonl'}", f"--compare={work.policy_path}", f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}",
+    cli.evaluate([f"--policy.path={path}", f"--mcq={work.folder / 'asked.jsonl'}", f"--compare={work.policy_path}",
+                  f"--dataset.repo_id={work.repo_id}", f"--dataset.root={work.root}",
                   f"--dataset.episodes={held}", "--action_frames=0", f"--out_dir={out}"])
     found = json.loads((out / "eval.json").read_text())
     return dict(mcq=found["mcq"], task_loss={k: found["task_loss"]["tasks"][t]["loss"] for k, t in TASKS.items()})
@@ -193,8 +214,11 @@ def table(rows: list[dict]) -> str:
     def line(r):
         m, x = r["mcq"], r["mcq"]["mcnemar"]
         paired = "–" if r["arm"] == "teacher" else f"{x['only_first']} : {x['only_second']}, p = {x['p']:.2g}"
-        return [r["arm"], "–" if r["arm"] == "teacher" else str(r["seed"]), f"{m['accuracy']:.0%} ({m['low']:.0%} to {m['high']:.0%})", f"{m['margin']:.2f}", paired, f"{r['task_loss']['new']:.3f}", f"{r['task_loss']['old']:.3f}"]
-    head = ["fine-tuned", "seed", f"right, of {rows[0]['mcq']['n']}", "margin, nats", "right only here : only teacher", "loss, new task", "loss, old task"]
+        return [r["arm"], "–" if r["arm"] == "teacher" else str(r["seed"]),
+                f"{m['accuracy']:.0%} ({m['low']:.0%} to {m['high']:.0%})", f"{m['margin']:.2f}", paired,
+                f"{r['task_loss']['new']:.3f}", f"{r['task_loss']['old']:.3f}"]
+    head = ["fine-tuned", "seed", f"right, of {rows[0]['mcq']['n']}", "margin, nats", "right only here : only teacher",
+            "loss, new task", "loss, old task"]
     return table_markdown(head, [line(r) for r in rows])
 
 

@@ -36,17 +36,21 @@ def checkpoint(out: Path) -> Path: return out / "checkpoints" / "last" / "pretra
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--folder", type=Path, default=Path("outputs/demo"))
-    ap.add_argument("--seeds", default="0,1,2", help="training seeds; the demo's own arms serve for the demo's own seed")
+    ap.add_argument("--seeds", default="0,1,2",
+                    help="training seeds; the demo's own arms serve for the demo's own seed")
     ap.add_argument("--episodes", type=int, default=40, help="a task and checkpoint")
     ap.add_argument("--again", action="store_true", help="train all anew")
     args, start = ap.parse_args(), time.time()
     run = demo.Run(args.folder)
     for stage in ("teacher", "finetune"):
-        if not run.marker(stage).exists(): sys.exit(f"{args.folder}: expected a finished demo, found no {run.marker(stage)}; run make demo first")
+        if not run.marker(stage).exists():
+            sys.exit(f"{args.folder}: expected a finished demo, found no {run.marker(stage)}; run make demo first")
     if run.settings.steps != json.loads(run.marker("finetune").read_text())["settings"]["steps"]:
-        sys.exit(f"{args.folder}: expected a demo with the default settings, found {run.marker('finetune')} made with others")
+        sys.exit(f"{args.folder}: expected a demo with the default settings, "
+                 f"found {run.marker('finetune')} made with others")
     seeds, arms = [int(s) for s in args.seeds.split(",")], run.settings.arm_names
-    out = {(a, s): run.folder / "seeds" / f"{a.replace(':', '-')}-{s}" for a in arms for s in seeds if s != run.settings.seed}
+    out = {(a, s): run.folder / "seeds" / f"{a.replace(':', '-')}-{s}" for a in arms for s in seeds
+           if s != run.settings.seed}
     jobs = [(train_job, ((str(run.folder), run.settings), a, s, o), o / "metrics.jsonl")
             for (a, s), o in out.items() if args.again or not checkpoint(o).exists()]
     for *_, lines in jobs: shutil.rmtree(lines.parent, ignore_errors=True)
@@ -58,10 +62,12 @@ def main():
         cells = demo.cells(demo.evaluate_paths(run, "seeds-evaluate", named, run.settings.tasks, args.episodes))
     finally: run.close()
     tasks = dict(old=run.settings.old_tasks, new=run.settings.new.split(","))
-    success = {t: {"teacher": c["teacher"]} | {a: pooled_rate(c[f"{a} {s}"] for s in seeds) for a in arms} for t, c in cells.items()}
+    success = {t: {"teacher": c["teacher"]} | {a: pooled_rate(c[f"{a} {s}"] for s in seeds) for a in arms}
+               for t, c in cells.items()}
     for name in named:
         old, new = (sum(round(cells[t][name]["rate"] * args.episodes) for t in tasks[k]) for k in ("old", "new"))
-        print(f"{name:22} old {old:3} of {args.episodes * len(tasks['old'])}   new {new:3} of {args.episodes * len(tasks['new'])}")
+        print(f"{name:22} old {old:3} of {args.episodes * len(tasks['old'])}   new {new:3} of "
+              f"{args.episodes * len(tasks['new'])}")
     report = dict(tasks=tasks, success=success, by_seed=cells, seeds=seeds, episodes=args.episodes,
                   minutes=(time.time() - start) / 60, step_seconds={}, drift={})
     (run.folder / "seeds.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -13,7 +13,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from .policies import RowDraws, RowDrawsError, base_policy, decodable, eval_mode, mixed_precision, pi0_fast_framed, replaced
+from .policies import (RowDraws, RowDrawsError, base_policy, decodable, eval_mode, mixed_precision,
+                               pi0_fast_framed, replaced)
 
 # %% ../nbs/10e_actions.ipynb #935c6fbf
 @contextmanager
@@ -42,12 +43,15 @@ def own_actions(
     def ask(draws, rows=slice(None)):
         policy.reset()
         with eval_mode(policy), mixed_precision(policy), draws:
-            return policy.predict_action_chunk({k: x[rows] if isinstance(x, (Tensor, list)) and len(x) == b else x for k, x in seen.items()})
+            return policy.predict_action_chunk(
+                {k: x[rows] if isinstance(x, (Tensor, list)) and len(x) == b else x for k, x in seen.items()})
     with replaced(policy, "detokenize_actions", checked) if hasattr(policy, "detokenize_actions") else nullcontext():
         try: chunk = ask(RowDraws(seeds, salt=1))
         except RowDrawsError: chunk = torch.cat([ask(one_seed(s), slice(i, i + 1)) for i, s in enumerate(seeds)])  # a type whose draws have no row: frame by frame
     policy.reset()
-    if chunk.ndim != 3 or len(chunk) != b: raise ValueError(f"{type(policy).__name__}.predict_action_chunk: expected (b={b}, t, a), found {tuple(chunk.shape)}")
+    if chunk.ndim != 3 or len(chunk) != b:
+        raise ValueError(f"{type(policy).__name__}.predict_action_chunk: expected (b={b}, t, a), "
+                         f"found {tuple(chunk.shape)}")
     return chunk.float()
 
 # %% ../nbs/10e_actions.ipynb #0cef7c8f
@@ -57,14 +61,16 @@ def joint_names(
 ) -> list[str]:
     "A name for each number of an action."
     names = feature.get("names") or []
-    if isinstance(names, dict): names = [x for v in names.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
+    if isinstance(names, dict):
+        names = [x for v in names.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
     return [str(x) for x in names] if len(names) == dims else [f"joint {i}" for i in range(dims)]
 
 # %% ../nbs/10e_actions.ipynb #ebd97e7d
 class Errors:
     "Absolute errors of action chunks, added up by task and joint."
     def __init__(self, joints: Sequence[str]):
-        self.joints, self.tasks, self.bad, self.moments = list(joints), {}, [], torch.zeros(3, len(joints), dtype=torch.float64)
+        self.joints, self.tasks, self.bad, self.moments = (list(joints), {}, [],
+                                                           torch.zeros(3, len(joints), dtype=torch.float64))
 
     def add(
         self, task: str,
@@ -75,31 +81,39 @@ class Errors:
     ) -> None:
         t = min(said.shape[1], done.shape[1])
         said, done, counts = said[:, :t].double().cpu(), done[:, :t].double().cpu(), counts[:, :t].cpu()
-        if said.shape != done.shape: raise ValueError(f"actions: the policy gives {said.shape[-1]} numbers a step, the data set {done.shape[-1]}")
+        if said.shape != done.shape:
+            raise ValueError(f"actions: the policy gives {said.shape[-1]} numbers a step, "
+                             f"the data set {done.shape[-1]}")
         ok = said.isfinite().flatten(1).all(1)
         self.bad += [f for f, whole in zip(frames, ok.tolist(), strict=True) if not whole]
-        s = self.tasks.setdefault(task, dict(error=torch.zeros(len(self.joints), dtype=torch.float64), steps=0, first=torch.zeros(len(self.joints), dtype=torch.float64), frames=0, undecodable=0))
+        s = self.tasks.setdefault(task, dict(error=torch.zeros(len(self.joints), dtype=torch.float64), steps=0,
+                                             first=torch.zeros(len(self.joints), dtype=torch.float64), frames=0,
+                                             undecodable=0))
         error = ((said - done).abs() * counts[..., None])[ok]
         s["error"] += error.sum((0, 1))
         s["steps"] += int(counts[ok].sum())
         s["first"] += error[:, 0].sum(0)
         s["frames"], s["undecodable"] = s["frames"] + len(said), s["undecodable"] + int((~ok).sum())
         shown = done[counts]
-        self.moments += torch.stack([torch.full((len(self.joints),), float(len(shown)), dtype=torch.float64), shown.sum(0), shown.square().sum(0)])
+        self.moments += torch.stack([torch.full((len(self.joints),), float(len(shown)), dtype=torch.float64),
+                                     shown.sum(0), shown.square().sum(0)])
 
     def found(self) -> dict:
-        "→ {mae, first, frames, undecodable, undecodable_frames, joints, tasks}; an error is None where no answer could be acted on."
+        """→ {mae, first, frames, undecodable, undecodable_frames, joints, tasks}; an error is None where no answer
+        could be acted on."""
         def mean(sums, n): return [x / n for x in sums.tolist()] if n else None
         def cell(parts):
             n, frames, bad = (sum(p[k] for p in parts) for k in ("steps", "frames", "undecodable"))
             each, first = mean(sum(p["error"] for p in parts), n), mean(sum(p["first"] for p in parts), frames - bad)
             average = lambda x: sum(x) / len(x) if x else None
-            return dict(mae=average(each), first=average(first), frames=frames, undecodable=bad, joints=dict(zip(self.joints, each or [None] * len(self.joints))))
+            return dict(mae=average(each), first=average(first), frames=frames, undecodable=bad,
+                        joints=dict(zip(self.joints, each or [None] * len(self.joints))))
         n, total, squares = self.moments
         spread = (squares / n - (total / n).square()).clamp(min=0).sqrt().tolist()
         every = cell([*self.tasks.values()])
         joints = {j: dict(mae=every["joints"][j], spread=s) for j, s in zip(self.joints, spread)}
-        return every | dict(joints=joints, tasks={t: cell([s]) for t, s in self.tasks.items()}, undecodable_frames=self.bad[:16])
+        return every | dict(joints=joints, tasks={t: cell([s]) for t, s in self.tasks.items()},
+                            undecodable_frames=self.bad[:16])
 
 # %% ../nbs/10e_actions.ipynb #82f7a8a2
 @torch.no_grad()
@@ -119,7 +133,8 @@ def action_error(
         done = (raw["action"] if raw["action"].ndim == 3 else raw["action"][:, None])[:, now:].clone()
         pad = raw["action_is_pad"][:, now:] if "action_is_pad" in raw else torch.zeros(done.shape[:2], dtype=torch.bool)
         index = raw["index"].tolist() if "index" in raw else range(n)
-        frames = [dict(task=task, **{k: int(raw[f"{k}_index"][i]) for k in ("episode", "frame") if f"{k}_index" in raw}) for i in range(n)]
+        frames = [dict(task=task, **{k: int(raw[f"{k}_index"][i]) for k in ("episode", "frame") if f"{k}_index" in raw})
+                  for i in range(n)]
         batch = dict(raw)
         for k in cameras:
             if k in batch and batch[k].dtype == torch.uint8: batch[k] = batch[k].to(torch.float32) / 255.0
@@ -131,16 +146,20 @@ def action_error(
 def pooled_error(parts: Sequence[dict]) -> dict:
     "What `action_error` found on several data sets, as if they were one. Raises `ValueError` if their joints differ."
     if len({tuple(p["joints"]) for p in parts}) > 1:
-        raise ValueError(f"action_error: the joints differ, {' and '.join(', '.join(p['joints']) for p in parts)}: these are not one robot's")
+        raise ValueError(f"action_error: the joints differ, {' and '.join(', '.join(p['joints']) for p in parts)}: "
+                         "these are not one robot's")
     def mean(cells, key):
         cells = [c for c in cells if c.get(key) is not None]
         n = sum(c["frames"] - c["undecodable"] for c in cells)
         return sum(c[key] * (c["frames"] - c["undecodable"]) for c in cells) / n if n else None
     def pool(cells):
-        out = {k: mean(cells, k) for k in ("mae", "first")} | {k: sum(c[k] for c in cells) for k in ("frames", "undecodable")}
+        out = ({k: mean(cells, k) for k in ("mae", "first")}
+               | {k: sum(c[k] for c in cells) for k in ("frames", "undecodable")})
         flat = lambda c, j: dict(c, mae=x.get("mae") if isinstance(x := c["joints"][j], dict) else x)
         return out | dict(joints={j: mean([flat(c, j) for c in cells], "mae") for j in cells[0]["joints"]})
     every, tasks = pool(parts), dict.fromkeys(t for p in parts for t in p["tasks"])
-    spread = {j: math.sqrt(sum(p["frames"] * p["joints"][j]["spread"] ** 2 for p in parts) / sum(p["frames"] for p in parts)) for j in every["joints"]}
+    spread = {j: math.sqrt(sum(p["frames"] * p["joints"][j]["spread"] ** 2 for p in parts)
+                           / sum(p["frames"] for p in parts)) for j in every["joints"]}
     return every | dict(joints={j: dict(mae=x, spread=spread[j]) for j, x in every["joints"].items()},
-                        tasks={t: pool([p["tasks"][t] for p in parts if t in p["tasks"]]) for t in tasks}, undecodable_frames=[f for p in parts for f in p["undecodable_frames"]][:16])
+                        tasks={t: pool([p["tasks"][t] for p in parts if t in p["tasks"]]) for t in tasks},
+                        undecodable_frames=[f for p in parts for f in p["undecodable_frames"]][:16])

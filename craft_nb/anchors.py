@@ -19,7 +19,8 @@ from .reading import AnchorCacheDataset, _pt_shards
 from .writing import AnchorWriter
 
 # %% ../nbs/05_anchors.ipynb #f06ae4e1
-_MEANS = {'dataset.fps': ' (frames a second: the same chunk of actions takes another time)', 'dataset.chunk': ' (actions of one chunk)'}
+_MEANS = {'dataset.fps': ' (frames a second: the same chunk of actions takes another time)',
+          'dataset.chunk': ' (actions of one chunk)'}
 
 def _dotted(x: dict, at: str = '') -> dict:
     out = {}
@@ -43,10 +44,12 @@ def check_compatible(
     differ = [k for k in known if want[k] != got[k]]
     allowed = [k for k in differ if k not in never and (k in allow or short(k) in allow)]
     if bad := [k for k in differ if k not in allowed]:
-        lines = '\n'.join(f'  {k}: cache {want[k]}, this run {got[k]}{_MEANS.get(k, "")}' + f' ({never.get(k)})' * (k in never) for k in bad)
-        final, words = [k for k in bad if k in never], dict.fromkeys(short(k) for k in differ if k in allowed or k in bad)
-        way = (f'Build one with this policy: craft-build-cache --policy.path=…; {flag} cannot waive {", ".join(final)}' if final else
-               f'Build one for this policy and data, or allow the difference: {flag}={",".join(words)}')
+        lines = '\n'.join(f'  {k}: cache {want[k]}, '
+                          f'this run {got[k]}{_MEANS.get(k, "")}' + f' ({never.get(k)})' * (k in never) for k in bad)
+        final, words = ([k for k in bad if k in never],
+                        dict.fromkeys(short(k) for k in differ if k in allowed or k in bad))
+        way = (f'Build one with this policy: craft-build-cache --policy.path=…; {flag} cannot waive {", ".join(final)}'
+               if final else f'Build one for this policy and data, or allow the difference: {flag}={",".join(words)}')
         raise AnchorCacheError(f'the anchor cache was made for another run:\n{lines}\n{way}')
     return dict(checked=known, allowed=allowed, unknown=sorted(set(got) - set(known)))
 
@@ -58,7 +61,8 @@ def answers_line(answers: dict | None) -> str:  # of a manifest
     if not answers: return ''
     bad, asked = answers['undecodable'], answers['asked']
     if not bad: return f'all {asked:,} answers decodable'
-    what = dict(keep='kept', skip='other frames taken', dataset="the data set's action tokens taken").get(answers['mode'], answers['mode'])
+    what = dict(keep='kept', skip='other frames taken',
+                dataset="the data set's action tokens taken").get(answers['mode'], answers['mode'])
     worst = sorted(answers['by_instruction'].items(), key=lambda x: -x[1]['undecodable'] / x[1]['asked'])[:3]
     where = '; '.join(f'{t!r} {x["undecodable"]} of {x["asked"]}' for t, x in worst if x['undecodable'])
     return f'{bad:,} of {asked:,} answers undecodable ({bad / asked:.1%}), {what}: {where}'
@@ -87,13 +91,16 @@ def verify_cache(
                                'another teacher, other statistics or another dtype')
     files = [ds.dir/s['file'] for s in m['shards']] if 'shards' in m else _pt_shards(ds.dir)
     size = sum(p.stat().st_size for p in files)
-    return dict(anchors=len(ds), shards=len(files), bytes=size, rows_decoded=len(rows), errors=errors, answers=_check_answers(ds))
+    return dict(anchors=len(ds), shards=len(files), bytes=size, rows_decoded=len(rows), errors=errors,
+                answers=_check_answers(ds))
 
 def _check_answers(ds: AnchorCacheDataset) -> dict | None:
     "What the manifest says of the teacher's answers; where they were all kept, the rows must say the same."
     a, flags = ds.manifest.get('answers'), ds.column('undecodable')
-    if a and flags is not None and a['mode'] in ('keep', 'dataset') and 'announced' not in ds.manifest and int(flags.sum()) != a['undecodable']:
-        raise AnchorCacheError(f'{ds.dir}: {int(flags.sum())} rows are marked undecodable, the manifest counts {a["undecodable"]}; build the cache again')
+    if (a and flags is not None and a['mode'] in ('keep', 'dataset') and 'announced' not in ds.manifest
+        and int(flags.sum()) != a['undecodable']):
+        raise AnchorCacheError(f'{ds.dir}: {int(flags.sum())} rows are marked undecodable, '
+                               f'the manifest counts {a["undecodable"]}; build the cache again')
     return a
 
 def _damaged_shards(ds: AnchorCacheDataset) -> list[str]:
@@ -174,14 +181,19 @@ def _of_what(ds: AnchorCacheDataset) -> dict:  # lists and counts; None where th
     m, index = ds.manifest, {k: ds.column(k + '_index') for k in ('task', 'episode', 'frame', 'prompt', 'source')}
     task, episode, frame, prompt, source = ([-1] * len(ds) if x is None else x.tolist() for x in index.values())
     of, names = max(source, default=-1) > 0, m['dataset'].get('tasks', {})
-    def count(rows): return dict(anchors=len(rows), episodes=len({(source[i], episode[i]) for i in rows}), frames=len({(source[i], frame[i]) for i in rows}))
+    def count(rows):
+        return dict(anchors=len(rows), episodes=len({(source[i], episode[i]) for i in rows}),
+                    frames=len({(source[i], frame[i]) for i in rows}))
     def group(keys):
         out = {}
         for i, k in enumerate(keys): out.setdefault(k, []).append(i)
         return out
     tasks = [dict(task=names.get(str(t), f'task {t}')) | count(r) for t, r in sorted(group(task).items())]
-    prompts = [dict(prompt=m['prompts'][p] if 0 <= p < len(m['prompts']) else f'prompt {p}', anchors=len(r)) for p, r in sorted(group(prompt).items())]
-    episodes = [dict(repo_id=s.get('repo_id', ''), episodes=sorted({e for e, k in zip(episode, source) if k == i or not of})) for i, s in enumerate(sources(m))]
+    prompts = [dict(prompt=m['prompts'][p] if 0 <= p < len(m['prompts']) else f'prompt {p}', anchors=len(r))
+               for p, r in sorted(group(prompt).items())]
+    episodes = [
+        dict(repo_id=s.get('repo_id', ''), episodes=sorted({e for e, k in zip(episode, source) if k == i or not of}))
+        for i, s in enumerate(sources(m))]
     return dict(tasks=None if index['task'] is None else tasks, asked=None if index['prompt'] is None else prompts,
                 episodes=None if index['episode'] is None else episodes, distinct=count(range(len(ds))))
 

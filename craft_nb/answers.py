@@ -15,15 +15,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .draws import (RowDraws, base_policy, captured, eval_mode, mixed_precision, once_a_row, pack_image, replaced, submodule,
-                            unpack_image)
+from .draws import (RowDraws, base_policy, captured, eval_mode, mixed_precision, once_a_row, pack_image,
+                            replaced, submodule, unpack_image)
 from .features import Features, capture_hidden
 from .tokens import decoder_facts
 
 # %% ../nbs/05e_answers.ipynb #5f8c4fad
 @contextmanager
 def draws_in_a_row(policy: nn.Module, path: str, n: int) -> Iterator[None]:
-    "Inside the `with`, the pass over `[prefix, suffix]` of the module at `path` reads the prefix of a row's `n` draws once."
+    """Inside the `with`, the pass over `[prefix, suffix]` of the module at `path` reads the prefix of a row's `n` draws
+    once."""
     def in_a_row(own, attention_mask, position_ids, inputs_embeds, adarms_cond=None, **kw):  # masks (b·n, …, p + s, p + s)
         (prefix, suffix), m, b = inputs_embeds, attention_mask, len(position_ids) // n
         p, s = prefix.shape[1], suffix.shape[1]
@@ -32,21 +33,29 @@ def draws_in_a_row(policy: nn.Module, path: str, n: int) -> Iterator[None]:
         mask = flat[:1, :1, -1:].expand(b, p + n * s, p + n * s).clone()  # as the prefix sees the suffix: not at all
         mask[:, :p, :p], mask[:, p:, :p] = flat[::n, :p, :p], line(flat[:, p:, :p])
         for j in range(n): mask[:, p + j * s : p + (j + 1) * s, p + j * s : p + (j + 1) * s] = flat[j::n, p:, p:]
-        if adarms_cond is not None: kw["adarms_cond"] = [adarms_cond[0], adarms_cond[1] if adarms_cond[1] is None else adarms_cond[1].unflatten(0, (b, n))]
+        if adarms_cond is not None:
+            kw["adarms_cond"] = [adarms_cond[0],
+                                 adarms_cond[1] if adarms_cond[1] is None else adarms_cond[1].unflatten(0, (b, n))]
         with conditioned_by_draw(submodule(policy, path), n):
-            (before, said), kept = own(attention_mask=mask if m.ndim == 3 else mask[:, None], inputs_embeds=[prefix[::n], line(suffix)],
-                                       position_ids=torch.cat([position_ids[::n, :p], line(position_ids[:, p:])], 1), **kw)
+            (before, said), kept = own(attention_mask=mask if m.ndim == 3 else mask[:, None],
+                                       inputs_embeds=[prefix[::n], line(suffix)],
+                                       position_ids=torch.cat([position_ids[::n, :p], line(position_ids[:, p:])], 1),
+                                       **kw)
         return [before, said.unflatten(1, (n, s)).flatten(0, 1)], kept
     with replaced(policy, f"{path}.forward", lambda own: partial(in_a_row, own) if n > 1 else own): yield
 
 @contextmanager
 def conditioned_by_draw(module: nn.Module, n: int) -> Iterator[None]:
     "Inside the `with`, norms that take a condition (pi05's adaptive ones) take one for each of the `n` draws in a row."
-    def before(norm, args, kw): return ((args[0].unflatten(1, (n, -1)),), kw | {"cond": kw["cond"][:, :, None]}) if kw.get("cond") is not None else None
+    def before(norm, args, kw):
+        return (((args[0].unflatten(1, (n, -1)),), kw | {"cond": kw["cond"][:, :, None]})
+                if kw.get("cond") is not None else None)
     def behind(norm, args, kw, out):  # (b, n, s, d), (b, n, 1, d)
-        return tuple(x.expand(-1, -1, out[0].shape[2], -1).flatten(1, 2) for x in out) if kw.get("cond") is not None else None
+        return (tuple(x.expand(-1, -1, out[0].shape[2], -1).flatten(1, 2) for x in out)
+                if kw.get("cond") is not None else None)
     norms = [m for m in module.modules() if getattr(m, "cond_dim", None)]
-    hooks = [h for m in norms for h in (m.register_forward_pre_hook(before, with_kwargs=True), m.register_forward_hook(behind, with_kwargs=True))]
+    hooks = [h for m in norms for h in (m.register_forward_pre_hook(before, with_kwargs=True),
+                                        m.register_forward_hook(behind, with_kwargs=True))]
     try: yield
     finally:
         for h in hooks: h.remove()
@@ -54,7 +63,8 @@ def conditioned_by_draw(module: nn.Module, n: int) -> Iterator[None]:
 # %% ../nbs/05e_answers.ipynb #97f33014
 @dataclass(frozen=True)
 class Door:
-    "Adapter of a policy whose answer is what one module says in its training `forward`. Fields are paths from the policy."
+    """Adapter of a policy whose answer is what one module says in its training `forward`. Fields are paths from the
+    policy."""
     capture: str  # module whose output (b, …, a) is the answer
     said: str = "answer"  # what it is, in units: velocity, action, noise
     chunk: str | None = ""  # method that returns the policy's own actions (b, t, ≥ a); "": the data's are taken; None: the answer does not look at actions
@@ -79,9 +89,11 @@ class Door:
         return facts | dict(extra=facts["extra"] | dict(capture=self.capture, chunk=list(chunk_shape(policy))))
 
     def inputs(self, policy, batch): return door_inputs(base_policy(policy), batch)
-    def condition(self, policy, anchors, actions, seeds): return door_condition(self, base_policy(policy), anchors, actions, seeds)
+    def condition(self, policy, anchors, actions, seeds):
+        return door_condition(self, base_policy(policy), anchors, actions, seeds)
     def prepare(self, policy, anchors): return door_prepare(base_policy(policy), anchors)
-    def features(self, policy, anchors, layers, actions, logits): return door_features(self, base_policy(policy), anchors, layers, actions)
+    def features(self, policy, anchors, layers, actions, logits):
+        return door_features(self, base_policy(policy), anchors, layers, actions)
 def chunk_shape(policy: nn.Module) -> tuple[int, int]:  # (t, a)
     "Steps and dims of the action chunks that `policy` is trained on."
     return len(policy.config.action_delta_indices), policy.config.action_feature.shape[0]
@@ -90,12 +102,14 @@ def chunk_shape(policy: nn.Module) -> tuple[int, int]:  # (t, a)
 TEXT = ("observation.language.tokens", "observation.language.attention_mask")
 
 def door_inputs(policy: nn.Module, batch: dict) -> dict[str, Tensor]:
-    "Observations and actions of a preprocessed batch: pictures as `pixel_values.*` uint8 with `pixel_scale.*`, the rest as it is."
+    """Observations and actions of a preprocessed batch: pictures as `pixel_values.*` uint8 with `pixel_scale.*`, the
+    rest as it is."""
     out = {}
     for k, x in batch.items():
         if not isinstance(x, Tensor) or not (k.startswith("observation.") or k in ("action", "action_is_pad")): continue
         x = x.detach().cpu()
-        if k in TEXT and (short := getattr(policy.config, "tokenizer_max_length", 0) - x.shape[1]) > 0: x = nn.functional.pad(x, (0, short))
+        if k in TEXT and (short := getattr(policy.config, "tokenizer_max_length", 0) - x.shape[1]) > 0:
+            x = nn.functional.pad(x, (0, short))
         packed = pack_image(x) if x.is_floating_point() and x.ndim >= 4 and x.shape[-3] in (1, 3, 4) else None
         out |= {k: x} if packed is None else {f"pixel_values.{k}": packed[0], f"pixel_scale.{k}": packed[1]}
     return out
@@ -106,28 +120,35 @@ def door_prepare(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Ten
     for k, x in anchors.items():
         if k.startswith("pixel_scale.") or not isinstance(x, Tensor): continue
         if k.startswith("pixel_values."):
-            out[k.removeprefix("pixel_values.")] = unpack_image(x.to(device), anchors[k.replace("values", "scale", 1)].to(device))
-        else: out[k] = x.long() if k == "draw_seed" else x.to(device, torch.long if x.dtype == torch.int32 else None, non_blocking=True)
+            out[k.removeprefix("pixel_values.")] = unpack_image(x.to(device),
+                                                                anchors[k.replace("values", "scale", 1)].to(device))
+        else:
+            out[k] = x.long() if k == "draw_seed" else x.to(device, torch.long if x.dtype == torch.int32 else None,
+                                                            non_blocking=True)
     return out
 
 # %% ../nbs/05e_answers.ipynb #5b3e092e
 _DRAWS = WeakKeyDictionary()  # policy → {door: does it draw anything}, asked once
 
 @torch.no_grad()
-def door_condition(door: Door, policy: nn.Module, anchors: dict[str, Tensor], actions: str, seeds: Tensor) -> dict[str, Tensor]:
+def door_condition(door: Door, policy: nn.Module, anchors: dict[str, Tensor], actions: str,
+                   seeds: Tensor) -> dict[str, Tensor]:
     "Anchors with `action` (b, t, a) as `actions` says and with `draw_seed` (b, n)."
     if door.chunk is None or not actions: anchors = {k: v for k, v in anchors.items() if k != "action"}
     if not actions: return anchors
     anchors = dict(anchors)
     if door.chunk is None: pass
     elif actions == "teacher" and door.chunk:
-        anchors["action"] = own_chunk(door, policy, door_prepare(policy, door_pass_inputs(anchors)), seeds[:, 0].tolist())
+        anchors["action"] = own_chunk(door, policy, door_prepare(policy, door_pass_inputs(anchors)),
+                                      seeds[:, 0].tolist())
         if "action_is_pad" in anchors: anchors["action_is_pad"] = torch.zeros_like(anchors["action_is_pad"])
     elif "action" not in anchors:
         raise ValueError(f"the answer of {policy.config.type} depends on actions, and this batch has none"
                          + (": use actions=teacher" if door.chunk else ""))
     if door not in (known := _DRAWS.setdefault(policy, {})):
-        door_features(door, policy, door_prepare(policy, {k: v[:1] for k, v in anchors.items()} | {"draw_seed": seeds[:1, :1]}), [], True, draws := [])
+        door_features(door, policy,
+                      door_prepare(policy, {k: v[:1] for k, v in anchors.items()} | {"draw_seed": seeds[:1, :1]}), [],
+                      True, draws := [])
         known[door] = sum(draws) > 0
     return anchors | {"draw_seed": seeds if known[door] else seeds[:, :1]}  # what draws nothing says the same each time
 
@@ -144,13 +165,15 @@ def own_chunk(door: Door, policy: nn.Module, batch: dict[str, Tensor], seeds: li
             with once_a_row(policy, door.chunk, len(seeds), 1, said): policy.predict_action_chunk(batch)
     chunk = said[0][..., : steps_dims[1]].float().cpu()
     if tuple(chunk.shape[1:]) != steps_dims:
-        raise ValueError(f"{policy.config.type}.{door.chunk} gives chunks of {tuple(chunk.shape[1:])}, training takes {steps_dims}: use actions=dataset")
+        raise ValueError(f"{policy.config.type}.{door.chunk} gives chunks of {tuple(chunk.shape[1:])}, "
+                         f"training takes {steps_dims}: use actions=dataset")
     return chunk
 
 # %% ../nbs/05e_answers.ipynb #a01d9887
 def door_features(door: Door, policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool,
                   draws: list | None = None) -> Features:
-    "The policy's own training `forward` on prepared anchors: `answer` (b, n, t, a), and hidden states of `layers`. `draws` gets their number."
+    """The policy's own training `forward` on prepared anchors: `answer` (b, n, t, a), and hidden states of `layers`.
+    `draws` gets their number."""
     b, (t, a) = len(next(iter(anchors.values()))), chunk_shape(policy)
     seeds = anchors.get("draw_seed", torch.zeros(b, 1, dtype=torch.long))
     n = seeds.shape[1] if actions else 1
@@ -162,7 +185,8 @@ def door_features(door: Door, policy: nn.Module, anchors: dict[str, Tensor], lay
         if door.once: stack.enter_context(once_a_row(policy, door.once, b, n, prefix))
         if door.joint: stack.enter_context(draws_in_a_row(policy, door.joint, n))
         def states(of): return stack.enter_context(capture_hidden(submodule(policy, of), layers, at="input_layernorm"))
-        hidden, acting = states(door.decoder) if layers else {}, states(door.expert) if layers and actions and door.expert else None
+        hidden, acting = (states(door.decoder) if layers else {},
+                          states(door.expert) if layers and actions and door.expert else None)
         for path in door.still: stack.enter_context(replaced(policy, path, mode.aside))
         stack.enter_context(mode)
         policy.forward(batch)
@@ -180,7 +204,8 @@ def door_features(door: Door, policy: nn.Module, anchors: dict[str, Tensor], lay
     return f
 
 def door_batch(policy: nn.Module, anchors: dict[str, Tensor], n: int, trim: bool) -> dict[str, Tensor]:
-    "What `forward` is called with: observations and actions, each row `n` times; zeros where the answer does not look at actions."
+    """What `forward` is called with: observations and actions, each row `n` times; zeros where the answer does not look
+    at actions."""
     b, (t, a) = len(next(iter(anchors.values()))), chunk_shape(policy)
     batch = {k: v for k, v in anchors.items() if k.startswith("observation.") or k in ("action", "action_is_pad")}
     device = next(policy.parameters()).device
@@ -198,5 +223,6 @@ def door_answer(policy: nn.Module, said: Tensor, anchors: dict[str, Tensor], n: 
     answer = said.reshape(len(said) // n, n, -1, said.shape[-1])
     pad = anchors.get("action_is_pad")
     fits = pad is not None and pad.shape[1] == answer.shape[2]
-    mask = ~pad[:, None].expand(-1, n, -1) if fits else torch.ones(answer.shape[:3], dtype=torch.bool, device=said.device)
+    mask = ~pad[:, None].expand(-1, n, -1) if fits else torch.ones(answer.shape[:3], dtype=torch.bool,
+                                                                   device=said.device)
     return answer, mask

@@ -26,7 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .anchors import BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors, read_manifest
+from .anchors import (BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors,
+                              read_manifest)
 from .data import handed_on, read_frame
 from .features import resolve_layers
 from .losses import VIEWS, View, make_views, pass_needs
@@ -56,7 +57,8 @@ def teacher_says(
     own = given("teacher")
     wrong = ~decodable(policy, anchors, {k: x for k, x in own.items() if x is not anchors.get(k)}, adapter)
     if undecodable == "dataset":
-        own |= {k: torch.where(wrong.view(-1, *[1] * (x.ndim - 1)), data[k].to(x.dtype), x) for k, x in own.items() if k in data}
+        own |= {k: torch.where(wrong.view(-1, *[1] * (x.ndim - 1)), data[k].to(x.dtype), x) for k, x in own.items()
+                if k in data}
     return own | dict(undecodable=wrong)
 
 def draw_seeds(seed: int, rows: Sequence[int], draws: int = 2) -> Tensor:  # (b, draws) int64 below 2³¹
@@ -71,7 +73,8 @@ def anchor_batch_targets(policy: nn.Module, batch: dict, views: dict[str, View],
     return anchors | teacher_targets(policy, anchors, views, adapter)
 
 @torch.no_grad()
-def teacher_targets(policy: nn.Module, anchors: dict[str, Tensor], views: dict[str, View], adapter=None) -> dict[str, Tensor]:
+def teacher_targets(policy: nn.Module, anchors: dict[str, Tensor], views: dict[str, View],
+                    adapter=None) -> dict[str, Tensor]:
     "What the views store of one pass over anchor inputs, padded to the inputs' full length."
     adapter, some = adapter or adapter_for(policy), list(views.values())
     ready = adapter.prepare(policy, anchors)
@@ -95,7 +98,8 @@ def pad_targets(targets: dict[str, Tensor], p: int, a: int) -> dict[str, Tensor]
 STORED = frozenset(t for v in VIEWS.values() for t in v.tensors) - {"labels"}  # answers, not inputs
 
 class Answered:
-    "Anchors, rows (`batch`) or a loader of them (`forever`), with the answers that `teacher` gives when they are handed out."
+    """Anchors, rows (`batch`) or a loader of them (`forever`), with the answers that `teacher` gives when they are
+    handed out."""
     def __init__(
         self,
         anchors,  # of a cache, or `LiveFrames`
@@ -105,7 +109,8 @@ class Answered:
         preprocess: Callable[[dict], dict] | None = None,  # for frames: the policy's LeRobot preprocessor
         actions: str = "dataset",  # for frames: what the answer is conditioned on, dataset | teacher
     ):
-        self.anchors, self.teacher, self.views, self.adapter, self.preprocess, self.actions = anchors, teacher, views, adapter, preprocess, actions
+        self.anchors, self.teacher, self.views, self.adapter, self.preprocess, self.actions = (
+            anchors, teacher, views, adapter, preprocess, actions)
 
     def __getattr__(self, name): return handed_on(self, "anchors", name)  # state_dict, load_state_dict, …
     def __len__(self): return len(self.anchors)
@@ -120,34 +125,41 @@ class Answered:
                 asked = {k: x for k, x in batch.items() if k not in STORED}
                 return asked | teacher_targets(teacher, asked, self.views, self.adapter)
             seeds, batch = batch["draw_seed"], {k: x for k, x in batch.items() if k != "draw_seed"}
-            return anchor_batch_targets(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds, adapter=self.adapter)
+            return anchor_batch_targets(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds,
+                                        adapter=self.adapter)
 
 # %% ../nbs/07_builder.ipynb #5d00e48f
 class LiveFrames(AnchorCacheDataset):
-    """Frames of a data set in the place of a cache: what `Answered` shows to a teacher. `transforms` change the pictures that a loader
-    hands out without end, by seed, frame and turn alone; `batch` gives them as they are."""
-    def __init__(self, dataset, name: str, about: dict, most: int | None = None, seed: int = 0, draws: int = 2, rows: Sequence[int] | None = None,
-                 transforms: Callable | None = None):  # rows: frames to draw from; None: all
+    """Frames of a data set in the place of a cache: what `Answered` shows to a teacher. `transforms` change the
+    pictures that a loader hands out without end, by seed, frame and turn alone; `batch` gives them as they are."""
+    def __init__(self, dataset, name: str, about: dict, most: int | None = None, seed: int = 0, draws: int = 2,
+                 rows: Sequence[int] | None = None, transforms: Callable | None = None):  # rows: frames to draw from; None: all
         columns = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
         among = range(len(dataset)) if rows is None else list(rows)
-        picked = list(among) if most is None else [among[i] for i in sample_anchors(*([x[i] for i in among] for x in columns.values()), min(most, len(among)), seed)]
+        picked = list(among) if most is None else [among[i] for i in sample_anchors(
+            *([x[i] for i in among] for x in columns.values()), min(most, len(among)), seed)]
         self.transforms, self.turns = transforms, ()
-        self.dir, self.frames, self.seed, self.draws, self.store = name, AnchorFrames(dataset, picked, []), seed, draws, self
+        self.dir, self.frames, self.seed, self.draws, self.store = (name, AnchorFrames(dataset, picked, []), seed,
+                                                                    draws, self)
         self.columns = {k: [x[i] for i in picked] for k, x in columns.items()}
         self.names, self.views, tasks = list(self.columns), {}, dataset.meta.tasks
         self.tasks = {int(i): t for t, i in tasks["task_index"].items()}
-        self.manifest = dict(format="frames", kind="frames", num_anchors=len(picked), cache_id=f"{name} {seed}", views={}, layers=[], pooling=[], hashes={},
-                             extra={}, prompts=[], policy_type="", dtype="", image={}, dataset=about | dict(tasks={str(i): t for i, t in self.tasks.items()}))
+        self.manifest = dict(format="frames", kind="frames", num_anchors=len(picked), cache_id=f"{name} {seed}",
+                             views={}, layers=[], pooling=[], hashes={}, extra={}, prompts=[], policy_type="", dtype="",
+                             image={}, dataset=about | dict(tasks={str(i): t for i, t in self.tasks.items()}))
 
     def check_headers(self): "There is nothing to check."
     def instructions(self) -> list[str]: return [self.tasks[t] for t in self.columns["task_index"]]
-    def column(self, name: str) -> Tensor | None: return torch.tensor(self.columns[name]) if name in self.columns else None
+    def column(self, name: str) -> Tensor | None:
+        return torch.tensor(self.columns[name]) if name in self.columns else None
 
     def batch(self, idxs, names: Sequence[str] = ()) -> dict[str, Tensor]:  # frames (b, …) and `draw_seed` (b, draws); or columns alone
         rows = [int(i) for i in idxs]
         if list(names) == ["episode_index"]: return {"episode_index": self.column("episode_index")[rows]}
-        frames = self.frames.batch([self.augmented(*x) for x in zip(rows, self.turns)] if self.turns else [self.frames.frame(i) for i in rows])
-        return {k: x for k, x in frames.items() if isinstance(x, Tensor)} | dict(draw_seed=draw_seeds(self.seed, rows, self.draws))
+        frames = self.frames.batch([self.augmented(*x) for x in zip(rows, self.turns)] if self.turns
+                                   else [self.frames.frame(i) for i in rows])
+        return ({k: x for k, x in frames.items() if isinstance(x, Tensor)}
+                | dict(draw_seed=draw_seeds(self.seed, rows, self.draws)))
 
     @contextlib.contextmanager
     def drawn(self, turns: Sequence[int]):
@@ -171,7 +183,8 @@ class LiveFrames(AnchorCacheDataset):
 # %% ../nbs/07_builder.ipynb #55a82645
 class AnchorFrames(torch.utils.data.Dataset):
     "Collated frames of a data set, one item for each `(start, stop)` span of the picked frames."
-    def __init__(self, dataset, picked: Sequence[int], spans: Sequence[tuple[int, int]], prompts: Sequence[str] | None = None):
+    def __init__(self, dataset, picked: Sequence[int], spans: Sequence[tuple[int, int]],
+                 prompts: Sequence[str] | None = None):
         self.dataset, self.picked, self.spans, self.prompts = dataset, picked, spans, prompts
 
     def __len__(self): return len(self.spans)
@@ -182,7 +195,8 @@ class AnchorFrames(torch.utils.data.Dataset):
         return self.batch([self.frame(j, i) for j, i in zip(places, frames, strict=True)])
 
     def batch(self, frames: list[dict]) -> dict:
-        "Collated; what is a list or nothing (LeRobot's language columns: another number of rows in every frame) is left out."
+        """Collated; what is a list or nothing (LeRobot's language columns: another number of rows in every frame) is
+        left out."""
         odd = {k for x in frames for k, v in x.items() if isinstance(v, (list, tuple, dict, type(None)))}
         return torch.utils.data.default_collate([{k: v for k, v in x.items() if k not in odd} for x in frames])
 
@@ -211,8 +225,8 @@ class Deal:
         return pool.pop() if pool else None
 
     def settle(self, lo: int, hi: int, bad: Sequence[bool], refused: Callable) -> tuple[list, list]:
-        """Deal places `lo` … `hi`: `bad` says which of the drawn frames are refused, `refused(places, frames)` which of the next.
-        → a frame for each place, None where none is left; all (place, frame) that were refused."""
+        """Deal places `lo` … `hi`: `bad` says which of the drawn frames are refused, `refused(places, frames)` which of
+        the next. → a frame for each place, None where none is left; all (place, frame) that were refused."""
         frames, lost = self.picked[lo:hi], []
         places = [p for p, no in enumerate(bad) if no]
         while places:
@@ -256,10 +270,11 @@ class Answers:
         bad, asked = self.bad.total(), self.asked.total()
         if not bad or bad < TOO_MUCH * among: return
         raise ValueError(
-            f"{bad} of the {asked} answers that the teacher gave so far ({bad / asked:.0%}) are no action chunk: they do not end, or their tokens do not decode. "
-            "The teacher is untrained, or its text or action tokenizer is not the one it was trained with. "
-            "Give the trained checkpoint with its own tokenizers; or take the data set's action tokens (--actions=dataset), "
-            f"or views without action tokens (pooled, tokens); or build it all the same with --allow_undecodable=true{rest}")
+            f"{bad} of the {asked} answers that the teacher gave so far ({bad / asked:.0%}) are no action chunk: "
+            "they do not end, or their tokens do not decode. The teacher is untrained, or its text or action "
+            "tokenizer is not the one it was trained with. Give the trained checkpoint with its own tokenizers; "
+            "or take the data set's action tokens (--actions=dataset), or views without action tokens (pooled, "
+            f"tokens); or build it all the same with --allow_undecodable=true{rest}")
 
     def manifest(self) -> dict:
         by = {t: dict(asked=n, undecodable=self.bad[t]) for t, n in sorted(self.asked.items())}
@@ -268,8 +283,8 @@ class Answers:
 # %% ../nbs/07_builder.ipynb #06f9fac1
 class Teacher:
     "A frozen policy that answers batches of frames for a build."
-    def __init__(self, policy, preprocess, source: AnchorFrames, views: dict, actions: str, deal: Deal, answers: Answers, draws: int = 2,
-                 adapter=None):
+    def __init__(self, policy, preprocess, source: AnchorFrames, views: dict, actions: str, deal: Deal,
+                 answers: Answers, draws: int = 2, adapter=None):
         self.policy, self.preprocess, self.source, self.views, self.actions = policy, preprocess, source, views, actions
         self.deal, self.answers, self.draws, self.adapter = deal, answers, draws, adapter
         self.asks = actions == "teacher" and pass_needs(list(views.values()))[1]
@@ -278,7 +293,8 @@ class Teacher:
         return teacher_says(self.policy, self.preprocess(batch), self.views, self.actions, self.answers.mode,
                             draw_seeds(self.deal.seed, places, self.draws), self.adapter)
 
-    def targets(self, anchors: dict) -> dict: return anchors | teacher_targets(self.policy, anchors, self.views, self.adapter)
+    def targets(self, anchors: dict) -> dict:
+        return anchors | teacher_targets(self.policy, anchors, self.views, self.adapter)
 
     def anchors(self, lo: int, hi: int, batch: dict) -> tuple[dict, list, list]:  # tensors (b, …), b frames, b places
         "Anchors for places `lo` … `hi`, whose drawn frames are in `batch`."
@@ -294,7 +310,8 @@ class Teacher:
             return new["undecodable"].tolist()
         frames, _ = self.deal.settle(lo, hi, bad, refused)
         rows = [r for r, i in enumerate(frames) if i is not None]
-        return (self.targets({k: x[rows] for k, x in out.items()}) if rows else {}), [frames[r] for r in rows], [lo + r for r in rows]
+        return ((self.targets({k: x[rows] for k, x in out.items()}) if rows else {}), [frames[r] for r in rows],
+                [lo + r for r in rows])
 
     def replay(self, spans: Sequence[tuple], done: int, stored: set, name: Sequence[int]) -> tuple[int, int]:
         """Deal again what an earlier run of the same build finished: `done` rows, of the frames called `stored`.
@@ -328,8 +345,8 @@ def anchors_that_fit(
     n = int((max_bytes - fixed) / (row + each / shard))
     while n > 0 and fixed + n * row + -(-n // shard) * each > max_bytes: n -= 1
     if n < 1:
-        raise ValueError(f"max_bytes: an anchor takes about {row:,.0f} bytes here and what describes the cache {fixed + each:,}; "
-                         f"expected at least {int(fixed + each + row) + 1:,}, found {max_bytes:,}")
+        raise ValueError(f"max_bytes: an anchor takes about {row:,.0f} bytes here and what describes the cache "
+                         f"{fixed + each:,}; expected at least {int(fixed + each + row) + 1:,}, found {max_bytes:,}")
     return min(n, most)
 
 def all_spans(n: int, batch: int, shard: int) -> list[tuple[int, int]]:
@@ -375,15 +392,21 @@ def build_anchor_cache(
     picked: Sequence[int] | None = None,  # these frames, in place of a draw of `num_anchors`
 ) -> dict:  # the manifest
     "Sample anchors, run the teacher over them and write the cache. Wrong arguments raise before anything is written."
-    for what, value, known in (("actions", actions, ("teacher", "dataset")), ("dtype", dtype, tuple(DTYPES)), ("undecodable", undecodable, MODES)):
-        if value not in known: raise ValueError(f"{what}: expected one of {', '.join(filter(None, known))}; found {value!r}")
-    for what, value, least in (("batch_size", batch_size, 0), ("num_workers", num_workers, 0), ("max_bytes", max_bytes, 0), ("draws", draws, 1)):
+    for what, value, known in (("actions", actions, ("teacher", "dataset")), ("dtype", dtype, tuple(DTYPES)),
+                               ("undecodable", undecodable, MODES)):
+        if value not in known:
+            raise ValueError(f"{what}: expected one of {', '.join(filter(None, known))}; found {value!r}")
+    for what, value, least in (("batch_size", batch_size, 0), ("num_workers", num_workers, 0),
+                               ("max_bytes", max_bytes, 0), ("draws", draws, 1)):
         if value < least: raise ValueError(f"{what}: expected {least} or more, found {value}")
-    if picked is not None and (num_anchors != len(picked) or max_bytes): raise ValueError(f"picked: {len(picked)} frames are all anchors; give num_anchors={len(picked)} and no max_bytes")
+    if picked is not None and (num_anchors != len(picked) or max_bytes):
+        raise ValueError(f"picked: {len(picked)} frames are all anchors; "
+                         f"give num_anchors={len(picked)} and no max_bytes")
     adapter = adapter_for(policy, capture)
     frames, name = len(episode_index), range(len(episode_index)) if frame_index is None else frame_index
     most = frames if num_anchors == "all" else min(num_anchors, frames) if max_bytes else num_anchors
-    draw = functools.cache(lambda n: sample_anchors(episode_index, task_index, n, seed, stratified) if picked is None else list(picked))
+    draw = functools.cache(lambda n: sample_anchors(episode_index, task_index, n, seed, stratified)
+                           if picked is None else list(picked))
     def teacher(n):
         deal = Deal(draw(n), task_index, seed)
         return Teacher(policy, preprocess, AnchorFrames(dataset, deal.picked, [], prompts), chosen, actions, deal,
@@ -391,7 +414,8 @@ def build_anchor_cache(
     chosen = make_views(views or [adapter.usual], layers=layers, pooling=pooling, top_k=top_k)
     check_views(adapter, policy, chosen)
     if "hidden" in adapter.gives: resolve_layers(layers, adapter.facts(policy)["extra"]["depth"])
-    made = dict(actions=actions, seed=seed, stratified=stratified, dtype=dtype) | (dict(max_bytes=max_bytes) if max_bytes else {})
+    made = (dict(actions=actions, seed=seed, stratified=stratified, dtype=dtype)
+            | (dict(max_bytes=max_bytes) if max_bytes else {}))
     def row(t, lo, hi, batch):  # what is stored of places lo … hi
         out, picked, places = t.anchors(lo, hi, batch)
         out = {k: v.to(DTYPES[dtype]) if dtype and k.endswith("_hidden") else v for k, v in out.items()}
@@ -406,18 +430,22 @@ def build_anchor_cache(
         first = try_(1)  # what cannot work fails here, before there is a folder
         if "answer" in first: require_one_shape(first, try_(min(2, most)))
         if "draw_seed" in first: made["draws"] = first["draw_seed"].shape[1]
-        plan = cache_plan(policy, chosen, made, prompts, manifest or {}, adapter) | dict(shard_size=shard_size, images=images, packed=PACKED)
-        if max_bytes: most = resumed_size(out_dir, max_bytes) or anchors_that_fit(max_bytes, most, row(
-            s := teacher(min(32, most)), 0, len(s.deal.picked), s.source.load(range(len(s.deal.picked)), s.deal.picked)), **plan)
+        plan = (cache_plan(policy, chosen, made, prompts, manifest or {}, adapter)
+                | dict(shard_size=shard_size, images=images, packed=PACKED))
+        if max_bytes:
+            most = resumed_size(out_dir, max_bytes) or anchors_that_fit(max_bytes, most, row(
+  s := teacher(min(32, most)), 0, len(s.deal.picked), s.source.load(range(len(s.deal.picked)), s.deal.picked)), **plan)
         t = teacher(most)
         if t.asks and not allow_undecodable: probe(t, size)
-        return write_anchors(t, row, out_dir, most, size, name, allow_undecodable, num_workers, progress, max_bytes=max_bytes, **plan)
+        return write_anchors(t, row, out_dir, most, size, name, allow_undecodable, num_workers, progress,
+                             max_bytes=max_bytes, **plan)
 
 def require_one_shape(*batches: dict[str, Tensor]) -> None:
     "Raise `ValueError` if the answer of an anchor has another shape in another batch."
     if len(shapes := {tuple(b["answer"].shape[1:]) for b in batches if b}) > 1:
-        raise ValueError(f"capture: the answer varies in shape over anchors (draws, steps, dims): {', '.join(map(str, sorted(shapes)))}. "
-                         "Name a module whose output has one shape: --craft.capture=MODULE")
+        raise ValueError(f"capture: the answer varies in shape over anchors (draws, steps, dims): "
+                         f"{', '.join(map(str, sorted(shapes)))}. Name a module whose output has one shape: "
+                         "--craft.capture=MODULE")
 
 def resumed_size(out_dir: str | Path, max_bytes: int) -> int | None:
     "How many anchors an interrupted build into the same bytes found to fit."
@@ -427,8 +455,8 @@ def resumed_size(out_dir: str | Path, max_bytes: int) -> int | None:
 
 # %% ../nbs/07_builder.ipynb #32d28572
 def probe(t: Teacher, size: int, few: int = 64, some: int = 16) -> None:
-    """Refuse a teacher that cannot answer before anything is written: all places are tried if they are `few`, else `some` of them,
-    of which three quarters must be undecodable (a sound half would be taken for that in 1 of 100 builds)."""
+    """Refuse a teacher that cannot answer before anything is written: all places are tried if they are `few`, else
+    `some` of them, of which three quarters must be undecodable (a sound half would be taken for that in 1 of 100 builds)."""
     n = len(t.deal.picked)
     places = list(range(n)) if n <= few else [i * n // some for i in range(some)]
     tried = Answers(t.answers.mode, t.answers.prompts, t.answers.task, t.answers.names)
@@ -438,20 +466,22 @@ def probe(t: Teacher, size: int, few: int = 64, some: int = 16) -> None:
         tried.count(part, frames, t.says(t.source.load(part, frames), part)["undecodable"].tolist())
     tried.refuse(n if n <= few else 1.5 * some)
 
-def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: Sequence[int], allow: bool, num_workers: int,
-                  progress: bool, **how) -> dict:
+def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: Sequence[int], allow: bool,
+                  num_workers: int, progress: bool, **how) -> dict:
     "The loop of a build, from where an interrupted one stopped. → the manifest."
     workers = "a data worker", f"--num_workers (now {num_workers}) or --batch_size (now {size})"
     with AnchorWriter(out_dir, n, **how) as writer, watched(*workers):
         spans, done = all_spans(n, size, how["shard_size"]), writer.position
-        if t.asks and t.answers.mode == "skip": k, there = t.replay(spans, done, set(writer.stored("frame_index") or ()), name)
+        if t.asks and t.answers.mode == "skip":
+            k, there = t.replay(spans, done, set(writer.stored("frame_index") or ()), name)
         else:
             k, there = sum(hi <= done for _, hi in spans), 0
             if t.asks: t.answers.count(range(done), t.deal.picked[:done], writer.stored("undecodable") or ())
         rest = f". What was built so far stays in {out_dir}, and the same call with that goes on from it"
         source = AnchorFrames(t.source.dataset, t.deal.picked, spans[k:], t.source.prompts)
         frames = torch.utils.data.DataLoader(source, batch_size=None, num_workers=num_workers)
-        for (lo, hi), batch in zip(spans[k:], progress_bar(Watched(frames, *workers), spans[k:], n, progress), strict=True):
+        for (lo, hi), batch in zip(spans[k:], progress_bar(Watched(frames, *workers), spans[k:], n, progress),
+                                   strict=True):
             out = row(t, lo, hi, batch)
             rows = len(out["frame_index"])
             if there < rows: writer.add({k: v[there:] for k, v in out.items()})
@@ -467,15 +497,19 @@ def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: S
     return read_manifest(out_dir)
 
 # %% ../nbs/07_builder.ipynb #e66ea78e
-def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: Sequence[str] | None, given: dict, adapter=None) -> dict:
+def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: Sequence[str] | None, given: dict,
+               adapter=None) -> dict:
     "Manifest fields of a build; `given` overrides."
     base, view, adapter = base_policy(policy), next(iter(views.values())), adapter or adapter_for(policy)
     facts, units = adapter.facts(policy), getattr(adapter, "units", {})
-    hidden = dict(layers=list(view.layers), pooling=list(view.pooling)) if "hidden" in adapter.gives else dict(layers=[], pooling=[])
-    plan = dict(views={n: dict(tensors=list(v.tensors), distance=v.distance, unit=units.get(n, v.unit)) for n, v in views.items()},
+    hidden = (dict(layers=list(view.layers), pooling=list(view.pooling)) if "hidden" in adapter.gives
+              else dict(layers=[], pooling=[]))
+    plan = dict(views={n: dict(tensors=list(v.tensors), distance=v.distance, unit=units.get(n, v.unit))
+                       for n, v in views.items()},
                 policy_type=base.config.type, width=facts["width"], dtype=facts["dtype"], **hidden,
                 prompts=list(prompts or []), hashes={"weights": hash_tensors(base.state_dict())},
-                versions={"python": platform.python_version(), "torch": torch.__version__}, extra=(made := made | facts["extra"]))
+                versions={"python": platform.python_version(), "torch": torch.__version__},
+                extra=(made := made | facts["extra"]))
     if "action_logits" in views: made["top_k"] = views["action_logits"].top_k
     for k, v in given.items(): plan[k] = plan[k] | v if isinstance(plan.get(k), dict) else v
     return plan
@@ -483,7 +517,8 @@ def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: S
 def progress_bar(items, spans, total: int, show: bool):
     "Iterate `items`, drawing anchors done, anchors a second and the time left."
     from tqdm.std import tqdm
-    with tqdm(total=total, initial=spans[0][0] if spans else total, desc="anchors", unit="anchor", disable=not show) as bar:
+    with tqdm(total=total, initial=spans[0][0] if spans else total, desc="anchors", unit="anchor",
+              disable=not show) as bar:
         for (lo, hi), x in zip(spans, items, strict=True):
             yield x
             bar.update(hi - lo)

@@ -27,12 +27,12 @@ from .anchors import MANIFEST, AnchorCacheDataset, check_compatible, read_manife
 from .builder import STORED, LiveFrames, build_anchor_cache, teacher_targets, AnchorFrames
 from .check import NEVER, OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
-from .configs import (ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, parse_bytes, parse_count, require_local, require_writable,
-                              each_dataset)
+from .configs import (ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, parse_bytes,
+                              parse_count, require_local, require_writable, each_dataset)
 from .data import Rows, read_prompts, draw_over, find_tasks, read_frame, read_info, several
 from .features import resolve_layers
-from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy, load_policy_alone, rename_of,
-                          require_fit, run_hashes, make_processors, Source, open_pictures)
+from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy,
+                          load_policy_alone, rename_of, require_fit, run_hashes, make_processors, Source, open_pictures)
 from .losses import VIEWS, make_views, pass_needs
 from .machine import Lock, follow
 from .mcq import build_question_cache, read_questions
@@ -92,31 +92,39 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True, asked: dict | None
     waivers(cfg.allow_mismatch)
     require_writable(Path(at_home(cfg).out_dir), "--out_dir")
     try: layers, prompts = [int(i) for i in cfg.layers_to_save.split(",")], None
-    except ValueError: raise ValueError(f"layers_to_save: expected numbers such as -2,-1; found {cfg.layers_to_save!r}") from None
+    except ValueError:
+        raise ValueError(f"layers_to_save: expected numbers such as -2,-1; found {cfg.layers_to_save!r}") from None
     if cfg.prompts_file: prompts = read_prompts(cfg.prompts_file)
     if not str(cfg.out_dir).strip(): raise ValueError("out_dir: expected a folder for the cache, found nothing")
     if cfg.sampling not in ("stratified", "uniform"):
         raise ValueError(f"sampling: expected stratified or uniform, found {cfg.sampling!r}")
     if cfg.images == "reference":
-        raise ValueError("images: reference stores no pixels, and craft-train has no way to fetch frames: expected webp, zlib or raw "
-                         "(AnchorWriter and AnchorCacheDataset(frames=…) take it from Python)")
+        raise ValueError("images: reference stores no pixels, and craft-train has no way to fetch frames: expected "
+                         "webp, zlib or raw (AnchorWriter and AnchorCacheDataset(frames=…) take it from Python)")
     if cfg.mcq: return build_of_questions(cfg, layers)
     room, number = parse_bytes(cfg.max_bytes), parse_count(cfg.num_anchors or "all")
     policy, sources, prompts = (open_pictures if cfg.image_dir else open_sources)(cfg, prompts)
     total, many = sum(len(s.index["index"]) for s in sources), len(sources) > 1
-    if many and room: raise ValueError("max_bytes: how many anchors fit is found out for one data set at a time; give --num_anchors, or build one cache of each and join them with craft-cache merge")
+    if many and room:
+        raise ValueError("max_bytes: how many anchors fit is found out for one data set at a time; give --num_anchors, "
+                         "or build one cache of each and join them with craft-cache merge")
     if not cfg.num_anchors and not room: number = min(1000, total)
-    drawn = draw_over([(s.index["episode_index"], s.instructions()) for s in sources], total if number == "all" else number, cfg.seed, cfg.sampling == "stratified") if many else [None]
+    drawn = draw_over([(s.index["episode_index"], s.instructions()) for s in sources],
+                      total if number == "all" else number, cfg.seed, cfg.sampling == "stratified") if many else [None]
     if many: require_one_form(cfg, policy, sources, drawn)
     views, pooling = ([x.strip() for x in t.split(",") if x.strip()] for t in (cfg.views, cfg.pooling))
-    made = dict(hashes=run_hashes(policy, sources[0].pre), versions=versions(), extra=adapter_for(policy, cfg.capture).facts(policy)["extra"])
+    made = dict(hashes=run_hashes(policy, sources[0].pre), versions=versions(),
+                extra=adapter_for(policy, cfg.capture).facts(policy)["extra"])
     def build(s, picked, where):
-        about = made | dict(dataset=s.facts() | ({"asked": asked} if asked else {})) | ({"extra": made["extra"] | dict(drawn=hash_json([picked, sorted(views)])[:16])} if many else {})
+        about = (made | dict(dataset=s.facts() | ({"asked": asked} if asked else {}))
+                 | ({"extra": made["extra"] | dict(drawn=hash_json([picked, sorted(views)])[:16])} if many else {}))
         if cfg.append and s is sources[0]: require_appendable(cfg, policy, about, layers)
         return where != Path(cfg.out_dir) and finished_part(where, about) or build_anchor_cache(
-            policy, s.pre, s.shown, where, episode_index=s.index["episode_index"], task_index=s.index["task_index"], frame_index=s.index["index"], tasks=about["dataset"]["tasks"],
-            num_anchors=len(picked) if many else number, picked=picked, max_bytes=room, undecodable=cfg.undecodable, allow_undecodable=cfg.allow_undecodable, layers=layers, views=views,
-            pooling=pooling, top_k=cfg.top_k, actions=cfg.actions, prompts=prompts, batch_size=s.batch_size or cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images,
+            policy, s.pre, s.shown, where, episode_index=s.index["episode_index"], task_index=s.index["task_index"],
+            frame_index=s.index["index"], tasks=about["dataset"]["tasks"], num_anchors=len(picked) if many else number,
+            picked=picked, max_bytes=room, undecodable=cfg.undecodable, allow_undecodable=cfg.allow_undecodable,
+            layers=layers, views=views, pooling=pooling, top_k=cfg.top_k, actions=cfg.actions, prompts=prompts,
+            batch_size=s.batch_size or cfg.batch_size, shard_size=cfg.shard_size, images=cfg.images,
             dtype=cfg.store_dtype, seed=cfg.seed, stratified=cfg.sampling == "stratified", num_workers=cfg.num_workers,
             progress=progress, draws=cfg.draws, capture=cfg.capture, manifest=about)
     if not many and not cfg.append: return build(sources[0], None, Path(cfg.out_dir))
@@ -125,7 +133,8 @@ def build_cache(cfg: BuildCacheConfig, progress: bool = True, asked: dict | None
     return join_parts(cfg, parts)
 
 def load_dataset(cfg: DatasetConfig, policy: PreTrainedConfig, tasks: list[str] = ()):
-    "The LeRobot data set of `cfg` with the action chunks that `policy` is trained on; of episodes that hold one of `tasks`, where these are named."
+    """The LeRobot data set of `cfg` with the action chunks that `policy` is trained on; of episodes that hold one of
+    `tasks`, where these are named."""
     from lerobot.datasets.factory import resolve_delta_timestamps
     from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
     cfg = localise(cfg)
@@ -148,34 +157,50 @@ def versions() -> dict[str, str]:
     return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
 
 # %% ../nbs/10h_caches.ipynb #0f93e616
-def episodes_of(meta, tasks: list[str], among: list[int] | None = None, where: str = "the data set", whole: bool = False) -> list[int]:
+def episodes_of(meta, tasks: list[str], among: list[int] | None = None, where: str = "the data set",
+                whole: bool = False) -> list[int]:
     "Episodes that hold one of `tasks`; `whole`: refuse those that hold others too. Raises `ValueError`."
     wanted = set(find_tasks(tasks, [str(t) for t in meta.tasks.index], where))
-    held = {int(e): {str(t) for t in ts} for e, ts in zip(meta.episodes["episode_index"], meta.episodes["tasks"], strict=True) if among is None or e in among}
-    if not (out := [e for e, ts in held.items() if ts & wanted]): raise ValueError(f"tasks: none of the episodes {sorted(held)[:20]} of {where} has a task of {', '.join(map(repr, sorted(wanted)))}")
-    if whole and (mixed := [e for e in out if not held[e] <= wanted]): raise ValueError(f"tasks: episode {mixed[0]} of {where} also holds {', '.join(map(repr, sorted(held[mixed[0]] - wanted)))}: name that too, or leave the episode out with --dataset.episodes")
+    held = {int(e): {str(t) for t in ts} for e, ts in zip(meta.episodes["episode_index"], meta.episodes["tasks"],
+                                                          strict=True) if among is None or e in among}
+    if not (out := [e for e, ts in held.items() if ts & wanted]):
+        raise ValueError(f"tasks: none of the episodes {sorted(held)[:20]} of {where} has a task of "
+                         f"{', '.join(map(repr, sorted(wanted)))}")
+    if whole and (mixed := [e for e in out if not held[e] <= wanted]):
+        raise ValueError(f"tasks: episode {mixed[0]} of {where} also holds "
+                         f"{', '.join(map(repr, sorted(held[mixed[0]] - wanted)))}: name that too, "
+                         "or leave the episode out with --dataset.episodes")
     return out
 
 def open_sources(cfg: BuildCacheConfig, prompts: list[str] | None) -> tuple[nn.Module, list[Source], list[str] | None]:
-    "The teacher, the data sets of a build as they are shown to it, and the prompts as it reads them. Raises what speaks against them, naming the data set."
-    if cfg.dataset is None or not (cfg.dataset.repo_id or cfg.dataset.root): raise ValueError("nothing to take anchors from: give a data set (--dataset.repo_id=NAME or FOLDER), or --image_dir=FOLDER with --prompts_file=FILE")
+    """The teacher, the data sets of a build as they are shown to it, and the prompts as it reads them. Raises what
+    speaks against them, naming the data set."""
+    if cfg.dataset is None or not (cfg.dataset.repo_id or cfg.dataset.root):
+        raise ValueError("nothing to take anchors from: give a data set (--dataset.repo_id=NAME or FOLDER), "
+                         "or --image_dir=FOLDER with --prompts_file=FILE")
     if cfg.state: raise ValueError("state: goes with --image_dir; the frames of a data set have their own")
-    given, actions, policy, out = each_dataset(cfg.dataset), cfg.actions == "dataset", None, []  # without: the teacher's own will do
+    # without: the teacher's own will do
+    given, actions, policy, out = each_dataset(cfg.dataset), cfg.actions == "dataset", None, []
     many = len(given) > 1
     for d, wanted in zip(given, wanted_tasks(given, cfg.tasks), strict=True):
         try:
             dataset = load_dataset(d, cfg.policy, wanted)
-            rename = rename_of(cfg.policy, {a: b for a, b in cfg.rename_map.items() if not many or a in dataset.meta.features}, dataset.meta.features)
+            rename = rename_of(cfg.policy,
+                               {a: b for a, b in cfg.rename_map.items() if not many or a in dataset.meta.features},
+                               dataset.meta.features)
             require_fit(camera_findings(cfg.policy, dataset.meta, rename), cfg.allow_mismatch, "--allow_mismatch")
             if policy is None: policy, pre, post = load_policy(cfg.policy, dataset.meta, rename_map=rename)
             else: pre, post = make_processors(cfg.policy, policy, str(cfg.policy.device), rename_map=rename or None)
             check_features(pre, dataset.meta, rename, actions)
-            require_fit(data_findings(cfg.policy, pre, post, dataset, rename, actions), cfg.allow_mismatch, "--allow_mismatch")
+            require_fit(data_findings(cfg.policy, pre, post, dataset, rename, actions), cfg.allow_mismatch,
+                        "--allow_mismatch")
             own = source_of(cfg, d, dataset, pre, rename, wanted)
-            told = heed(pre, cfg.policy, prompts or list(own.tasks.values()), cfg.long_instructions, cfg.prompts_file or "the data set", ds_meta=dataset.meta, rename_map=rename)
+            told = heed(pre, cfg.policy, prompts or list(own.tasks.values()), cfg.long_instructions,
+                        cfg.prompts_file or "the data set", ds_meta=dataset.meta, rename_map=rename)
         except (ValueError, OSError) as e: raise (type(e)(f"{d.repo_id}: {e}") if many else e) from None
         out.append(own)
-    if many and (lost := [a for a in cfg.rename_map if not any(a in s.features for s in out)]): raise ValueError(f"rename_map: none of the data sets has {', '.join(lost)}")
+    if many and (lost := [a for a in cfg.rename_map if not any(a in s.features for s in out)]):
+        raise ValueError(f"rename_map: none of the data sets has {', '.join(lost)}")
     return policy, out, told if prompts else None
 
 def wanted_tasks(given: list[DatasetConfig], tasks: str) -> list[list[str]]:  # of each data set; []: all
@@ -185,7 +210,8 @@ def wanted_tasks(given: list[DatasetConfig], tasks: str) -> list[list[str]]:  # 
     there = [_tasks_there(d) for d in given]
     wanted = find_tasks(wanted, list(dict.fromkeys(t for ts in there for t in ts)), "the data sets")
     if none := [(d, ts) for d, ts in zip(given, there, strict=True) if not set(wanted) & set(ts)]:
-        raise ValueError(f"{none[0][0].repo_id}: tasks: it has none of {', '.join(map(repr, wanted))}, but {', '.join(map(repr, none[0][1]))}: leave it out")
+        raise ValueError(f"{none[0][0].repo_id}: tasks: it has none of {', '.join(map(repr, wanted))}, "
+                         f"but {', '.join(map(repr, none[0][1]))}: leave it out")
     return [[t for t in wanted if t in ts] for ts in there]
 
 def _tasks_there(d: DatasetConfig) -> list[str]:
@@ -199,7 +225,8 @@ def rows_of(dataset, tasks: list[str]) -> tuple[list[int], set[str]]:  # rows, a
     return [r for r, t in enumerate(dataset.hf_dataset.data["task_index"].to_pylist()) if names[t] in kept], kept
 
 def pick_episodes(cfg: DatasetConfig, tasks: str) -> None:
-    "Of the data set that is trained on, the episodes of some instructions. An episode that holds others too is refused: LeRobot trains on whole ones."
+    """Of the data set that is trained on, the episodes of some instructions. An episode that holds others too is
+    refused: LeRobot trains on whole ones."""
     if not (wanted := several(tasks)): return
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
     meta = or_say_what_is_lost(cfg, lambda: LeRobotDatasetMetadata(cfg.repo_id, root=cfg.root, revision=cfg.revision))
@@ -212,44 +239,62 @@ def source_of(cfg: BuildCacheConfig, d: DatasetConfig, dataset, pre, rename: dic
     shown, (rows, kept) = read_forward(dataset, d.video_backend), rows_of(dataset, wanted)
     def facts():
         f = dataset_facts(dataset, d) | ({"rename_map": rename} if rename else {})
-        return f | dict(frames=len(rows), tasks={i: t for i, t in f["tasks"].items() if t in kept}) if len(rows) < len(index["index"]) else f
-    if len(rows) < len(index["index"]): shown, index = Rows(shown, rows), {k: [x[r] for r in rows] for k, x in index.items()}
+        return (f | dict(frames=len(rows), tasks={i: t for i, t in f["tasks"].items() if t in kept})
+                if len(rows) < len(index["index"]) else f)
+    if len(rows) < len(index["index"]):
+        shown, index = Rows(shown, rows), {k: [x[r] for r in rows] for k, x in index.items()}
     here = {t: names[t] for t in sorted(set(index["task_index"]))}
-    return Source(d.repo_id, shown, index, here, pre, facts, features=dataset.meta.features, form=dict(fps=dataset.meta.fps, chunk=chunk_length(dataset)))
+    return Source(d.repo_id, shown, index, here, pre, facts, features=dataset.meta.features,
+                  form=dict(fps=dataset.meta.fps, chunk=chunk_length(dataset)))
 
 def require_one_form(cfg: BuildCacheConfig, policy: nn.Module, sources: list[Source], drawn: list[list[int]]) -> None:
     "Refuse data sets whose anchors could not lie in one cache, naming data set and feature."
     adapter, first, allow = adapter_for(policy, cfg.capture), sources[0], joinable(cfg)
-    if (out := Path(cfg.out_dir)).exists() and not (out / BUILDING).exists() and set(out.iterdir()): raise FileExistsError(f"{out} exists: give another --out_dir")
+    if (out := Path(cfg.out_dir)).exists() and not (out / BUILDING).exists() and set(out.iterdir()):
+        raise FileExistsError(f"{out} exists: give another --out_dir")
     def shapes(s):
-        with eval_mode(policy), torch.no_grad(): x = adapter.inputs(policy, s.pre(AnchorFrames(s.shown, [0], []).load([0], [0])))
+        with eval_mode(policy), torch.no_grad():
+            x = adapter.inputs(policy, s.pre(AnchorFrames(s.shown, [0], []).load([0], [0])))
         return {k: tuple(v.shape[1:]) for k, v in x.items()}
     want = shapes(first)
     for s, rows in zip(sources, drawn, strict=True):
-        if not rows: raise ValueError(f"num_anchors: {sum(map(len, drawn))} anchors leave none for {s.name}; expected more")
+        if not rows:
+            raise ValueError(f"num_anchors: {sum(map(len, drawn))} anchors leave none for {s.name}; expected more")
         for k, v in s.form.items():
-            if v != first.form[k] and not {k, f"dataset.{k}"} & set(allow): raise ValueError(f"{s.name}: {k} is {v}, in {first.name} {first.form[k]}: build one cache of each, or allow it with --allow_mismatch={k}")
-        if differ := [f"{k} is {v}, in {first.name} {want.get(k)}" for k, v in shapes(s).items() if v != want.get(k)]: raise ValueError(f"{s.name}: {'; '.join(differ)}: anchors of one cache have one form; build one of each")
+            if v != first.form[k] and not {k, f"dataset.{k}"} & set(allow):
+                raise ValueError(f"{s.name}: {k} is {v}, in {first.name} {first.form[k]}: build one cache of each, "
+                                 f"or allow it with --allow_mismatch={k}")
+        if differ := [f"{k} is {v}, in {first.name} {want.get(k)}" for k, v in shapes(s).items() if v != want.get(k)]:
+            raise ValueError(f"{s.name}: {'; '.join(differ)}: anchors of one cache have one form; build one of each")
 
 # %% ../nbs/10h_caches.ipynb #b2c7d901
 def build_of_questions(cfg: BuildCacheConfig, layers: list[int]) -> dict:  # the manifest
     "Anchors of `cfg.mcq`: what the teacher would say of pictures, behind the anchors of `append` if there are any."
-    other = dict(dataset=cfg.dataset and (cfg.dataset.repo_id or cfg.dataset.root), image_dir=cfg.image_dir, prompts_file=cfg.prompts_file, tasks=cfg.tasks, state=cfg.state,
+    other = dict(dataset=cfg.dataset and (cfg.dataset.repo_id or cfg.dataset.root), image_dir=cfg.image_dir,
+                 prompts_file=cfg.prompts_file, tasks=cfg.tasks, state=cfg.state,
                  num_anchors=cfg.num_anchors, max_bytes=cfg.max_bytes)
-    if given := [k for k, x in other.items() if x]: raise ValueError(f"mcq: the pictures and questions of {cfg.mcq} are all anchors; leave {', '.join(given)} out. Anchors of actions come first with --append=CACHE")
+    if given := [k for k, x in other.items() if x]:
+        raise ValueError(f"mcq: the pictures and questions of {cfg.mcq} are all anchors; leave {', '.join(given)} out. "
+                         "Anchors of actions come first with --append=CACHE")
     questions = read_questions(at_home(cfg).mcq)
     policy, pre, _ = load_policy_alone(cfg.policy)
     adapter, views = adapter_for(policy), [x.strip() for x in cfg.views.split(",") if x.strip()] or ["action_logits"]
-    about = dict(hashes=run_hashes(policy, pre), versions=versions(), extra=adapter.facts(policy)["extra"] | dict(drawn=hash_json([str(q) for q in questions])[:16]),
+    about = dict(hashes=run_hashes(policy, pre), versions=versions(),
+                 extra=adapter.facts(policy)["extra"] | dict(drawn=hash_json([str(q) for q in questions])[:16]),
                  dataset=dict(repo_id=f"questions/{Path(cfg.mcq).stem}", stills=True))
     if cfg.append: require_appendable(cfg, policy, about, layers)
     where = new_part(cfg) if cfg.append else Path(cfg.out_dir)
-    there = cfg.append and (where / MANIFEST).is_file() and read_manifest(where)["extra"].get("drawn") == about["extra"]["drawn"]  # a call that was killed while it joined them
-    m = read_manifest(where) if there else build_question_cache(policy, questions, where, views, cfg.top_k, layers, cfg.batch_size or 32, cfg.mcq_camera, about, shard_size=cfg.shard_size, images=cfg.images)
+    # a call that was killed while it joined them
+    there = (cfg.append and (where / MANIFEST).is_file()
+             and read_manifest(where)["extra"].get("drawn") == about["extra"]["drawn"])
+    m = read_manifest(where) if there else build_question_cache(policy, questions, where, views, cfg.top_k, layers,
+                                                                cfg.batch_size or 32, cfg.mcq_camera, about,
+                                                                shard_size=cfg.shard_size, images=cfg.images)
     return join_parts(cfg, [where]) if cfg.append else m
 
 # %% ../nbs/10h_caches.ipynb #6ba895a9
-def new_part(cfg: BuildCacheConfig, i: int | None = None) -> Path: return Path(cfg.out_dir).with_name(f".{Path(cfg.out_dir).name}{'' if i is None else f'.{i}'}.new")
+def new_part(cfg: BuildCacheConfig, i: int | None = None) -> Path:
+    return Path(cfg.out_dir).with_name(f".{Path(cfg.out_dir).name}{'' if i is None else f'.{i}'}.new")
 
 def joinable(cfg: BuildCacheConfig) -> list[str]:
     "What `--allow_mismatch` lets differ between two caches."
@@ -259,25 +304,34 @@ def joinable(cfg: BuildCacheConfig) -> list[str]:
 def require_appendable(cfg: BuildCacheConfig, policy: nn.Module, about: dict, layers: list[int]) -> None:
     "Refuse an earlier cache that the new anchors could not join."
     out, m = Path(cfg.out_dir), open_whole(cfg.append).manifest
-    if out.exists(): raise FileExistsError(f"{out} exists: --append writes a new cache, the earlier one stays as it is; give another --out_dir")
+    if out.exists():
+        raise FileExistsError(f"{out} exists: --append writes a new cache, the earlier one stays as it is; "
+                              "give another --out_dir")
     adapter = adapter_for(policy, cfg.capture)
     facts, views = adapter.facts(policy), sorted(v.strip() for v in (cfg.views or adapter.usual).split(","))
-    if views != sorted(m["views"]): raise ValueError(f"append: {cfg.append} has the views {', '.join(sorted(m['views']))}, the new anchors {', '.join(views)}: give the same --views")
+    if views != sorted(m["views"]):
+        raise ValueError(f"append: {cfg.append} has the views {', '.join(sorted(m['views']))}, "
+                         f"the new anchors {', '.join(views)}: give the same --views")
     made = make_views(m["views"], layers=layers, pooling=[p.strip() for p in cfg.pooling.split(",")], top_k=cfg.top_k)
     view = next(iter(made.values()))
     hidden = dict(layers=list(view.layers), pooling=list(view.pooling)) if "hidden" in adapter.gives else {}
-    extra = {k: v for k, v in about["extra"].items() if k != "drawn"}  # which anchors: others, that is why they are appended
+    # which anchors: others, that is why they are appended
+    extra = {k: v for k, v in about["extra"].items() if k != "drawn"}
     found = dict(policy_type=base_policy(policy).config.type, width=facts["width"], **hidden, hashes=about["hashes"],
-                 dtype=facts["dtype"], dataset={k: about["dataset"].get(k) for k in ("fps", "chunk") if not about["dataset"].get("stills")},
+                 dtype=facts["dtype"],
+                 dataset={k: about["dataset"].get(k) for k in ("fps", "chunk") if not about["dataset"].get("stills")},
                  extra=extra | (dict(top_k=cfg.top_k) if "action_logits" in made else {}))
-    check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch", never=dict.fromkeys((*MUST, "extra.top_k", "extra.capture", "extra.chunk"), "anchors of one cache have one form"))
+    check_compatible(m, found, joinable(cfg), known=MAY, flag="--allow_mismatch", never=dict.fromkeys(
+        (*MUST, "extra.top_k", "extra.capture", "extra.chunk"), "anchors of one cache have one form"))
 
 def finished_part(where: Path, about: dict) -> dict | None:
     "The new anchors, if an earlier call built them and was killed while it joined them."
     if not (where / MANIFEST).is_file(): return None
     m = read_manifest(where)
-    if any(m[k] != json.loads(json.dumps(about[k])) for k in ("hashes", "dataset")) or m["extra"].get("drawn") != about["extra"].get("drawn"):
-        raise FileExistsError(f"{where} holds anchors of another call with this --out_dir: delete it, or give another --out_dir")
+    if (any(m[k] != json.loads(json.dumps(about[k])) for k in ("hashes", "dataset"))
+        or m["extra"].get("drawn") != about["extra"].get("drawn")):
+        raise FileExistsError(f"{where} holds anchors of another call with this --out_dir: delete it, "
+                              "or give another --out_dir")
     return m
 
 def join_parts(cfg: BuildCacheConfig, parts: list[Path]) -> dict:  # the manifest
@@ -289,17 +343,18 @@ def join_parts(cfg: BuildCacheConfig, parts: list[Path]) -> dict:  # the manifes
 def dataset_facts(dataset, cfg: DatasetConfig) -> dict:  # `dataset` of a manifest
     "Name, sizes, rate, chunk length, tasks (number: text) and episodes (number: what it holds, as 16 hex digits)."
     tasks = dataset.hf_dataset.data["task_index"].unique().to_pylist()
-    return dict(repo_id=cfg.repo_id, revision=str(cfg.revision or ""), frames=len(dataset), episodes=dataset.num_episodes, fps=dataset.meta.fps,
-                chunk=chunk_length(dataset),
-                tasks={str(t): str(dataset.meta.tasks.iloc[t].name) for t in sorted(tasks)}, episode_hashes=episode_hashes(dataset))
+    return dict(repo_id=cfg.repo_id, revision=str(cfg.revision or ""), frames=len(dataset),
+                episodes=dataset.num_episodes, fps=dataset.meta.fps, chunk=chunk_length(dataset),
+                tasks={str(t): str(dataset.meta.tasks.iloc[t].name) for t in sorted(tasks)},
+                episode_hashes=episode_hashes(dataset))
 
 def chunk_length(dataset) -> int: return len((getattr(dataset, "delta_timestamps", None) or {}).get("action", [0]))
 
 def episode_hashes(dataset) -> dict[str, str]:
     "Each episode's numbers (states, actions and the like) and the mean colours of its cameras, hashed."
     table, features = dataset.hf_dataset.data, dataset.meta.features
-    own = {k: f["shape"][0] for k, f in features.items() if len(f["shape"]) == 1 and f["dtype"].startswith(("float", "int"))
-           and k not in ("timestamp", "frame_index", "episode_index", "index", "task_index")}
+    own = {k: f["shape"][0] for k, f in features.items() if len(f["shape"]) == 1 and f["dtype"].startswith(
+        ("float", "int")) and k not in ("timestamp", "frame_index", "episode_index", "index", "task_index")}
     columns = {k: np.concatenate([*blocks(table[k], d)]) for k, d in sorted(own.items())}  # (frames, d)
     episode = table["episode_index"].to_numpy()
     starts = np.flatnonzero(np.r_[True, episode[1:] != episode[:-1]])
@@ -334,37 +389,41 @@ def recompute_targets(policy_path: str, manifest: dict):  # → function of a ba
     stored = {t for v in manifest["views"].values() for t in v["tensors"] if not t.endswith("_mask")}
     adapter = adapter_for(policy, manifest["extra"].get("capture", ""))
     return lambda batch: {
-        k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views, adapter).items()
-        if k in stored}
+        k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views,
+                                         adapter).items() if k in stored}
 
 # %% ../nbs/10h_caches.ipynb #6fff1264
 def open_cache(craft: CraftConfig, frames=None) -> AnchorCacheDataset:
-    "The cache of a run. Raises with what to do if there is none, if it is damaged, or if it has not what the config asks for."
+    """The cache of a run. Raises with what to do if there is none, if it is damaged, or if it has not what the config
+    asks for."""
     if not as_path(craft.anchor_cache_dir).is_dir():
         raise FileNotFoundError(f"CRaFT is on, but there is no anchor cache at {craft.anchor_cache_dir}: "
                                 f"build one with craft-build-cache --out_dir={craft.anchor_cache_dir}, "
                                 "name another with --craft.anchor_cache_dir, "
                                 + ("name frames with --craft.anchor_dataset.repo_id, " if craft.teacher else "")
                                 + "or train without retention with --craft.enabled=false")
-    if craft.teacher: return inputs_of(AnchorCacheDataset(craft.anchor_cache_dir, frames=frames), list(parse_weights(craft.views)))
+    if craft.teacher:
+        return inputs_of(AnchorCacheDataset(craft.anchor_cache_dir, frames=frames), list(parse_weights(craft.views)))
     cache = AnchorCacheDataset(craft.anchor_cache_dir, views=list(parse_weights(craft.views)) or None, frames=frames)
     token_level = cache.cache_type == "token_level"
     if token_level != (craft.retention_mode == "token_ce") and not craft.views:
-        raise ValueError(f"{craft.anchor_cache_dir} is a {cache.cache_type} cache, which needs "
-                         f"--craft.retention_mode={'token_ce' if token_level else 'hidden'}; found {craft.retention_mode}")
+        raise ValueError(f"{craft.anchor_cache_dir} is a {cache.cache_type} cache, "
+                         f"which needs --craft.retention_mode={'token_ce' if token_level else 'hidden'}; "
+                         f"found {craft.retention_mode}")
     cache.check_headers()
     return cache
 
 def cache_adapter(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module):
-    "The adapter that the anchors of `cache` are shown to `policy` through. Raises if the cache is of another policy type."
+    """The adapter that the anchors of `cache` are shown to `policy` through. Raises if the cache is of another policy
+    type."""
     m, kind = cache.manifest, base_policy(policy).config.type
     check_compatible(dict(policy_type=m["policy_type"]), dict(policy_type=kind), never=NEVER)
     return adapter_for(policy, craft.capture or m["extra"].get("capture", ""))
 
 def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module, hashes: dict[str, str],
                 resumed: bool = False, dataset=None, flag: str = "--craft.allow_mismatch") -> dict:
-    """Refuse a cache that was made for another policy, or at another recording rate or chunk length than `dataset`, naming both values.
-    A resumed student has moved, so its weights are not compared."""
+    """Refuse a cache that was made for another policy, or at another recording rate or chunk length than `dataset`,
+    naming both values. A resumed student has moved, so its weights are not compared."""
     adapter, m = cache_adapter(cache, craft, policy), cache.manifest
     waivers(craft.allow_mismatch)
     facts, views = adapter.facts(policy), cache_views(cache, craft)
@@ -375,47 +434,56 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
     allow = craft.allow_mismatch + ",weights" * bool(craft.teacher)  # what they once answered is not asked
     out = check_compatible(m, found, allow, known=(*WAIVABLE, *OF_THE_CACHE), flag=flag, never=not_to_compare(views))
     if "dataset.fps" in out["unknown"] and not m["dataset"].get("stills"):
-        logging.warning("%s does not say at which recording rate (fps) its anchors were made: compare it yourself with the %s fps of the data",
-                        cache.dir, dataset.meta.fps)
+        logging.warning("%s does not say at which recording rate (fps) its anchors were made: "
+                        "compare it yourself with the %s fps of the data", cache.dir, dataset.meta.fps)
     if m["layers"]: resolve_layers(m["layers"], facts["extra"]["depth"])
     check_views(adapter, policy, views)
     return out
 
 def not_to_compare(views: dict) -> dict[str, str]:  # name: why
-    "What may not differ between a policy and the cache that holds these views of it: there would be nothing to compare."
+    """What may not differ between a policy and the cache that holds these views of it: there would be nothing to
+    compare."""
     layers, actions, _ = pass_needs(list(views.values()))
-    return NEVER | ({"width": "hidden states of another width have no distance"} if layers else {}) | ({"extra.chunk": "chunks of another shape have no distance"} if actions else {})
+    return (NEVER | ({"width": "hidden states of another width have no distance"} if layers else {})
+            | ({"extra.chunk": "chunks of another shape have no distance"} if actions else {}))
 
 def cache_views(cache: AnchorCacheDataset, craft: CraftConfig) -> dict:
     "View objects for what the cache holds."
     m = cache.manifest
     weights = {int(k): v for k, v in parse_weights(craft.layer_weights, "layer_weights").items()} or None
-    how = {n: dict(distance=craft.distance or m["views"].get(n, {}).get("distance", ""), layer_weights=weights) for n in cache.views}
+    how = {n: dict(distance=craft.distance or m["views"].get(n, {}).get("distance", ""), layer_weights=weights)
+           for n in cache.views}
     stored = {k: m[k] for k in ("layers", "pooling") if m[k]}
     return {n: make_views([n], **stored, **how[n])[n] for n in cache.views}
 
 # %% ../nbs/10h_caches.ipynb #a7d91a55
 def inputs_of(cache: AnchorCacheDataset, views: list[str]) -> AnchorCacheDataset:  # the same object
-    "A cache whose stored answers are not read, for a teacher that answers in `views`. Raises if it has no actions to ask about."
+    """A cache whose stored answers are not read, for a teacher that answers in `views`. Raises if it has no actions to
+    ask about."""
     wanted = views or list(cache.views)
     acts = any(pass_needs(list(make_views([n]).values()))[1] for n in cache.manifest["views"] if n in VIEWS)
     if missing := [n for n in wanted if not acts and pass_needs(list(make_views([n]).values()))[1]]:
-        raise ValueError(f"views: {', '.join(missing)} looks at what the policy answers, and the anchors of {cache.dir} hold no actions to ask about "
-                         f"(views {', '.join(cache.manifest['views'])}): name a cache built with one of that kind, or frames with --craft.anchor_dataset.repo_id")
-    cache.names, cache.views = [k for k in cache.names if k not in STORED], {n: cache.manifest["views"].get(n, {}) for n in wanted}
+        raise ValueError(f"views: {', '.join(missing)} looks at what the policy answers, and the anchors of "
+                         f"{cache.dir} hold no actions to ask about (views {', '.join(cache.manifest['views'])}): "
+                         "name a cache built with one of that kind, or frames with --craft.anchor_dataset.repo_id")
+    cache.names, cache.views = ([k for k in cache.names if k not in STORED],
+                                {n: cache.manifest["views"].get(n, {}) for n in wanted})
     return cache
 
 def live_frames(craft: CraftConfig, policy: PreTrainedConfig) -> LiveFrames:
     "The frames that `anchor_dataset` names, for a teacher to answer."
     a = craft.anchor_dataset
     if max(len(several(a.repo_id)), len(several(a.root))) > 1:
-        raise ValueError("anchor_dataset.repo_id: a teacher at hand (--craft.teacher) answers for the frames of one data set; build anchors of several with craft-build-cache, "
-                         "or leave --craft.teacher out, and they are built first")
-    cfg, wanted = localise(DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes)), several(a.tasks)
+        raise ValueError("anchor_dataset.repo_id: a teacher at hand (--craft.teacher) answers for the frames of one "
+                         "data set; build anchors of several with craft-build-cache, or leave --craft.teacher out, "
+                         "and they are built first")
+    cfg, wanted = localise(DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None,
+                                         episodes=a.episodes)), several(a.tasks)
     dataset, n = load_dataset(cfg, policy, wanted), parse_count(a.num_anchors or "all")
     rows, _ = rows_of(dataset, wanted)
-    frames = LiveFrames(dataset, a.repo_id, dict(repo_id=cfg.repo_id, fps=dataset.meta.fps, chunk=chunk_length(dataset), episodes=cfg.episodes,
-                                                 frames=len(rows)), None if n == "all" else n, draws=craft.anchor_draws, rows=rows if wanted else None)
+    frames = LiveFrames(dataset, a.repo_id, dict(repo_id=cfg.repo_id, fps=dataset.meta.fps, chunk=chunk_length(dataset),
+                                                 episodes=cfg.episodes, frames=len(rows)), None if n == "all" else n,
+                        draws=craft.anchor_draws, rows=rows if wanted else None)
     frames.views, frames.source = {n: {} for n in parse_weights(craft.views)}, dataset
     return frames
 
@@ -424,7 +492,8 @@ def open_anchors(craft: CraftConfig, policy: PreTrainedConfig | None) -> AnchorC
     return live_frames(craft, policy) if craft.teacher and craft.anchor_dataset.repo_id else open_cache(craft)
 
 def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, policy: nn.Module) -> None:
-    "Refuse frames that the policy would not see as it sees the data it is trained on; let their pictures be augmented as those are."
+    """Refuse frames that the policy would not see as it sees the data it is trained on; let their pictures be augmented
+    as those are."""
     meta, augment = frames.source.meta, cfg.dataset.image_transforms
     if augment.enable:
         from lerobot.transforms import ImageTransforms
@@ -432,31 +501,37 @@ def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, policy: nn.Mo
     if not frames.views: frames.views[adapter_for(policy, cfg.craft.capture).usual] = {}
     require_fit(camera_findings(cfg.policy, meta, cfg.rename_map), cfg.craft.allow_mismatch)
     check_features(pre, meta, cfg.rename_map)
-    heed(pre, cfg.policy, list(dict.fromkeys(frames.instructions())), cfg.craft.long_instructions, f"{frames.dir} (anchor_dataset)", "--craft.long_instructions",
-         ds_meta=meta, rename_map=cfg.rename_map)
+    heed(pre, cfg.policy, list(dict.fromkeys(frames.instructions())), cfg.craft.long_instructions,
+         f"{frames.dir} (anchor_dataset)", "--craft.long_instructions", ds_meta=meta, rename_map=cfg.rename_map)
 
 # %% ../nbs/10h_caches.ipynb #f37c2cbe
 def make_teacher(craft: CraftConfig, policy: nn.Module, pre, device, sharded: bool = False) -> nn.Module | None:
     "Who answers for the anchors: None where the cache does. Raises `ValueError` if nobody can."
     if not craft.teacher: return None
-    if sharded: raise ValueError("teacher: FSDP keeps pieces of the policy, and a teacher needs a whole one; build a cache, or use DDP")
+    if sharded:
+        raise ValueError("teacher: FSDP keeps pieces of the policy, and a teacher needs a whole one; "
+                         "build a cache, or use DDP")
     if craft.teacher == "inside":
         if hasattr(policy, "disable_adapter"): return policy
-        raise ValueError("teacher=inside: the teacher would be this network with its adapters off, and this run trains without adapters. Train some with "
-                         "--peft.method_type=LORA --peft.r=16, or start from a checkpoint that has them; or give a second model with "
+        raise ValueError("teacher=inside: the teacher would be this network with its adapters off, "
+                         "and this run trains without adapters. Train some with --peft.method_type=LORA --peft.r=16, "
+                         "or start from a checkpoint that has them; or give a second model with "
                          "--craft.teacher=FOLDER, or a cache (--craft.anchor_cache_dir) without --craft.teacher")
     folder = Path(follow(as_path(craft.teacher)))
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"teacher: expected inside, or the folder of a policy (…/pretrained_model) with config.json; found {craft.teacher!r}")
+        raise FileNotFoundError(f"teacher: expected inside, or the folder of a policy (…/pretrained_model) with "
+                                f"config.json; found {craft.teacher!r}")
     cfg = PreTrainedConfig.from_pretrained(folder)
     cfg.pretrained_path, cfg.device = folder, str(device)
-    if cfg.type != (kind := base_policy(policy).config.type): raise ValueError(f"teacher: {folder} is a {cfg.type}, this run trains a {kind}")
+    if cfg.type != (kind := base_policy(policy).config.type):
+        raise ValueError(f"teacher: {folder} is a {cfg.type}, this run trains a {kind}")
     with torch.random.fork_rng(): teacher, own, _ = load_policy_alone(cfg)  # its random weights are no draw of the run
     theirs, ours = run_hashes(teacher, own), run_hashes(policy, pre)
     waived = waivers(craft.allow_mismatch)
     if differ := [k for k in theirs.keys() & ours.keys() - {"weights"} if theirs[k] != ours[k] and k not in waived]:
-        raise ValueError(f"teacher: {folder} differs from this run's policy in {', '.join(sorted(differ))}, so it would not see the same; use a teacher that "
-                         "the student was made from, or waive it with --craft.allow_mismatch")
+        raise ValueError(f"teacher: {folder} differs from this run's policy in {', '.join(sorted(differ))}, "
+                         "so it would not see the same; use a teacher that the student was made from, "
+                         "or waive it with --craft.allow_mismatch")
     return teacher.to(device).requires_grad_(False)
 
 # %% ../nbs/10h_caches.ipynb #429f8a42
@@ -467,15 +542,19 @@ def asked_anchors(craft: CraftConfig) -> dict:
 def anchor_build(cfg: CraftTrainConfig) -> "BuildCacheConfig":
     "The build of a run's own anchors as `craft-build-cache` would be told."
     a, c = cfg.craft.anchor_dataset, cfg.craft
-    data = DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes, video_backend=cfg.dataset.video_backend)
+    data = DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes,
+                         video_backend=cfg.dataset.video_backend)
     there = {f for d in each_dataset(copy.copy(data)) if (root := data_root(d)) for f in read_info(root)["features"]}
     return BuildCacheConfig(
-        dataset=data, policy=copy.deepcopy(cfg.policy), out_dir=str(Path(cfg.output_dir) / ANCHORS), num_anchors=a.num_anchors, prompts_file=a.prompts_file, tasks=a.tasks,
-        views=",".join(parse_weights(c.views)), capture=c.capture, long_instructions=c.long_instructions, allow_mismatch=c.allow_mismatch, seed=cfg.seed or 0,
-        num_workers=cfg.num_workers, rename_map={x: y for x, y in cfg.rename_map.items() if x in there} if set(cfg.rename_map) <= set(there) else {})
+        dataset=data, policy=copy.deepcopy(cfg.policy), out_dir=str(Path(cfg.output_dir) / ANCHORS),
+        num_anchors=a.num_anchors, prompts_file=a.prompts_file, tasks=a.tasks,
+        views=",".join(parse_weights(c.views)), capture=c.capture, long_instructions=c.long_instructions,
+        allow_mismatch=c.allow_mismatch, seed=cfg.seed or 0, num_workers=cfg.num_workers,
+        rename_map={x: y for x, y in cfg.rename_map.items() if x in there} if set(cfg.rename_map) <= set(there) else {})
 
 def builds_anchors(cfg: CraftTrainConfig) -> bool:
-    "Does a run build anchors for itself? Not where a teacher answers for the frames, nor where its method looks at none."
+    """Does a run build anchors for itself? Not where a teacher answers for the frames, nor where its method looks at
+    none."""
     craft = cfg.craft
     if not (craft.enabled and craft.anchor_dataset.repo_id) or craft.teacher: return False
     try: return find_method(craft.method).needs == "anchors"
@@ -491,38 +570,51 @@ def moved(then: str, now: str) -> bool:  # a path, or a list of them
 
 def other_wishes(then: dict, now: dict) -> list[str]:  # of `asked_anchors`
     "In what anchors are asked for otherwise, in words. A folder or file that was moved is the same one."
-    return [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in now.items() if then.get(k) != v and not (k in PLACES and moved(then.get(k), v))]
+    return [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in now.items()
+            if then.get(k) != v and not (k in PLACES and moved(then.get(k), v))]
 
 def built_at(cfg: CraftTrainConfig) -> Path:
-    "Where the anchors lie that a run builds for itself. Those of a run that goes on may have been moved with it, or be left where it began."
+    """Where the anchors lie that a run builds for itself. Those of a run that goes on may have been moved with it, or
+    be left where it began."""
     here = Path(cfg.output_dir) / ANCHORS
-    others = [Path(follow(cfg.checkpoint_path)).parents[1] / ANCHORS, as_path(cfg.craft.anchor_cache_dir)] if cfg.resume else []
+    others = ([Path(follow(cfg.checkpoint_path)).parents[1] / ANCHORS, as_path(cfg.craft.anchor_cache_dir)]
+              if cfg.resume else [])
     return next((p for p in (here, *others) if (p / MANIFEST).is_file()), here)
 
 def require_as_asked(where: Path, craft: CraftConfig) -> None:
-    "Refuse finished anchors that were built for other wishes. The data that they were built from need not be there any more."
+    """Refuse finished anchors that were built for other wishes. The data that they were built from need not be there
+    any more."""
     m, now = read_manifest(where), asked_anchors(craft)
-    if changed := other_wishes(then := sources(m)[0].get("asked", {}), now): raise ValueError(f"{where} holds anchors that were built for other wishes: {', '.join(changed)}; give another --output_dir")
+    if changed := other_wishes(then := sources(m)[0].get("asked", {}), now):
+        raise ValueError(f"{where} holds anchors that were built for other wishes: {', '.join(changed)}; "
+                         "give another --output_dir")
     if then["prompts_file"] != (file := now["prompts_file"]) and (lost := {*m["prompts"]} - {*read_prompts(file)}):
-        raise ValueError(f"{where} holds anchors with the prompt {min(lost)!r}, which is not in {file}; give the file that they were built with, or another --output_dir")
+        raise ValueError(f"{where} holds anchors with the prompt {min(lost)!r}, which is not in {file}; "
+                         "give the file that they were built with, or another --output_dir")
 
 # %% ../nbs/10h_caches.ipynb #e7242a51
 def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> Path:
     "Let `anchor_cache_dir` be the anchors that the run builds for itself; build them, or what is missing of them."
     where, asked = built_at(cfg), asked_anchors(cfg.craft)
     if not cfg.resume and cfg.craft.anchor_cache_dir not in (str(where), CraftConfig.anchor_cache_dir):
-        raise ValueError("craft: anchor_cache_dir names a cache that is there, anchor_dataset.repo_id data to build one from: give one of them")
+        raise ValueError("craft: anchor_cache_dir names a cache that is there, "
+                         "anchor_dataset.repo_id data to build one from: give one of them")
     cfg.craft.anchor_cache_dir = str(where)
     if (where / MANIFEST).is_file(): return require_as_asked(where, cfg.craft) or where
-    if cfg.resume: raise FileNotFoundError(f"{where}: the anchors that this run was trained with are not there: restore the folder, or name the run's, if it was moved, with --output_dir")
+    if cfg.resume:
+        raise FileNotFoundError(f"{where}: the anchors that this run was trained with are not there: "
+                                "restore the folder, or name the run's, if it was moved, with --output_dir")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"craft.anchor_dataset: one process builds anchors. Build them with craft-build-cache --out_dir=CACHE and give --craft.anchor_cache_dir=CACHE")
+        raise ValueError(f"craft.anchor_dataset: one process builds anchors. "
+                         "Build them with craft-build-cache --out_dir=CACHE and give --craft.anchor_cache_dir=CACHE")
     with Lock(cfg.output_dir):
         try:
-            with gathered(stop=True): build_cache(anchor_build(cfg), progress, asked)  # what is found of the old data is not told of the new
+            # what is found of the old data is not told of the new
+            with gathered(stop=True): build_cache(anchor_build(cfg), progress, asked)
         except ValueError as e:
             if "--allow_undecodable" not in str(e): raise
-            raise ValueError(f"{e} (flags of craft-build-cache: build the anchors with it, and give --craft.anchor_cache_dir)") from e
+            raise ValueError(f"{e} (flags of craft-build-cache: build the anchors with it, "
+                             f"and give --craft.anchor_cache_dir)") from e
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     return where

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from .anchors import (MANIFEST, AnchorCacheDataset, AnchorCacheError, _bytes, _pil, answers_line, cache_info, convert_cache,
-                              read_manifest, verify_cache)
+from .anchors import (MANIFEST, AnchorCacheDataset, AnchorCacheError, _bytes, _pil, answers_line, cache_info,
+                              convert_cache, read_manifest, verify_cache)
 from .config import as_path
 from .tools import anchors_twice, merge_caches, shared_episodes, split_cache, thin_cache
 
@@ -32,7 +32,8 @@ def _size(b: float) -> str:
 def _each(d: dict, show=str) -> str:
     return ', '.join(f'{k} {show(v)}' for k, v in d.items() if v not in (None, '', [], 0)) or '–'
 def _short(v) -> str: return f'{v[:12]}…' if isinstance(v, str) and re.fullmatch('[0-9a-f]{40,}', v) else str(v)
-def _many(lines: list, most: int = 12) -> list: return lines[:most] + [f'… and {len(lines) - most} more (--json)'] * (len(lines) > most)
+def _many(lines: list, most: int = 12) -> list:
+    return lines[:most] + [f'… and {len(lines) - most} more (--json)'] * (len(lines) > most)
 
 def _ranges(numbers: list) -> str:  # 0–3, 7
     out = []
@@ -70,10 +71,12 @@ def _what_lines(i: dict) -> list:  # (name, text): data sets, tasks, episodes, p
     if i['tasks'] is None: lines += [('tasks', 'not said')]
     else:
         lines += [('anchors of', f'{len(i["tasks"])} tasks, {d["episodes"]:,} episodes, {d["frames"]:,} frames')]
-        tasks = [f'{t["task"]!r}: {t["anchors"]:,} anchors, {t["episodes"]:,} episodes, {t["frames"]:,} frames' for t in i['tasks']]
+        tasks = [f'{t["task"]!r}: {t["anchors"]:,} anchors, {t["episodes"]:,} episodes, {t["frames"]:,} frames'
+                 for t in i['tasks']]
         lines += [('task', t) for t in _many(tasks)]
     for k, e in enumerate(i['episodes'] or []):
-        lines += [(f'episodes{f" {k}" if several else ""}', f'{_ranges(e["episodes"])}' + (f' of {e["repo_id"]}' if e['repo_id'] else ''))]
+        lines += [(f'episodes{f" {k}" if several else ""}',
+                   f'{_ranges(e["episodes"])}' + (f' of {e["repo_id"]}' if e['repo_id'] else ''))]
     asked = [f'{p["prompt"]!r} {p["anchors"]:,}' for p in i['asked'] or []] or list(i['prompts'])
     return [*lines, ('prompts', '; '.join(_many(asked)) or "the data set's tasks"),
             *([('answers', answers_line(i['answers']))] if i['answers'] else [])]
@@ -226,13 +229,17 @@ def _parser() -> argparse.ArgumentParser:
          tolerance=dict(type=float, help='largest absolute error allowed'))
     verb('convert', 'rewrite an old .pt cache in the present format', 'src', 'out_dir',
          images=dict(choices=('webp', 'zlib', 'raw'), default='webp'), shard_size=dict(type=int, default=256))
-    verb('merge', 'all anchors of some caches in a new one', 'out_dir', ('caches', dict(nargs='+', metavar='cache_dir')),
-         allow=dict(default='', metavar='NAMES', help='what may differ, e.g. weights for the anchors of a later teacher'))
+    verb('merge', 'all anchors of some caches in a new one', 'out_dir',
+         ('caches', dict(nargs='+', metavar='cache_dir')),
+         allow=dict(default='', metavar='NAMES',
+                    help='what may differ, e.g. weights for the anchors of a later teacher'))
     verb('split', 'part a cache by episode: for training, and held out', 'cache_dir', 'train_dir', 'heldout_dir',
-         heldout=dict(type=float, required=True, metavar='FRACTION', help="share of each task's episodes, e.g. .1"), seed=dict(type=int, default=0))
+         heldout=dict(type=float, required=True, metavar='FRACTION', help="share of each task's episodes, e.g. .1"),
+         seed=dict(type=int, default=0))
     verb('thin', 'keep some anchors, evenly over tasks and episodes', 'cache_dir', 'out_dir',
          to=dict(type=int, required=True, metavar='N', help='anchors'), seed=dict(type=int, default=0))
-    verb('disjoint', 'prove that two caches share no episode; exit code 0: none, 1: some, 2: a cache does not say', 'a', 'b')
+    verb('disjoint', 'prove that two caches share no episode; exit code 0: none, 1: some, 2: a cache does not say', 'a',
+         'b')
     verb('push', 'publish to a data-set repository of the hub (user/name), or to a folder (./name)',
          'cache_dir', 'remote', private=dict(action='store_true'), revision=dict(help='branch'))
     verb('pull', 'fetch, verify, put in place', 'remote', 'out_dir', revision=dict(help='branch or commit'))
@@ -263,8 +270,10 @@ def _written(d, m) -> str: return f'{d}: {m["num_anchors"]:,} anchors, {_size(su
 def _merge(a, recompute):
     m = merge_caches(a.out_dir, a.caches, a.allow, _bar)
     teachers = {p['weights'] for p in m['extra']['merged_from']}
-    print(_written(a.out_dir, m) + f' of {len(a.caches)} caches' + (f' and {len(teachers)} teachers; a run starts from the last one' if len(teachers) > 1 else ''))
-    if n := anchors_twice(a.out_dir): print(f'{n:,} of them stand there more than once: the same frame under the same instruction')
+    print(_written(a.out_dir, m) + f' of {len(a.caches)} caches'
+          + (f' and {len(teachers)} teachers; a run starts from the last one' if len(teachers) > 1 else ''))
+    if n := anchors_twice(a.out_dir):
+        print(f'{n:,} of them stand there more than once: the same frame under the same instruction')
 
 def _split(a, recompute):
     train, held, alone = split_cache(a.cache_dir, a.train_dir, a.heldout_dir, a.heldout, a.seed, _bar)
@@ -278,12 +287,14 @@ def _disjoint(a, recompute):
     except AnchorCacheError as e: print(f'craft-cache: {e}', file=sys.stderr); return 2
     how = 'what they hold' if r['by'] == 'content' else 'the name of their data set and their number'
     if not r['shared']:
-        print(f'disjoint: {r["episodes"][0]:,} and {r["episodes"][1]:,} episodes, none in common (compared by {how})'); return 0
+        print(f'disjoint: {r["episodes"][0]:,} and {r["episodes"][1]:,} episodes, none in common (compared by {how})')
+        return 0
     pairs = [s['a'] if s['a'] == s['b'] else f'{s["a"]} is {s["b"]}' for s in r['shared']]
     print(f'not disjoint: {len(pairs):,} episodes in common (compared by {how}): {"; ".join(_many(pairs))}'); return 1
 
 def _bar(done, total):
-    if sys.stderr.isatty() and (done == total or done % 256 == 0): print(f'\r{done:,} of {total:,} anchors', end='\n' if done == total else '', file=sys.stderr)
+    if sys.stderr.isatty() and (done == total or done % 256 == 0):
+        print(f'\r{done:,} of {total:,} anchors', end='\n' if done == total else '', file=sys.stderr)
 
 def _push(a, recompute): print(f'pushed {a.cache_dir} to {push_cache(a.cache_dir, a.remote, a.private, a.revision)}')
 def _pull(a, recompute): print(f'pulled {a.remote} to {pull_cache(a.remote, a.out_dir, a.revision)}')
@@ -294,6 +305,7 @@ def cache_main(
 ) -> int:  # exit code
     "The command `craft-cache`."
     a = _parser().parse_args(argv)
-    verbs = dict(info=_info, verify=_verify, convert=_convert, merge=_merge, split=_split, thin=_thin, disjoint=_disjoint, push=_push, pull=_pull)
+    verbs = dict(info=_info, verify=_verify, convert=_convert, merge=_merge, split=_split, thin=_thin,
+                 disjoint=_disjoint, push=_push, pull=_pull)
     try: return verbs[a.verb](a, recompute) or 0
     except (AnchorCacheError, OSError, ImportError) as e: print(f'craft-cache: {e}', file=sys.stderr); return 1

@@ -28,7 +28,8 @@ def columns(rows: Sequence[dict]) -> dict[str, list]:
 def packed(values: Sequence) -> dict:  # {b: base64 of float64, NaN where missing} or {b: base64 of uint16, words}
     "A column for the page, without loss."
     def b64(code, x): return base64.b64encode(struct.pack(f"<{len(x)}{code}", *x)).decode()
-    if all(v is None or type(v) in (int, float) and v == float(v) and math.isfinite(v) for v in values): return dict(b=b64("d", [math.nan if v is None else v for v in values]))
+    if all(v is None or type(v) in (int, float) and v == float(v) and math.isfinite(v) for v in values):
+        return dict(b=b64("d", [math.nan if v is None else v for v in values]))
     words = list({json.dumps(v): v for v in values}.values())
     if len(words) > 65535: raise ValueError(f"a column of records holds {len(words)} different texts; expected numbers")
     at = {json.dumps(w): i for i, w in enumerate(words)}
@@ -42,14 +43,17 @@ def tables(run: Recorded) -> dict[str, dict]:  # table → column → packed val
     won = [e for e in run.events if e["event"] == "success"]
     for task in dict.fromkeys(k for e in won for k, v in e.items() if isinstance(v, list) and v):
         has = [e for e in won if e.get(task)]
-        out[f"success: {task}"] = dict(step=[e["step"] for e in has], rate=[statistics.fmean(map(bool, e[task])) for e in has])
+        out[f"success: {task}"] = dict(step=[e["step"] for e in has],
+                                       rate=[statistics.fmean(map(bool, e[task])) for e in has])
     return {t: {k: packed(v) for k, v in c.items()} for t, c in out.items()}
 
 # %% ../nbs/10n_charts.ipynb #5acf5893
 CHARTS = (  # id, title, note, [(column, column to divide by, style)], log, line
     ("task_loss", "task loss", "", [("task_loss", "", "")], True, None),
-    ("over_budget", "retention loss over its budget", "L_ret / ε; 1: on the budget", [("retention_loss", "epsilon", "")], True, 1),
-    ("retention_loss", "retention loss", "in each run's own unit; dots: held-out anchors, dashed: ε", [("retention_loss", "", ""), ("held_out", "", "dots"), ("epsilon", "", "dash")], True, None),
+    ("over_budget", "retention loss over its budget", "L_ret / ε; 1: on the budget",
+     [("retention_loss", "epsilon", "")], True, 1),
+    ("retention_loss", "retention loss", "in each run's own unit; dots: held-out anchors, dashed: ε",
+     [("retention_loss", "", ""), ("held_out", "", "dots"), ("epsilon", "", "dash")], True, None),
     ("lambda", "multiplier λ", "", [("lambda", "", "")], True, None),
     ("cosine", "gradient cosine", "of task and anchors; below 0 they pull apart", [("cosine", "", "")], False, 0),
     ("share", "share of the anchors", "λ‖r‖ / ‖g‖", [("share", "", "")], True, None),
@@ -61,8 +65,8 @@ def chart_specs(data: Sequence[dict]) -> list[dict]:  # data: `tables` of each r
     "What is drawn: a chart where at least one run has a point."
     out = []
     for key, title, note, parts, log, line in CHARTS:
-        lines = [dict(run=i, table="steps", y=y, over=over, style=style) for i, t in enumerate(data) for y, over, style in parts
-                 if y in t["steps"] and (not over or over in t["steps"])]
+        lines = [dict(run=i, table="steps", y=y, over=over, style=style) for i, t in enumerate(data)
+                 for y, over, style in parts if y in t["steps"] and (not over or over in t["steps"])]
         if lines: out.append(dict(id=key, title=title, note=note, log=log, line=line, lines=lines))
     for table in dict.fromkeys(n for t in data for n in t if n != "steps"):
         y = "loss" if table == "eval_loss" else "rate"

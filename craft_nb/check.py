@@ -27,7 +27,8 @@ class Finding:
     data: dict = field(default_factory=dict)  # the same as facts for JSON
 
     def __post_init__(self):
-        if self.level not in ("refuse", "warn", "info"): raise ValueError(f"level: expected refuse, warn or info; found {self.level!r}")
+        if self.level not in ("refuse", "warn", "info"):
+            raise ValueError(f"level: expected refuse, warn or info; found {self.level!r}")
 
 WAIVABLE = {  # word: what is then accepted
     "range": "numbers far outside of what the statistics know",
@@ -37,18 +38,21 @@ WAIVABLE = {  # word: what is then accepted
     "timestamps": "videos and times that do not fit their episodes"}
 
 # %% ../nbs/10a_check.ipynb #df100415
-OF_THE_CACHE = ("width", "depth", "dtype", "weights", "processors", "normalisation", "tokenizers", "fps", "chunk")  # anchors compare these
+# anchors compare these
+OF_THE_CACHE = ("width", "depth", "dtype", "weights", "processors", "normalisation", "tokenizers", "fps", "chunk")
 NEVER = {  # what anchors compare too, and why no word waives it
     "policy_type": "anchors are inputs as one type of policy takes them, and what they hold is the answer of that type",
     "extra.capture": "what another module says is another quantity"}
 
 # %% ../nbs/10a_check.ipynb #e10505df
-USERS = (ValueError, OSError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)  # what a user can mend
+# what a user can mend
+USERS = (ValueError, OSError, TypeError, RuntimeError, ArithmeticError, LookupError, ImportError)
 _gathered: ContextVar[tuple[list, bool] | None] = ContextVar("findings", default=None)
 
 @contextmanager
 def gathered(stop: bool = False) -> Iterator[list[Finding]]:
-    "Inside, `refuse` and `attempt` write into this list what they would raise, and what is only said; with `stop` they raise too."
+    """Inside, `refuse` and `attempt` write into this list what they would raise, and what is only said; with `stop`
+    they raise too."""
     token = _gathered.set((found := [], stop))
     try: yield found
     finally: _gathered.reset(token)
@@ -57,10 +61,12 @@ def gathered(stop: bool = False) -> Iterator[list[Finding]]:
 def gathering() -> bool: return bool(now := _gathered.get()) and not now[1]
 
 def attempt(what: str, make: Callable, *args, **more):
-    "`make(*args, **more)`. Inside of `gathered` an error of `USERS` becomes a refusal, a finding `what`, and the answer None."
+    """`make(*args, **more)`. Inside of `gathered` an error of `USERS` becomes a refusal, a finding `what`, and the
+    answer None."""
     if not gathering(): return make(*args, **more)
     try: return make(*args, **more)
-    except USERS as e: _gathered.get()[0].append(Finding("refuse", what, str(e) or type(e).__name__, dict(error=type(e).__name__)))
+    except USERS as e:
+        _gathered.get()[0].append(Finding("refuse", what, str(e) or type(e).__name__, dict(error=type(e).__name__)))
 
 # %% ../nbs/10a_check.ipynb #2b336f79
 def waivers(allow: str | Iterable[str]) -> set[str]:
@@ -68,24 +74,31 @@ def waivers(allow: str | Iterable[str]) -> set[str]:
     words = {w.strip() for w in (allow.split(",") if isinstance(allow, str) else allow)} - {""}
     known = [*WAIVABLE, *OF_THE_CACHE]
     for k, why in NEVER.items():
-        if words & {k, k.rsplit(".", 1)[-1]}: raise ValueError(f"allow_mismatch: {k.rsplit('.', 1)[-1]} cannot be waived: {why}. Build anchors with this policy (craft-build-cache --policy.path=…)")
+        if words & {k, k.rsplit(".", 1)[-1]}:
+            raise ValueError(f"allow_mismatch: {k.rsplit('.', 1)[-1]} cannot be waived: {why}. "
+                             "Build anchors with this policy (craft-build-cache --policy.path=…)")
     if wrong := sorted(w for w in words if w.rsplit(".", 1)[-1] not in known):
         close = difflib.get_close_matches(wrong[0], known, 1)
-        raise ValueError(f"allow_mismatch: no such check {', '.join(wrong)}{f' (did you mean {close[0]}?)' if close else ''}; "
+        raise ValueError(f"allow_mismatch: "
+                         f"no such check {', '.join(wrong)}{f' (did you mean {close[0]}?)' if close else ''}; "
                          f"there are {', '.join(known)}")
     return words
 
-def refuse(findings: Iterable[Finding], waived: str | Iterable[str] = "", flag: str = "--craft.allow_mismatch") -> list[Finding]:
-    """Raise `ValueError` with all refusals whose word is not in `waived`. → the other findings, waived refusals as warnings.
+def refuse(findings: Iterable[Finding], waived: str | Iterable[str] = "",
+           flag: str = "--craft.allow_mismatch") -> list[Finding]:
+    """Raise `ValueError` with all refusals whose word is not in `waived`. → the other findings, waived refusals as
+    warnings.
     `cameras` waives `unused_cameras` too."""
     words, findings = waivers(waived), list(findings)
     if "cameras" in words: words.add("unused_cameras")
     if now := _gathered.get():
-        now[0].extend(Finding("warn", f.what, f"waived: {f.text}", f.data) if f.level == "refuse" and f.what in words else f for f in findings)
+        now[0].extend(Finding("warn", f.what, f"waived: {f.text}", f.data) if f.level == "refuse" and f.what in words
+                      else f for f in findings)
         if gathering(): return []
     if bad := [f for f in findings if f.level == "refuse" and f.what not in words]:
         can = list(dict.fromkeys(f.what for f in bad if f.what in WAIVABLE))
-        way = f"\nMend it, or accept it: {flag}={','.join([*sorted(waivers(waived)), *can])}" if can and len(can) == len({f.what for f in bad}) else ""
+        way = (f"\nMend it, or accept it: {flag}={','.join([*sorted(waivers(waived)), *can])}"
+               if can and len(can) == len({f.what for f in bad}) else "")
         raise ValueError("the data do not fit:\n" + "\n".join(f"  {f.text}" for f in bad) + way)
     return [Finding("warn", f.what, f"waived: {f.text}", f.data) if f.level == "refuse" else f for f in findings]
 
@@ -138,35 +151,41 @@ def scan(column: pa.ChunkedArray | Iterator[np.ndarray], d: int, known=None, wid
 # %% ../nbs/10a_check.ipynb #cee1bb74
 def place_of(table: pa.Table, row: int) -> dict:
     "Episode and frame of a row."
-    return {k: table[n][int(row)].as_py() for k, n in (("episode", "episode_index"), ("frame", "frame_index")) if n in table.column_names}
+    return {k: table[n][int(row)].as_py() for k, n in (("episode", "episode_index"), ("frame", "frame_index"))
+            if n in table.column_names}
 
 def dimension(name: str, i: int, names: list[str] | None = None) -> str:
     "How a person calls dimension `i` of a feature: by the data set's own names where it has them."
     return f"{name}[{i}]" + (f" ({names[i]})" if names and i < len(names) else "")
 
-def check_finite(scans: dict[str, Scan], table: pa.Table, names: dict[str, list[str]] = {}, where: str = "the data set") -> list[Finding]:
+def check_finite(scans: dict[str, Scan], table: pa.Table, names: dict[str, list[str]] = {},
+                 where: str = "the data set") -> list[Finding]:
     "Refuse NaN and infinite numbers, naming feature, dimension, episode and frame."
     out = []
     for name, s in scans.items():
         for i in np.flatnonzero(s.bad):
             at = place_of(table, s.first[i])
-            out.append(Finding("refuse", "nonfinite", f"{dimension(name, i, names.get(name))}: {s.bad[i]} of {s.rows} frames of {where} are NaN or "
-                f"infinite, the first in episode {at.get('episode')}, frame {at.get('frame')}: mend them, or leave the episode out with --dataset.episodes",
-                dict(feature=name, dimension=int(i), count=int(s.bad[i]), frames=s.rows, **at)))
+            out.append(Finding("refuse", "nonfinite", f"{dimension(name, i, names.get(name))}: {s.bad[i]} of {s.rows} "
+                               f"frames of {where} are NaN or infinite, the first in episode {at.get('episode')}, "
+                               f"frame {at.get('frame')}: mend them, or leave the episode out with --dataset.episodes",
+                               dict(feature=name, dimension=int(i), count=int(s.bad[i]), frames=s.rows, **at)))
     return out
 
 # %% ../nbs/10a_check.ipynb #5a2555ac
-READS = {"MIN_MAX": ("min", "max"), "MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "IDENTITY": ()}
+READS = {"MIN_MAX": ("min", "max"), "MEAN_STD": ("mean", "std"), "QUANTILES": ("q01", "q99"),
+         "QUANTILE10": ("q10", "q90"), "IDENTITY": ()}
 
 def recompute_line(repo_id: str, root: str, images: bool = False, relative: str = "") -> str:  # LeRobot's command
     "What computes a data set's statistics anew, in place."
     root = shlex.quote(str(root))
-    return (f"lerobot-edit-dataset --repo_id {shlex.quote(repo_id)} --root {root} --new_root {root} --operation.type recompute_stats --operation.overwrite true"
-            + " --operation.skip_image_video false" * images + relative)
+    return (f"lerobot-edit-dataset --repo_id {shlex.quote(repo_id)} --root {root} --new_root {root} --operation.type "
+            f"recompute_stats --operation.overwrite true" + " --operation.skip_image_video false" * images + relative)
 
 # %% ../nbs/10a_check.ipynb #14df5298
-def check_statistics(modes: dict[str, str], stats: dict | None, whose: str, mend: str, sizes: dict[str, int] = {}) -> list[Finding]:
-    """Refuse statistics that a mode reads and that are absent, not finite, of another length than `sizes` says, or upside down.
+def check_statistics(modes: dict[str, str], stats: dict | None, whose: str, mend: str,
+                     sizes: dict[str, int] = {}) -> list[Finding]:
+    """Refuse statistics that a mode reads and that are absent, not finite, of another length than `sizes` says, or
+    upside down.
     `modes` is {feature: mode} of what the policy uses, `whose` and `mend` are words for the message."""
     out = []
     for name, mode in modes.items():
@@ -175,12 +194,17 @@ def check_statistics(modes: dict[str, str], stats: dict | None, whose: str, mend
         values = {s: np.asarray(have[s], np.float64).ravel() for s in READS[mode] if s in have}
         if absent := [s for s in READS[mode] if s not in have]: wrong["do not have"] = absent
         for s, v in values.items():
-            if not np.isfinite(v).all(): wrong.setdefault(f"have as {v[~np.isfinite(v)][0]} in dimension {np.flatnonzero(~np.isfinite(v))[0]}", []).append(s)
-            if len(v) != sizes.get(name, len(v)): wrong.setdefault(f"have for {len(v)} numbers, not {sizes[name]}", []).append(s)
+            if not np.isfinite(v).all():
+                wrong.setdefault(f"have as {v[~np.isfinite(v)][0]} in dimension {np.flatnonzero(~np.isfinite(v))[0]}",
+                                 []).append(s)
+            if len(v) != sizes.get(name, len(v)):
+                wrong.setdefault(f"have for {len(v)} numbers, not {sizes[name]}", []).append(s)
         if len(values) == 2 and mode != "MEAN_STD" and not wrong:
             low, high = values.values()
-            if (low > high).any(): wrong[f"have upside down in dimension {np.flatnonzero(low > high)[0]}"] = [*READS[mode]]
-        out += [Finding("refuse", "statistics", f"{name}: {mode} normalises with {' and '.join(map(repr, which))}, which {whose} {why}: {mend}",
+            if (low > high).any():
+                wrong[f"have upside down in dimension {np.flatnonzero(low > high)[0]}"] = [*READS[mode]]
+        out += [Finding("refuse", "statistics",
+                        f"{name}: {mode} normalises with {' and '.join(map(repr, which))}, which {whose} {why}: {mend}",
                         dict(feature=name, statistics=which, mode=mode)) for why, which in wrong.items()]
     return out
 
@@ -196,11 +220,13 @@ class Known:
 
     @property
     def slack(self) -> np.ndarray: return 8 * np.finfo(np.float32).eps * np.maximum(abs(self.low), abs(self.high))
-    def widened(self, units: float = 0.0): return self.low - units * self.unit - self.slack, self.high + units * self.unit + self.slack
+    def widened(self, units: float = 0.0):
+        return self.low - units * self.unit - self.slack, self.high + units * self.unit + self.slack
 
 def known_range(mode: str, stats: dict, eps: float = 1e-8) -> Known | None:  # None: the statistics say nothing of a range
     "The range that `stats` of one feature know, in the unit of `mode`, as LeRobot's normaliser divides."
-    s = {k: np.asarray(v, np.float64).ravel() for k, v in (stats or {}).items() if k in ("min", "max", *sum(READS.values(), ()))}
+    s = {k: np.asarray(v, np.float64).ravel() for k, v in (stats or {}).items()
+         if k in ("min", "max", *sum(READS.values(), ()))}
     if mode == "IDENTITY":
         if not {"min", "max"} <= s.keys(): return None
         return Known(s["min"], s["max"], np.ones_like(s["min"]))
@@ -208,33 +234,40 @@ def known_range(mode: str, stats: dict, eps: float = 1e-8) -> Known | None:  # N
     if mode == "MEAN_STD": unit, low, high = b + eps, a - 3 * b, a + 3 * b
     else: unit, low, high = np.where(a == b, eps, b - a) / 2, a, b
     if {"min", "max"} <= s.keys() and np.isfinite(s["min"] + s["max"]).all():
-        low, high = (s["min"], s["max"]) if mode == "MEAN_STD" else (np.minimum(low, s["min"]), np.maximum(high, s["max"]))
+        low, high = ((s["min"], s["max"]) if mode == "MEAN_STD"
+                     else (np.minimum(low, s["min"]), np.maximum(high, s["max"])))
     return Known(low, high, unit)
 
 # %% ../nbs/10a_check.ipynb #d6395bf7
-def check_range(name: str, s: Scan, known: Known, mode: str, names: list[str] | None = None, whose: str = "the policy's statistics") -> list[Finding]:
+def check_range(name: str, s: Scan, known: Known, mode: str, names: list[str] | None = None,
+                whose: str = "the policy's statistics") -> list[Finding]:
     """Refuse dimensions far outside of what is known; warn where more than 1 % of the frames lie outside at all.
     The last finding holds the facts of every dimension."""
     low, high = known.widened()
     units = np.maximum(np.maximum(low - s.low, s.high - high), 0) / known.unit
-    facts = [dict(dimension=i, name=names[i] if names and i < len(names) else None, seen=[float(s.low[i]), float(s.high[i])],
-                  known=[float(known.low[i]), float(known.high[i])], outside=float(s.outside[i] / max(1, s.rows)),
-                  far=float(s.beyond[i] / max(1, s.rows)), units=float(units[i]), non_finite=int(s.bad[i]),
-                  constant=bool(s.high[i] - s.low[i] <= known.slack[i])) for i in range(len(s.low))]
+    facts = [
+        dict(dimension=i, name=names[i] if names and i < len(names) else None, seen=[float(s.low[i]), float(s.high[i])],
+             known=[float(known.low[i]), float(known.high[i])], outside=float(s.outside[i] / max(1, s.rows)),
+             far=float(s.beyond[i] / max(1, s.rows)), units=float(units[i]), non_finite=int(s.bad[i]),
+             constant=bool(s.high[i] - s.low[i] <= known.slack[i])) for i in range(len(s.low))]
     def line(f):
-        still = "constant at {:.6g}".format(f["known"][0]) if f["known"][1] - f["known"][0] <= known.slack[f["dimension"]] else "{:.4g} … {:.4g}".format(*f["known"])
-        return (f"{dimension(name, f['dimension'], names)} is {still} in {whose} and {f['seen'][0]:.4g} … {f['seen'][1]:.4g} in the data: "
-                f"{f['outside']:.1%} of {s.rows} frames outside, up to {f['units']:.3g} normalised units ({mode})")
+        still = ("constant at {:.6g}".format(f["known"][0]) if f["known"][1] - f["known"][0]
+                 <= known.slack[f["dimension"]] else "{:.4g} … {:.4g}".format(*f["known"]))
+        return (f"{dimension(name, f['dimension'], names)} is {still} in {whose} and {f['seen'][0]:.4g} … "
+                f"{f['seen'][1]:.4g} in the data: {f['outside']:.1%} of {s.rows} frames outside, "
+                f"up to {f['units']:.3g} normalised units ({mode})")
     out = []
     for f in facts:
         if mode != "IDENTITY" and (f["far"] > SHARE or f["units"] > FARTHEST):
-            out.append(Finding("refuse", "range", line(f) + f", {FAR:g} are allowed: record it as in the data the policy knows, or leave it out",
-                               dict(feature=name, mode=mode, **f)))
+            out.append(Finding("refuse", "range", line(f) + f", {FAR:g} are allowed: record it as in the data the "
+                               f"policy knows, or leave it out", dict(feature=name, mode=mode, **f)))
         elif f["outside"] > .01: out.append(Finding("warn", "range", line(f), dict(feature=name, mode=mode, **f)))
-    return [*out, Finding("info", "range", f"{name}: {s.rows} frames, {len(facts)} dimensions", dict(feature=name, mode=mode, dimensions=facts))]
+    return [*out, Finding("info", "range", f"{name}: {s.rows} frames, {len(facts)} dimensions",
+                          dict(feature=name, mode=mode, dimensions=facts))]
 
 # %% ../nbs/10a_check.ipynb #3c76dcf9
-def relative(actions: pa.ChunkedArray, states: pa.ChunkedArray, d: int, ds: int, episodes: np.ndarray, mask: list[bool], places: Iterable[int], rows: int = 1 << 13) -> Iterator[np.ndarray]:
+def relative(actions: pa.ChunkedArray, states: pa.ChunkedArray, d: int, ds: int, episodes: np.ndarray, mask: list[bool],
+             places: Iterable[int], rows: int = 1 << 13) -> Iterator[np.ndarray]:
     "Actions at `places` of a chunk minus the state at its beginning, where `mask` says so. → arrays (n, d)."
     a, s = (np.concatenate([*blocks(c, k)] or [np.zeros((0, k))]) for c, k in ((actions, d), (states, ds)))
     k, last = np.flatnonzero(mask), np.flatnonzero(np.r_[episodes[1:] != episodes[:-1], True])
@@ -263,8 +296,10 @@ class Numbers:
     stats: dict = field(default_factory=dict)  # that it is normalised with
     relative: tuple | None = None  # (column of the states, their length, mask, chunk) of relative actions
 
-def check_numbers(table: pa.Table, features: list[Numbers], whose: str = "the policy's statistics", where: str = "the data set") -> list[Finding]:
-    "Not finite, and out of range: one pass a feature over `table`, which has `episode_index` and `frame_index` beside them."
+def check_numbers(table: pa.Table, features: list[Numbers], whose: str = "the policy's statistics",
+                  where: str = "the data set") -> list[Finding]:
+    """Not finite, and out of range: one pass a feature over `table`, which has `episode_index` and `frame_index` beside
+    them."""
     out, scans = [], {}
     for f in features:
         sound = not check_statistics({f.name: f.mode}, {f.name: f.stats}, whose, "", {f.name: f.d})
@@ -275,7 +310,9 @@ def check_numbers(table: pa.Table, features: list[Numbers], whose: str = "the po
         if known is None: continue
         if f.relative and not s.bad.any():
             column, ds, mask, chunk = f.relative
-            s = scan(relative(table[f.column], table[column], f.d, ds, np.concatenate([*blocks(table["episode_index"], 1)])[:, 0], mask, spread(chunk)), f.d, *limits)
+            s = scan(relative(table[f.column], table[column], f.d, ds,
+                              np.concatenate([*blocks(table["episode_index"], 1)])[:, 0], mask, spread(chunk)), f.d,
+                     *limits)
         if not s.bad.any(): out += check_range(f.name, s, known, f.mode, f.names, whose)
     return check_finite(scans, table, {f.name: f.names for f in features}, where) + out
 
@@ -296,12 +333,17 @@ def check_rename(rename_map: dict[str, str], features: Iterable[str], wanted: It
     features, wanted, out = list(features), list(wanted), []
     def no(text, **data): out.append(Finding("refuse", "cameras", f"rename_map: {text}", data))
     for a, b in rename_map.items():
-        if not a.startswith("observation"): no(f"{a} cannot be renamed: LeRobot renames what begins with 'observation'", source=a)
-        elif a not in features: no(f"{a} is no feature of the data set{like(a, features)}, which has {', '.join(features)}", source=a)
-        if b not in wanted: no(f"{b} is no feature of the policy{like(b, wanted)}, which takes {', '.join(wanted)}", target=b)
+        if not a.startswith("observation"):
+            no(f"{a} cannot be renamed: LeRobot renames what begins with 'observation'", source=a)
+        elif a not in features:
+            no(f"{a} is no feature of the data set{like(a, features)}, which has {', '.join(features)}", source=a)
+        if b not in wanted:
+            no(f"{b} is no feature of the policy{like(b, wanted)}, which takes {', '.join(wanted)}", target=b)
     for b in dict.fromkeys(rename_map.values()):
         onto = [a for a in features if rename_map.get(a, a) == b]
-        if len(onto) > 1: no(f"{' and '.join(onto)} both become {b}, so only one of them would be seen: map each to a place of its own", target=b, sources=onto)
+        if len(onto) > 1:
+            no(f"{' and '.join(onto)} both become {b}, so only one of them would be seen: "
+               f"map each to a place of its own", target=b, sources=onto)
     return out
 
 # %% ../nbs/10a_check.ipynb #b7cdecc1
@@ -315,18 +357,22 @@ def check_cameras(
     "Refuse cameras without a picture, pictures without a place, and pictures that are not what the policy takes."
     rename_map, blank = rename_map or {}, set(blank)
     place = {a: rename_map.get(a, a) for a in have}
-    missing, lost = [w for w in wanted if w not in {*place.values(), *blank}], [a for a, b in place.items() if b not in wanted]
-    facts, out = dict(policy=sorted(wanted), data=sorted(have), rename_map=dict(rename_map), blank=missing, unused=lost), []
+    missing, lost = ([w for w in wanted if w not in {*place.values(), *blank}],
+                     [a for a, b in place.items() if b not in wanted])
+    facts, out = dict(policy=sorted(wanted), data=sorted(have), rename_map=dict(rename_map), blank=missing,
+                      unused=lost), []
     if missing:
-        pairs = ", ".join(f'"{a}": "{b}"' for a, b in [*rename_map.items(), *zip(lost, missing)] if a in have and b in wanted)
+        pairs = ", ".join(f'"{a}": "{b}"' for a, b in [*rename_map.items(), *zip(lost, missing)]
+                          if a in have and b in wanted)
         how = f" Name each one's place: --rename_map='{{{pairs}}}'" if lost else ""
-        text = (f"the policy's {' and '.join(missing)} would see no picture, the data set's {' and '.join(lost) or 'cameras'} "
-                f"{'would not be seen' if lost else 'have other places'}: the policy takes {', '.join(wanted)}, the data set has {', '.join(have) or 'no camera'}.")
+        text = (f"the policy's {' and '.join(missing)} would see no picture, the data set's "
+                f"{' and '.join(lost) or 'cameras'} {'would not be seen' if lost else 'have other places'}: "
+                f"the policy takes {', '.join(wanted)}, the data set has {', '.join(have) or 'no camera'}.")
         nothing = not set(wanted) & set(place.values())
         out.append(Finding("refuse", "no_pictures" if nothing else "cameras", text + how, facts))
     elif lost and wanted:
-        out.append(Finding("refuse", "unused_cameras", f"the data set's {' and '.join(lost)} would not be seen: the policy takes {', '.join(wanted) or 'no pictures'}, "
-                           "and has them all", facts))
+        out.append(Finding("refuse", "unused_cameras", f"the data set's {' and '.join(lost)} would not be seen: "
+                           f"the policy takes {', '.join(wanted) or 'no pictures'}, and has them all", facts))
     return out + [f for a, b in place.items() if b in wanted for f in check_picture(a, have[a], wanted[b], resizes)]
 
 # %% ../nbs/10a_check.ipynb #4bb4b0dd
@@ -334,7 +380,8 @@ def check_picture(name: str, found: tuple, wanted: tuple, resizes: str = "") -> 
     "Refuse another number of channels, and another size where the policy does not resize; say where it does."
     data = dict(camera=name, found=list(found), wanted=list(wanted))
     if found[0] != wanted[0]:
-        return [Finding("refuse", "cameras", f"{name} has {found[0]} channel{'s' * (found[0] != 1)}, the policy takes {wanted[0]}: convert the pictures, or take another camera", data)]
+        return [Finding("refuse", "cameras", f"{name} has {found[0]} channel{'s' * (found[0] != 1)}, "
+                        f"the policy takes {wanted[0]}: convert the pictures, or take another camera", data)]
     if found[1:] == wanted[1:]: return []
     text = f"{name} is {found[1]}×{found[2]} (height × width), the policy was made for {wanted[1]}×{wanted[2]}"
     if resizes: return [Finding("warn", "cameras", f"{text}; it brings pictures to {resizes}", data)]
@@ -343,7 +390,8 @@ def check_picture(name: str, found: tuple, wanted: tuple, resizes: str = "") -> 
 # %% ../nbs/10a_check.ipynb #1443f7dc
 def tasks_of(table: pa.Table, tasks: dict[int, str]) -> dict[str, dict]:  # {task: {episodes, frames}}
     "Episodes and frames of each task, by the task of every frame."
-    rows = table.select(["task_index", "episode_index"]).group_by(["task_index", "episode_index"]).aggregate([([], "count_all")]).to_pylist()
+    rows = (table.select(["task_index", "episode_index"]).group_by(["task_index", "episode_index"])
+            .aggregate([([], "count_all")]).to_pylist())
     out = {}
     for r in sorted(rows, key=lambda r: (r["task_index"], r["episode_index"])):
         t = out.setdefault(tasks.get(r["task_index"], f"task {r['task_index']}"), dict(episodes=0, frames=0))
@@ -355,28 +403,37 @@ def check_split(train: dict[str, dict], held_out: dict[str, dict]) -> list[Findi
     "Refuse tasks that are only held out; say what each task has."
     out, none = [], dict(episodes=0, frames=0)
     for task in (t for t in held_out if t not in train):
-        out.append(Finding("refuse", "split", f"task {task!r} has {held_out[task]['episodes']} episode{'s' * (held_out[task]['episodes'] != 1)} and all are held out, so it would "
-                           "not be trained: lower --dataset.eval_split or record more", dict(task=task, train=none, held_out=held_out[task])))
-    said = "; ".join(f"{t!r} {train.get(t, none)['episodes']} + {held_out.get(t, none)['episodes']} episodes ({train.get(t, none)['frames']} + "
-                     f"{held_out.get(t, none)['frames']} frames)" for t in dict.fromkeys([*train, *held_out]))
+        out.append(Finding("refuse", "split", f"task {task!r} has {held_out[task]['episodes']} "
+                           f"episode{'s' * (held_out[task]['episodes'] != 1)} and all are held out, "
+                           "so it would not be trained: lower --dataset.eval_split or record more",
+                           dict(task=task, train=none, held_out=held_out[task])))
+    said = "; ".join(f"{t!r} {train.get(t, none)['episodes']} + {held_out.get(t, none)['episodes']} episodes "
+                     f"({train.get(t, none)['frames']} + {held_out.get(t, none)['frames']} frames)"
+                     for t in dict.fromkeys([*train, *held_out]))
     return [*out, Finding("info", "split", f"trained on + held out: {said}", dict(train=train, held_out=held_out))]
 
 # %% ../nbs/10a_check.ipynb #bcbd99ab
 def check_rows(table: pa.Table, lengths: dict[int, int], where: str = "the data files") -> list[Finding]:
     "Refuse episodes that have another number of rows than their metadata say."
-    rows = {r["episode_index"]: r["count_all"] for r in table.select(["episode_index"]).group_by("episode_index").aggregate([([], "count_all")]).to_pylist()}
+    rows = {r["episode_index"]: r["count_all"] for r in table.select(["episode_index"]).group_by("episode_index")
+            .aggregate([([], "count_all")]).to_pylist()}
     return [Finding("refuse", "timestamps", f"episode {e}: its metadata say {n} frames, {where} have {rows.get(e, 0)}"
-                    + (f", the first that is missing is frame {rows.get(e, 0)}" if rows.get(e, 0) < n else "") + ": restore the file, or leave the episode out with --dataset.episodes",
-                    dict(episode=e, expected=n, found=rows.get(e, 0), frame=min(n, rows.get(e, 0)))) for e, n in lengths.items() if rows.get(e, 0) != n]
+                    + (f", the first that is missing is frame {rows.get(e, 0)}" if rows.get(e, 0) < n else "")
+                    + ": restore the file, or leave the episode out with --dataset.episodes",
+                    dict(episode=e, expected=n, found=rows.get(e, 0), frame=min(n, rows.get(e, 0))))
+            for e, n in lengths.items() if rows.get(e, 0) != n]
 
 def check_times(table: pa.Table, fps: float, tolerance: float = 1e-4, level: str = "refuse") -> list[Finding]:
-    "Compare each timestamp with `frame_index / fps`: a video is read at the timestamp, a chunk of actions by the frame."
+    """Compare each timestamp with `frame_index / fps`: a video is read at the timestamp, a chunk of actions by the
+    frame."""
     t, i = (np.concatenate([*blocks(table[c], 1)] or [np.zeros((0, 1))])[:, 0] for c in ("timestamp", "frame_index"))
     off = ~(abs(t - i / fps) <= tolerance)
     if not off.any(): return []
     at = place_of(table, row := int(off.argmax()))
-    return [Finding(level, "timestamps", f"{off.sum()} of {len(t)} timestamps are not frame / fps within {tolerance:g} s, the first in episode {at.get('episode')}, frame {at.get('frame')}: "
-                    f"{t[row]:.6g} s where {i[row] / fps:.6g} s is expected at {fps:g} fps: correct meta/info.json or the timestamps", dict(count=int(off.sum()), time=float(t[row]), **at))]
+    return [Finding(level, "timestamps", f"{off.sum()} of {len(t)} timestamps are not frame / fps within {tolerance:g} "
+                    f"s, the first in episode {at.get('episode')}, frame {at.get('frame')}: {t[row]:.6g} s where "
+                    f"{i[row] / fps:.6g} s is expected at {fps:g} fps: correct meta/info.json or the timestamps",
+                    dict(count=int(off.sum()), time=float(t[row]), **at))]
 
 # %% ../nbs/10a_check.ipynb #00cf9d5c
 def video_seconds(path) -> float:
@@ -391,7 +448,8 @@ def video_seconds(path) -> float:
 
 # %% ../nbs/10a_check.ipynb #0eebbe22
 def check_videos(clips: Iterable[dict], fps: float, seconds=video_seconds) -> list[Finding]:
-    """Refuse episodes that reach beyond the end of their video. A clip is {episode, frames, camera, file, start}: what of `file` it takes,
+    """Refuse episodes that reach beyond the end of their video. A clip is {episode, frames, camera, file, start}: what
+    of `file` it takes,
     `start` in seconds. Each file is opened once."""
     out, known = [], {}
     for c in clips:
@@ -402,6 +460,8 @@ def check_videos(clips: Iterable[dict], fps: float, seconds=video_seconds) -> li
         if isinstance(has, Exception): why, frame = f"cannot be read ({type(has).__name__}: {str(has)[:120]})", 0
         elif (frame := max(0, int(np.floor((has - c["start"]) * fps + .5)))) >= c["frames"]: continue
         else: why = f"ends after {has:.6g} s, so frame {frame} of {c['frames']} is the first without a picture"
-        out.append(Finding("refuse", "timestamps", f"episode {c['episode']}, {c['camera']}: {c['file']} {why}: restore the file, or leave the episode out with --dataset.episodes",
-                           dict(episode=c["episode"], camera=c["camera"], file=str(c["file"]), frame=frame, frames=c["frames"])))
+        out.append(Finding("refuse", "timestamps", f"episode {c['episode']}, {c['camera']}: {c['file']} {why}: "
+                           "restore the file, or leave the episode out with --dataset.episodes",
+                           dict(episode=c["episode"], camera=c["camera"], file=str(c["file"]), frame=frame,
+                                frames=c["frames"])))
     return out

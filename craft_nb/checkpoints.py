@@ -68,15 +68,17 @@ def write_checkpoint(trainer: CraftTrainer, parts: "RunParts") -> Path:
     if parts.saved == trainer.step: return target
     last = target.parent / "last"
     sharded = "FSDP" in str(acc.distributed_type)
-    weights, moments = train_utils.gather_fsdp_state_dicts(trainer.policy, trainer.optimizer) if sharded else (None, None)
+    weights, moments = (train_utils.gather_fsdp_state_dicts(trainer.policy, trainer.optimizer) if sharded
+                        else (None, None))
     acc.wait_for_everyone()
     if acc.is_main_process:
         draft, old = (target.with_name(f".{target.name}.{what}") for what in ("unfinished", "old"))
         with whole_or_nothing(draft, last):
             train_utils.save_checkpoint(
                 checkpoint_dir=draft, step=trainer.step, cfg=cfg, policy=acc.unwrap_model(trainer.policy),
-                optimizer=trainer.optimizer, scheduler=trainer.scheduler, preprocessor=parts.pre, postprocessor=parts.post,
-                num_processes=acc.num_processes, batch_size=cfg.batch_size, model_state_dict=weights, optim_state_dict=moments)
+                optimizer=trainer.optimizer, scheduler=trainer.scheduler, preprocessor=parts.pre,
+                postprocessor=parts.post, num_processes=acc.num_processes, batch_size=cfg.batch_size,
+                model_state_dict=weights, optim_state_dict=moments)
             (draft / "training_state" / CRAFT_STATE).write_text(json.dumps(
                 trainer.state_dict() | {"hashes": parts.hashes, "data": parts.place(trainer.step)}))
             if tensors := trainer.method.tensors(): save_file(tensors, draft / "training_state" / METHOD_TENSORS)
@@ -97,10 +99,12 @@ def whole_or_nothing(draft: Path, last: Path) -> Iterator[None]:
     try: yield
     except Exception as e:
         shutil.rmtree(draft, ignore_errors=True)
-        kept = f"the last whole checkpoint is {Path(follow(last)).resolve()}" if last.exists() else "there is no earlier one"
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "o space left" in str(e) or "too large" in str(e)
-        raise OSError(f"the checkpoint {draft.name.strip('.').removesuffix('.unfinished')} could not be written to {draft.parent} ({e}); "
-                      f"{kept}. {'Make room, then' if full else 'Mend that, then'} resume") from e
+        kept = (f"the last whole checkpoint is {Path(follow(last)).resolve()}" if last.exists()
+                else "there is no earlier one")
+        full = (getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "o space left" in str(e)
+                or "too large" in str(e))
+        raise OSError(f"the checkpoint {draft.name.strip('.').removesuffix('.unfinished')} could not be written to "
+                      f"{draft.parent} ({e}); {kept}. {'Make room, then' if full else 'Mend that, then'} resume") from e
 
 def sync(path: Path) -> None:
     "Wait until `path`, a file or a folder's list of names, is on the disk."
@@ -126,7 +130,9 @@ def read_craft_state(checkpoint: Path) -> dict:
 def read_method_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     "What a method keeps of the start of its run. Raises if the checkpoint has none."
     path = as_path(checkpoint) / "training_state" / METHOD_TENSORS
-    if not path.is_file(): raise FileNotFoundError(f"{path}: not found; the method keeps weights of the run's start there, and cannot go on without: begin a new run")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; the method keeps weights of the run's start there, "
+                                "and cannot go on without: begin a new run")
     return load_file(path)
 
 # %% ../nbs/10j_checkpoints.ipynb #fc8cf969
@@ -134,13 +140,16 @@ def retention_section(trainer: CraftTrainer) -> str:
     "Of a model card: how abilities were kept, and the certificate."
     craft, c = trainer.parts.cfg.craft, trainer.certificate
     said = certificate_line(c)
-    return (f"## What it was held to\n\nFine-tuned from `{trainer.parts.cfg.policy.pretrained_path}` on `{trainer.parts.cfg.dataset.repo_id}` with craft_nb, "
-            f"`--craft.method={craft.method}`, {trainer.step} steps. {said[:1].upper()}{said[1:]}; measured on {c['anchors']} anchors that were not trained on.\n")
+    return (f"## What it was held to\n\nFine-tuned from `{trainer.parts.cfg.policy.pretrained_path}` on "
+            f"`{trainer.parts.cfg.dataset.repo_id}` with craft_nb, `--craft.method={craft.method}`, {trainer.step} "
+            f"steps. {said[:1].upper()}{said[1:]}; measured on {c['anchors']} anchors that were not trained on.\n")
 
 def write_card(trainer: CraftTrainer, table: str = "") -> Path | None:
-    "A model card with the certificate in the checkpoint of the last step, if it was written, and in what the policy pushes."
+    """A model card with the certificate in the checkpoint of the last step, if it was written, and in what the policy
+    pushes."""
     if not trainer.certificate: return None
-    cfg, section, policy = trainer.parts.cfg, retention_section(trainer) + (f"\n{table}" if table else ""), base_policy(trainer.accelerator.unwrap_model(trainer.policy))
+    cfg, section, policy = (trainer.parts.cfg, retention_section(trainer) + (f"\n{table}" if table else ""),
+                            base_policy(trainer.accelerator.unwrap_model(trainer.policy)))
     own = policy.generate_model_card
     def told(*args, **kw):
         card = own(*args, **kw)
@@ -150,8 +159,8 @@ def write_card(trainer: CraftTrainer, table: str = "") -> Path | None:
     folder = train_utils.get_step_checkpoint_dir(Path(cfg.output_dir), cfg.steps, trainer.step) / "pretrained_model"
     if not folder.is_dir(): return None
     card = folder / "README.md"
-    card.write_text(f"---\nlibrary_name: lerobot\npipeline_tag: robotics\ntags: [robotics, lerobot, {cfg.policy.type}, craft]\n---\n\n"
-                    f"# {cfg.policy.type}: {cfg.job_name or folder.parents[2].name}\n\n{section}")
+    card.write_text(f"---\nlibrary_name: lerobot\npipeline_tag: robotics\ntags: [robotics, lerobot, {cfg.policy.type}, "
+                    f"craft]\n---\n\n# {cfg.policy.type}: {cfg.job_name or folder.parents[2].name}\n\n{section}")
     return card
 
 # %% ../nbs/10j_checkpoints.ipynb #405893d0
@@ -199,7 +208,8 @@ class Wandb(Callback):
     def __init__(self, cfg):
         from lerobot.common.wandb_utils import WandBLogger
         cfg = copy.copy(cfg)  # LeRobot goes on with the run that it finds; where there is none yet, one begins
-        cfg.resume = cfg.resume and bool(cfg.wandb.run_id or len(list(Path(cfg.output_dir).glob("wandb/latest-run/run-*"))) == 1)
+        cfg.resume = (cfg.resume
+                      and bool(cfg.wandb.run_id or len(list(Path(cfg.output_dir).glob("wandb/latest-run/run-*"))) == 1))
         self.logger, self.log_freq = WandBLogger(cfg), cfg.log_freq
     def after_step(self, trainer, record):
         if self.log_freq and trainer.step % self.log_freq == 0:
@@ -221,8 +231,9 @@ class Evaluations(Callback):
             with acc.autocast(): found = loss_by_task(trainer.policy, p.eval_loader, p.cameras, p.pre)
             trainer.policy.train()
             trainer.event("eval_loss", value=found["loss"], frames=found["frames"], tasks=found["tasks"])
-            if acc.is_main_process: logging.info("step %d, held-out loss %.4g: %s", trainer.step, found["loss"], "; ".join(
-                f"{t} {x['loss']:.4g} ({x['frames']} frames)" for t, x in found["tasks"].items()))
+            if acc.is_main_process:
+                logging.info("step %d, held-out loss %.4g: %s", trainer.step, found["loss"], "; ".join(
+f"{t} {x['loss']:.4g} ({x['frames']} frames)" for t, x in found["tasks"].items()))
         if cfg.env is not None and cfg.env_eval_freq > 0 and trainer.step % cfg.env_eval_freq == 0:
             if acc.is_main_process:
                 trainer.event("success", **rollouts(acc.unwrap_model(trainer.policy), p.pre, p.post, cfg.env, cfg.eval,
@@ -231,7 +242,8 @@ class Evaluations(Callback):
 
 @contextmanager
 def same_draws() -> Iterator[None]:
-    "What is measured draws from the random state, and a run that was resumed behind it would not have: so it is put back."
+    """What is measured draws from the random state, and a run that was resumed behind it would not have: so it is put
+    back."""
     from lerobot.utils.random_utils import get_rng_state, set_rng_state
     state = get_rng_state()
     try: yield
@@ -257,14 +269,15 @@ def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path 
                     postprocessor=post, n_episodes=eval_cfg.n_episodes, start_seed=seed,
                     max_parallel_tasks=env_cfg.max_parallel_tasks, videos_dir=videos, max_episodes_rendered=max_videos)
         finally: close_envs(made)
-    return {f"{t['task_group']}/{t['task_id']}" if t["task_id"] else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]]
-            for t in info["per_task"]}
+    return {f"{t['task_group']}/{t['task_id']}" if t["task_id"]
+            else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]] for t in info["per_task"]}
 
 # %% ../nbs/10j_checkpoints.ipynb #5273cd61
 def loader_by_task(dataset, batch_size: int, rows: Iterable[int] | None = None):  # its `tasks`: (task, frames) of each batch
     "A loader that goes once over `rows` of a data set (None: all), each batch of one task."
     from lerobot.utils.collate import lerobot_collate_fn
-    of, names = dataset.hf_dataset.data["task_index"].to_pylist(), {int(i): t for t, i in dataset.meta.tasks["task_index"].items()}
+    of, names = (dataset.hf_dataset.data["task_index"].to_pylist(),
+                 {int(i): t for t, i in dataset.meta.tasks["task_index"].items()})
     groups = {}
     for i in range(len(dataset)) if rows is None else rows: groups.setdefault(of[i], []).append(i)
     batches = [(t, g[k:k + batch_size]) for t, g in sorted(groups.items()) for k in range(0, len(g), batch_size)]
@@ -282,4 +295,5 @@ def loss_by_task(policy: nn.Module, loader, cameras, preprocessor) -> dict:  # l
         t["loss"], t["frames"] = t["loss"] + n * policy(batch)[0].item(), t["frames"] + n
     total = sum(t["frames"] for t in tasks.values())
     loss = sum(t["loss"] for t in tasks.values()) / total
-    return dict(loss=loss, frames=total, tasks={k: dict(loss=t["loss"] / t["frames"], frames=t["frames"]) for k, t in tasks.items()})
+    return dict(loss=loss, frames=total,
+                tasks={k: dict(loss=t["loss"] / t["frames"], frames=t["frames"]) for k, t in tasks.items()})

@@ -30,21 +30,25 @@ def today(argv: list[str], training: bool = False) -> list[str]:
     "Bring the origin's flags to LeRobot's present names. Raises `SystemExit` for unknown `--craft.*` flags."
     argv = together(expanded(argv))
     names = [a.split("=")[0] for a in argv]
-    renamed = {"--eval_freq": "--env_eval_freq"} if training else {"--policy.pretrained_path": "--policy.path", "--craft.capture": "--capture"}
+    renamed = {"--eval_freq": "--env_eval_freq"} if training else {"--policy.pretrained_path": "--policy.path",
+                                                                   "--craft.capture": "--capture"}
     if clash := [o for o, n in renamed.items() if o in names and n in names]:
         raise SystemExit(f"{clash[0]} and {renamed[clash[0]]} mean the same: give one of them")
     known = {*FIELD_NAMES, *(f"anchor_dataset.{f}" for f in ANCHOR_FIELDS)}
-    wrong = [n.removeprefix("--craft.") for n in names if n.startswith("--craft.") and n.removeprefix("--craft.") not in known]
+    wrong = [n.removeprefix("--craft.") for n in names
+             if n.startswith("--craft.") and n.removeprefix("--craft.") not in known]
     if wrong: raise SystemExit("--craft: " + "; ".join(map(unknown_field, wrong)))
     out = [a.replace(n, renamed.get(n, n), 1) for a, n in zip(argv, names, strict=True)]
     if training:
         out = ["--resume=true" if a == "--resume" and (b is None or b.startswith("--")) else a
                for a, b in zip(out, [*out[1:], None], strict=True)]
-    if training and not {"--policy.push_to_hub", "--policy.repo_id", "--help", "-h", "--resume", "--config_path"} & set(names):
+    if training and not {"--policy.push_to_hub", "--policy.repo_id", "--help", "-h", "--resume",
+                         "--config_path"} & set(names):
         out.append("--policy.push_to_hub=false")
     return out
 
-MANY = [f"--{p}{x}" for p in ("", "craft.anchor_dataset.") for x in ("tasks", "dataset.repo_id", "dataset.root", "repo_id", "root")]
+MANY = [f"--{p}{x}" for p in ("", "craft.anchor_dataset.")
+        for x in ("tasks", "dataset.repo_id", "dataset.root", "repo_id", "root")]
 ONCE = ("--policy.path", "--config_path")  # of two, LeRobot takes the first
 
 def together(argv: list[str]) -> list[str]:
@@ -59,7 +63,8 @@ def together(argv: list[str]) -> list[str]:
         if name not in values: out.append(name)
         values.setdefault(name, []).append(value)
     for n in ONCE:
-        if len(set(values.get(n, []))) > 1: raise SystemExit(f"{n} is given {len(values[n])} times ({', '.join(values[n])}): give it once")
+        if len(set(values.get(n, []))) > 1:
+            raise SystemExit(f"{n} is given {len(values[n])} times ({', '.join(values[n])}): give it once")
     one = lambda n: values[n][0] if len(set(values[n])) == 1 or n in ONCE else json.dumps(values[n], ensure_ascii=False)
     return [f"{a}={one(a)}" if a in values else a for a in out]
 
@@ -67,7 +72,8 @@ def expanded(argv: list[str]) -> list[str]:
     "`~` at the beginning of a value, or of an argument, is the user's home; a pointer file on a path is what it names."
     def home(a):
         name, equals, value = a.partition("=")
-        return f"{name}={follow(os.path.expanduser(value))}" if equals and name.startswith("--") else str(follow(os.path.expanduser(a)))
+        return (f"{name}={follow(os.path.expanduser(value))}" if equals and name.startswith("--")
+                else str(follow(os.path.expanduser(a))))
     return [home(a) for a in argv]
 
 def flags(argv: list[str]) -> dict[str, str]:  # {"--name": "value"}, "" where there is none
@@ -79,15 +85,17 @@ def flags(argv: list[str]) -> dict[str, str]:  # {"--name": "value"}, "" where t
 # %% ../nbs/13_cli.ipynb #0eb0202a
 @contextmanager
 def as_called():
-    """LeRobot reads `sys.argv` and what its parser has put aside, when it trains as well, and would take a command's flags for
-    those of whoever called the command from Python: afterwards both are what they were."""
+    """LeRobot reads `sys.argv` and what its parser has put aside, when it trains as well, and would take a command's
+    flags for those of whoever called the command from Python: afterwards both are what they were."""
     given, parser = sys.argv, sys.modules.get("lerobot.configs.parser")
     aside = [dict(d) for d in (parser._config_path_args, parser._config_yaml_overrides)] if parser else [{}, {}]
     try: yield
     finally:
         sys.argv = given
         if parser := sys.modules.get("lerobot.configs.parser"):
-            for d, was in zip((parser._config_path_args, parser._config_yaml_overrides), aside, strict=True): d.clear(); d.update(was)
+            for d, was in zip((parser._config_path_args, parser._config_yaml_overrides), aside, strict=True):
+                d.clear()
+                d.update(was)
 
 def refuse_clearly(main: Callable[[], object]) -> object:
     "Run `main`; what the user can mend becomes one message and exit code 1."
@@ -96,23 +104,27 @@ def refuse_clearly(main: Callable[[], object]) -> object:
     except KeyboardInterrupt: raise SystemExit(130) from None
     except Exception as e:  # libraries have kinds of their own
         if os.environ.get("CRAFT_DEBUG") or isinstance(e, (AttributeError, NameError, AssertionError)): raise
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {type(e).__name__}: {in_words(e)}\n(CRAFT_DEBUG=1 shows where)") from e
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {type(e).__name__}: "
+                         f"{in_words(e)}\n(CRAFT_DEBUG=1 shows where)") from e
 
 def in_words(e: BaseException) -> str:
     "What an error says; of one that a worker process sent only that, not its traceback."
     text = str(e)
-    return re.split(rf"\n(?:[\w.]+\.)?{type(e).__name__}: ", text)[-1].strip() if text.startswith("Caught ") and "Traceback" in text else text
+    return (re.split(rf"\n(?:[\w.]+\.)?{type(e).__name__}: ", text)[-1].strip()
+            if text.startswith("Caught ") and "Traceback" in text else text)
 
 def opened():
-    """`craft_nb.lerobot`. The garbage collector rests meanwhile: it would search half a million new objects again and again,
-    for 8 % of the time, and afterwards leaves them alone: another 15 % of `--help`. Torch's idle CPU threads are told to sleep early, unless the environment says otherwise."""
+    """`craft_nb.lerobot`. The garbage collector rests meanwhile: it would search half a million new objects again and
+    again, for 8 % of the time, and afterwards leaves them alone: another 15 % of `--help`. Torch's idle CPU threads are
+    told to sleep early, unless the environment says otherwise."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     collecting, first = gc.isenabled(), "craft_nb.lerobot" not in sys.modules
     gc.disable()
     try: return importlib.import_module("craft_nb.lerobot")
     except ModuleNotFoundError as e:
         if (e.name or "").startswith("craft_nb"): raise
-        raise ModuleNotFoundError(f"this command runs on LeRobot, and {e.name} is not installed: pip install 'craft_nb[lerobot]'", name=e.name) from e
+        raise ModuleNotFoundError(f"this command runs on LeRobot, and {e.name} is not installed: "
+                                  f"pip install 'craft_nb[lerobot]'", name=e.name) from e
     finally:
         if first: gc.freeze()  # once: a caller's own garbage is not ours to keep
         if collecting: gc.enable()
@@ -122,15 +134,18 @@ def unreadable(argv: list[str], e: Exception) -> str:
     import yaml
     for name, _, value in (a.partition("=") for a in argv):
         try: yaml.safe_load(value)
-        except yaml.YAMLError: return f"{name.removeprefix('--')}: expected a value as YAML or JSON writes it, found {value!r}"
+        except yaml.YAMLError:
+            return f"{name.removeprefix('--')}: expected a value as YAML or JSON writes it, found {value!r}"
     return " ".join(str(e).split())
 
 def parsed(config_class: type, argv: list[str]):
-    "A LeRobot-style config from a command line; `--help`, unknown flags and wrong values end the program as LeRobot does."
+    """A LeRobot-style config from a command line; `--help`, unknown flags and wrong values end the program as LeRobot
+    does."""
     from lerobot.configs import parser
     from lerobot.utils.import_utils import register_third_party_plugins
     import craft_nb.small, craft_nb.zoo  # noqa: F401, E401  they register the small policies
-    if flags(argv).get("--env.type") == "libero": import craft_nb.libero  # noqa: F401, E701  it lets LeRobot find LIBERO's initial states
+    # noqa: F401, E701  it lets LeRobot find LIBERO's initial states
+    if flags(argv).get("--env.type") == "libero": import craft_nb.libero
     register_third_party_plugins()
     sys.argv = [sys.argv[0], *as_written(config_class, argv)]  # LeRobot reads it, here and in validate()
     @parser.wrap()
@@ -139,21 +154,26 @@ def parsed(config_class: type, argv: list[str]):
     except Exception as e:  # draccus wraps what is wrong in layers of its own
         while e.__cause__ is not None: e = e.__cause__
         raise ValueError(unreadable(argv, e) if type(e).__module__.startswith("yaml") else str(e)) from e
-    sys.argv = [f"--output_dir={cfg.output_dir}" if a.startswith("--output_dir=") else a for a in sys.argv]  # validate() takes it as it stands
+    # validate() takes it as it stands
+    sys.argv = [f"--output_dir={cfg.output_dir}" if a.startswith("--output_dir=") else a for a in sys.argv]
     return cfg
 
 # %% ../nbs/13_cli.ipynb #c1ccd5dd
-PATHS = ("path", "root", "dir", "file", "repo_id", "anchors", "name")  # last words of the names of fields that are paths, or may be
+# last words of the names of fields that are paths, or may be
+PATHS = ("path", "root", "dir", "file", "repo_id", "anchors", "name")
 
 @functools.cache
 def kinds(config_class: type, name: str) -> frozenset[type]:  # {str, NoneType}, say; empty for an unknown name
-    "The types that the field `name`, such as `dataset.root`, may have in a config class; of policies and environments, in any of them."
+    """The types that the field `name`, such as `dataset.root`, may have in a config class; of policies and
+    environments, in any of them."""
     found = {config_class}
     for part in name.split("."):
         hints = [typing.get_type_hints(c) for x in found if isinstance(x, type)
-                 for c in (x, *(x.get_known_choices().values() if hasattr(x, "get_known_choices") else ())) if is_dataclass(c)]
+                 for c in (x, *(x.get_known_choices().values() if hasattr(x, "get_known_choices") else ()))
+                 if is_dataclass(c)]
         types = [h[part] for h in hints if part in h]
-        found = {a for t in types for a in (typing.get_args(t) if typing.get_origin(t) in (typing.Union, UnionType) else (t,))}
+        found = {a for t in types
+                 for a in (typing.get_args(t) if typing.get_origin(t) in (typing.Union, UnionType) else (t,))}
     return frozenset(found)
 
 def quoted(text: str) -> str:
@@ -171,7 +191,8 @@ def as_written(config_class: type, argv: list[str]) -> list[str]:
         if not types or not types <= {str, Path, type(None)} or word in ("path", "type") or name == "--config_path":
             out.append(a)  # LeRobot reads these itself, as they stand
             continue
-        if not equals and (not rest or rest[0].startswith("--")): out.append(a); continue  # argparse says what is missing
+        # argparse says what is missing
+        if not equals and (not rest or rest[0].startswith("--")): out.append(a); continue
         if not equals: value = rest.pop(0)
         is_path = Path in types or word.rpartition("_")[2] in PATHS or word in PATHS
         none = type(None) in types and (not value or value == "null" and not is_path)
@@ -193,8 +214,8 @@ def build_cache(argv: list[str] | None = None) -> None:
         from craft_nb.anchors import answers_line
         size = sum(s["bytes"] for s in m["shards"])
         said = f"; {answers_line(m['answers'])}" if "answers" in m else ""
-        print(f"Wrote {m['num_anchors']} anchors ({', '.join(m['views'])}; {size / m['num_anchors'] / 1e3:.1f} kB each, "
-              f"cache_type={m['kind']}) to {cfg.out_dir}{said}")
+        print(f"Wrote {m['num_anchors']} anchors ({', '.join(m['views'])}; "
+              f"{size / m['num_anchors'] / 1e3:.1f} kB each, cache_type={m['kind']}) to {cfg.out_dir}{said}")
     refuse_clearly(main)
 
 def with_path(cfg):
@@ -209,19 +230,25 @@ def with_path(cfg):
     return cfg
 
 # %% ../nbs/13_cli.ipynb #4ccd6635
-ANCHOR_METHODS = ("craft", "constant", "share", "der", "mir", "agem", "aegis")  # said here, so that a missing cache is refused before torch is imported
+# said here, so that a missing cache is refused before torch is imported
+ANCHOR_METHODS = ("craft", "constant", "share", "der", "mir", "agem", "aegis")
 
 def train(argv: list[str] | None = None) -> None:
     "Entry point of `craft-train`: `lerobot-train` with `--craft.*`; CRaFT is on unless `--craft.enabled=false`."
     argv = today(sys.argv[1:] if argv is None else argv, training=True)
     given = flags(argv)
     if resumes := given.get("--resume", "").lower() in ("true", "1", "yes"):
-        if "--config_path" not in given: raise SystemExit("--resume goes on from --config_path=RUN/checkpoints/last/pretrained_model/train_config.json: give it")
-        if "--policy.path" in given: raise SystemExit("--resume takes the policy of the checkpoint: give --resume or --policy.path, not both")
-    if given.get("--craft.enabled", "true").lower() != "false" and not {"--help", "-h", "--config_path"} & {*argv, *given}:
+        if "--config_path" not in given:
+            raise SystemExit("--resume goes on from "
+                             "--config_path=RUN/checkpoints/last/pretrained_model/train_config.json: give it")
+        if "--policy.path" in given:
+            raise SystemExit("--resume takes the policy of the checkpoint: give --resume or --policy.path, not both")
+    if (given.get("--craft.enabled", "true").lower() != "false"
+        and not {"--help", "-h", "--config_path"} & {*argv, *given}):
         folder = given.get("--craft.anchor_cache_dir", "data/anchor_cache_hidden")
         with_anchors = given.get("--craft.method", "craft") in ANCHOR_METHODS
-        if with_anchors and not Path(folder).is_dir() and "--craft.anchor_dataset.repo_id" not in given: raise SystemExit(no_cache(folder))
+        if with_anchors and not Path(folder).is_dir() and "--craft.anchor_dataset.repo_id" not in given:
+            raise SystemExit(no_cache(folder))
     def main():
         ours = opened()
         from lerobot.utils.utils import init_logging
@@ -239,7 +266,8 @@ def train(argv: list[str] | None = None) -> None:
     refuse_clearly(main)
 
 def table_of(trainer) -> str:
-    "The table of the model card, if there is to be one. A log that cannot be read, on a full disk say, costs the table and not the run."
+    """The table of the model card, if there is to be one. A log that cannot be read, on a full disk say, costs the
+    table and not the run."""
     if not (trainer.accelerator.is_main_process and trainer.certificate): return ""
     from craft_nb.report import card_table
     try: return card_table(trainer.parts.cfg.output_dir)
@@ -249,7 +277,8 @@ def table_of(trainer) -> str:
         return ""
 
 def look(trainer, found: list) -> None:
-    "Print the gist of what `craft-check` would; without `--craft.check=false` keep all of it beside the records of the run."
+    """Print the gist of what `craft-check` would; without `--craft.check=false` keep all of it beside the records of
+    the run."""
     from craft_nb.preflight import report_of
     cfg, out = trainer.parts.cfg, Path(trainer.parts.cfg.output_dir)
     slow = cfg.craft.check and not cfg.resume
@@ -261,9 +290,9 @@ def look(trainer, found: list) -> None:
         (out / "check.json").write_text(json.dumps(r.json(), indent=1))
 
 def no_cache(folder: str) -> str:
-    return (f"CRaFT is on, but there is no anchor cache at {folder}: build one with craft-build-cache --out_dir={folder}, "
-            "name another with --craft.anchor_cache_dir, name data to build one from with --craft.anchor_dataset.repo_id, "
-            "or train without retention with --craft.enabled=false")
+    return (f"CRaFT is on, but there is no anchor cache at {folder}: build one with craft-build-cache "
+            f"--out_dir={folder}, name another with --craft.anchor_cache_dir, name data to build one from with "
+            "--craft.anchor_dataset.repo_id, or train without retention with --craft.enabled=false")
 
 def summary(trainer, r: dict) -> str:
     "The line a run ends with; what it says of retention is of the last step that had any."
@@ -272,8 +301,8 @@ def summary(trainer, r: dict) -> str:
     last = Path(follow(out / "checkpoints" / "last")).resolve()
     k = trainer.retained
     asked = f" for ε {k['epsilon']:.3g}" if k and k["epsilon"] is not None else ""
-    kept = (f", L_ret {k['retention_loss']:.3g}{asked}, λ {k['lambda'] or 0:.3g}" + f" (step {k['step']})" * (k["step"] != trainer.step)
-            if k and k["retention_loss"] is not None else "")
+    kept = (f", L_ret {k['retention_loss']:.3g}{asked}, λ {k['lambda'] or 0:.3g}" + f" (step {k['step']})" * (
+        k["step"] != trainer.step) if k and k["retention_loss"] is not None else "")
     loss = f": task loss {r['task_loss']:.4g}{kept}" if r and r["task_loss"] is not None else ""
     why = f" ({trainer.ended})" if trainer.ended != "done" else ""
     loss += f". {certificate_line(c)[:1].upper()}{certificate_line(c)[1:]}" if (c := trainer.certificate) else ""
@@ -282,11 +311,13 @@ def summary(trainer, r: dict) -> str:
 
 # %% ../nbs/13_cli.ipynb #84ab1bc9
 def check(argv: list[str] | None = None) -> None:
-    "Entry point of `craft-check`: what `craft-train` would do with the same flags, and all that speaks against it. Exit code 0, 1 (refused) or 2 (warnings, with `--strict`)."
+    """Entry point of `craft-check`: what `craft-train` would do with the same flags, and all that speaks against it.
+    Exit code 0, 1 (refused) or 2 (warnings, with `--strict`)."""
     argv = today(sys.argv[1:] if argv is None else argv, training=True)
     given = flags(argv)
     strict, as_json = (given.get(n, "false").lower() in ("", "true") for n in ("--strict", "--json"))
-    rest = [a for a, before in zip(argv, ["", *argv], strict=False) if a.partition("=")[0] not in ("--strict", "--json", "--sheet") and before != "--sheet"]
+    rest = [a for a, before in zip(argv, ["", *argv], strict=False)
+            if a.partition("=")[0] not in ("--strict", "--json", "--sheet") and before != "--sheet"]
     def main():
         ours = opened()
         from craft_nb.preflight import preflight
@@ -300,7 +331,8 @@ def check(argv: list[str] | None = None) -> None:
 
 # %% ../nbs/13_cli.ipynb #8745151c
 def evaluate(argv: list[str] | None = None) -> None:
-    "Entry point of `craft-eval`: success in LeRobot's environments, task loss and open-loop error on demonstrations, drift on held-out anchors, questions."
+    """Entry point of `craft-eval`: success in LeRobot's environments, task loss and open-loop error on demonstrations,
+    drift on held-out anchors, questions."""
     argv = today(sys.argv[1:] if argv is None else argv)
     def main():
         ours = opened()
@@ -330,7 +362,8 @@ def demo(argv: list[str] | None = None) -> None:
 
 # %% ../nbs/13_cli.ipynb #c47b90e2
 def report(argv: list[str] | None = None) -> None:
-    "Entry point of `craft-report`: runs beside each other on one page. Exit code 0, 1 (refused) or 2 (a `--gate` that is not passed)."
+    """Entry point of `craft-report`: runs beside each other on one page. Exit code 0, 1 (refused) or 2 (a `--gate` that
+    is not passed)."""
     from craft_nb.report import report_main
     argv = expanded(sys.argv[1:] if argv is None else argv)
     sys.exit(refuse_clearly(lambda: report_main(argv)))

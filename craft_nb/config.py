@@ -29,11 +29,14 @@ CHOICES = dict(
     distance=("", "mse", "cosine", "cosine_vectors", "l1", "relative", "kl", "cross_entropy"),
 )
 RANGES = dict(  # inclusive
-    anchor_batch_size=(1, math.inf), anchor_draws=(1, math.inf), retention_freq=(1, math.inf), initial_lambda=(0, math.inf), lambda_lr=(0, math.inf),
+    anchor_batch_size=(1, math.inf), anchor_draws=(1, math.inf), retention_freq=(1, math.inf),
+    initial_lambda=(0, math.inf), lambda_lr=(0, math.inf),
     lambda_max=(0, math.inf), epsilon_start=(0, math.inf), epsilon_end=(0, math.inf), epsilon_decay_steps=(0, math.inf),
-    conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1), pi_nu=(0, 1),
-    pi_kp=(0, math.inf), pi_ki=(0, math.inf), lambda_warmup_steps=(0, math.inf), lambda_update_every=(1, math.inf),
-    measure_every=(1, math.inf), share=(0, math.inf), share_max=(0, math.inf), budget=(0, math.inf), heldout_fraction=(-1, 0.9), heldout_every=(0, math.inf), lambda_clip_patience=(1, math.inf), anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
+    conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1),
+    pi_nu=(0, 1), pi_kp=(0, math.inf), pi_ki=(0, math.inf), lambda_warmup_steps=(0, math.inf),
+    lambda_update_every=(1, math.inf), measure_every=(1, math.inf), share=(0, math.inf), share_max=(0, math.inf),
+    budget=(0, math.inf), heldout_fraction=(-1, 0.9), heldout_every=(0, math.inf), lambda_clip_patience=(1, math.inf),
+    anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
     gradient_accumulation_steps=(1, math.inf), max_nonfinite_steps=(1, math.inf),
 )
 
@@ -63,7 +66,8 @@ def parse_options(
     out = {}
     for part in filter(None, (p.strip() for p in re.split(r",(?=\s*[A-Za-z_]\w*:)", text))):
         name, colon, value = (x.strip() for x in part.partition(":"))
-        if not (name.isidentifier() and colon and value): raise ValueError(f"{field}: expected name:value,…, found {part!r} in {text!r}")
+        if not (name.isidentifier() and colon and value):
+            raise ValueError(f"{field}: expected name:value,…, found {part!r} in {text!r}")
         if name in out: raise ValueError(f"{field}: {name!r} stands twice in {text!r}; name each once")
         out[name] = value.rstrip(",")
     return out
@@ -75,7 +79,8 @@ def parse_numbers(text: str, field: str) -> list[int] | None:  # None for an emp
         first, dash, last = part.partition("-")
         try: a, b = int(first), int(last if dash else first)
         except ValueError: a, b = 0, -1
-        if a > b: raise ValueError(f"{field}: expected whole numbers and ranges such as 0-39,45; found {part!r} in {text!r}")
+        if a > b:
+            raise ValueError(f"{field}: expected whole numbers and ranges such as 0-39,45; found {part!r} in {text!r}")
         out += range(a, b + 1)
     return list(dict.fromkeys(out)) or None
 
@@ -92,10 +97,13 @@ class AnchorData:
     tasks: str = ""  # instructions to take anchors of: one, a list, or the flag more than once; empty: all
 
     def __post_init__(self):
-        wrong = [f"{n}: expected text, found {v!r}" for n, v in vars(self).items() if n != "episodes" and not isinstance(v, str)]
+        wrong = [f"{n}: expected text, found {v!r}" for n, v in vars(self).items()
+                 if n != "episodes" and not isinstance(v, str)]
         e = self.episodes
-        if e is not None and not (isinstance(e, list) and all(type(i) is int and i >= 0 for i in e)): wrong.append(f"episodes: expected a list of numbers from 0, found {e!r}")
-        if not self.repo_id and (more := [n for n, v in vars(self).items() if v]): wrong.append(f"repo_id: missing, but {', '.join(more)} given")
+        if e is not None and not (isinstance(e, list) and all(type(i) is int and i >= 0 for i in e)):
+            wrong.append(f"episodes: expected a list of numbers from 0, found {e!r}")
+        if not self.repo_id and (more := [n for n, v in vars(self).items() if v]):
+            wrong.append(f"repo_id: missing, but {', '.join(more)} given")
         if wrong: raise ValueError("anchor_dataset." + "; anchor_dataset.".join(wrong))
 
 # %% ../nbs/00_config.ipynb #b297ede8
@@ -171,12 +179,16 @@ def check_config(cfg: CraftConfig) -> None:
         value, want = getattr(cfg, f.name), f.type if isinstance(f.type, type) else _TYPES[f.type]
         if want is float and type(value) is int: setattr(cfg, f.name, value := float(value))
         if want is AnchorData and isinstance(value, dict):
-            if strange := sorted(set(value) - set(ANCHOR_FIELDS)): faults.append(f"anchor_dataset: unknown {', '.join(map(repr, strange))}; known: {', '.join(ANCHOR_FIELDS)}"); continue
+            if strange := sorted(set(value) - set(ANCHOR_FIELDS)):
+                faults.append(f"anchor_dataset: unknown {', '.join(map(repr, strange))}; known: "
+                              f"{', '.join(ANCHOR_FIELDS)}")
+                continue
             setattr(cfg, f.name, value := AnchorData(**value))
         if type(value) is not want:
             faults.append(f"{f.name}: expected {want.__name__}, found {value!r} ({type(value).__name__})")
         elif f.name in CHOICES and value not in CHOICES[f.name]:
-            faults.append(f"{f.name}: expected one of {', '.join(c or '(empty)' for c in CHOICES[f.name])}; found {value!r}")
+            faults.append(f"{f.name}: expected one of {', '.join(c or '(empty)' for c in CHOICES[f.name])}; "
+                          f"found {value!r}")
         elif f.name in RANGES and not RANGES[f.name][0] <= value <= RANGES[f.name][1] or value in (math.inf, -math.inf):
             lo, hi = RANGES.get(f.name, (0, math.inf))
             faults.append(f"{f.name}: expected a finite number "
@@ -197,8 +209,8 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.epsilon_schedule == "geometric" and min(cfg.epsilon_start, cfg.epsilon_end) <= 0:
         faults.append("epsilon_schedule: geometric needs epsilon_start and epsilon_end above 0")
     if cfg.epsilon_unit == "relative" and cfg.distance not in ("", "mse"):
-        faults.append(f"epsilon_unit: relative counts in the teacher's variance, the unit of distance=mse; found distance={cfg.distance}: "
-                      "set epsilon_unit=raw or auto, or distance=mse")
+        faults.append(f"epsilon_unit: relative counts in the teacher's variance, the unit of distance=mse; "
+                      f"found distance={cfg.distance}: set epsilon_unit=raw or auto, or distance=mse")
     if cfg.anchor_micro_batch and cfg.anchor_batch_size % cfg.anchor_micro_batch:
         faults.append(f"anchor_micro_batch: expected a divisor of anchor_batch_size={cfg.anchor_batch_size}, "
                       f"found {cfg.anchor_micro_batch}")
@@ -206,15 +218,18 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.view_epsilons and cfg.epsilon_unit == "auto":
         faults.append("view_epsilons: epsilon_unit=auto takes epsilon_fraction for every view; use raw or relative")
     if cfg.share > cfg.share_max: faults.append(f"share: expected at most share_max={cfg.share_max}, found {cfg.share}")
-    if cfg.require_budget and not (cfg.heldout_cache_dir or cfg.heldout_fraction > 0 or cfg.heldout_fraction < 0 and "share" in (cfg.controller, cfg.method)):
-        faults.append("require_budget: a budget is judged on held-out anchors; set heldout_fraction above 0, or heldout_cache_dir")
+    if cfg.require_budget and not (cfg.heldout_cache_dir or cfg.heldout_fraction > 0 or cfg.heldout_fraction < 0
+                                   and "share" in (cfg.controller, cfg.method)):
+        faults.append("require_budget: a budget is judged on held-out anchors; set heldout_fraction above 0, "
+                      "or heldout_cache_dir")
     if cfg.require_budget and "share" in (cfg.controller, cfg.method) and not cfg.budget and cfg.epsilon_unit != "auto":
         faults.append("require_budget: there is none; set budget above 0")
     if cfg.controller in ("landing", "share") and not cfg.shared_lambda:
         faults.append(f"controller: {cfg.controller} reads ‖r‖, which with shared_lambda=false already carries the λs; "
                       "expected shared_lambda=true, or one of ascent, ema, pi")
     if cfg.teacher and cfg.anchor_dataset.prompts_file:
-        faults.append("anchor_dataset.prompts_file: frames that a teacher answers keep their own instructions; build a cache with craft-build-cache --prompts_file")
+        faults.append("anchor_dataset.prompts_file: frames that a teacher answers keep their own instructions; "
+                      "build a cache with craft-build-cache --prompts_file")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults
 
@@ -256,4 +271,5 @@ def unknown_field(name: str) -> str:
     "The sentence that refuses an unknown field and points at the nearest known one."
     from difflib import get_close_matches
     near = get_close_matches(name, FIELD_NAMES, n=1)
-    return f"unknown field {name!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(FIELD_NAMES)}")
+    return (f"unknown field {name!r}"
+            + (f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(FIELD_NAMES)}"))

@@ -49,14 +49,16 @@ class CraftTrainConfig(TrainPipelineConfig):
                 raise ValueError(f"{name}: craft-train fine-tunes policies on this machine and does not take it; "
                                  "use lerobot-train")
 
-LEAST = dict(steps=1, batch_size=1, num_workers=0, prefetch_factor=1, save_freq=0, log_freq=0, env_eval_freq=0, eval_steps=0,
-             max_eval_samples=0)
+LEAST = dict(steps=1, batch_size=1, num_workers=0, prefetch_factor=1, save_freq=0, log_freq=0, env_eval_freq=0,
+             eval_steps=0, max_eval_samples=0)
 
 def check_counts(cfg: CraftTrainConfig) -> None:
     "Refuse by name what would count backwards, and what would only be noticed after everything is loaded."
-    if wrong := [f"{n}: expected {'0 (never) or more' if n.endswith(('freq', 'eval_steps')) else f'at least {least}'}, found {getattr(cfg, n)}"
-                 for n, least in LEAST.items() if getattr(cfg, n) < least]: raise ValueError("; ".join(wrong))
-    if cfg.seed is not None and not 0 <= cfg.seed < 2**32: raise ValueError(f"seed: expected 0 … {2**32 - 1}, or null, found {cfg.seed}")
+    if wrong := [f"{n}: expected {'0 (never) or more' if n.endswith(('freq', 'eval_steps')) else f'at least {least}'}, "
+                 f"found {getattr(cfg, n)}" for n, least in LEAST.items() if getattr(cfg, n) < least]:
+        raise ValueError("; ".join(wrong))
+    if cfg.seed is not None and not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"seed: expected 0 … {2**32 - 1}, or null, found {cfg.seed}")
     if not cfg.wandb.enable: return
     if cfg.wandb.mode not in (None, *(modes := ("online", "offline", "disabled"))):
         raise ValueError(f"wandb.mode: expected one of {', '.join(modes)}, found {cfg.wandb.mode!r}")
@@ -65,8 +67,10 @@ def check_counts(cfg: CraftTrainConfig) -> None:
 ANCHORS = "anchors"  # folder of the anchors that a run built for itself, in its output folder
 
 def begun(cfg: CraftTrainConfig) -> bool:
-    "Is the output folder there, and holds nothing but anchors that an earlier call of a run with `--craft.anchor_dataset` was building?"
-    if cfg.resume or not cfg.output_dir or not cfg.craft.anchor_dataset.repo_id or not Path(cfg.output_dir).is_dir(): return False
+    """Is the output folder there, and holds nothing but anchors that an earlier call of a run with
+    `--craft.anchor_dataset` was building?"""
+    if cfg.resume or not cfg.output_dir or not cfg.craft.anchor_dataset.repo_id or not Path(cfg.output_dir).is_dir():
+        return False
     there = {p.name for p in Path(cfg.output_dir).iterdir()} - {LOCK}
     return bool(there) and all(n == ANCHORS or n.startswith(f".{ANCHORS}.") and n.endswith(".new") for n in there)
 
@@ -89,11 +93,13 @@ def missing_parts(cfg: PreTrainedConfig) -> list[str]:
         return [f"{name}/{f} ({why}): not in the hub cache, and HF_HUB_OFFLINE is set"
                 for f in files if not isinstance(try_to_load_from_cache(str(name), f), str)]
     out = []
-    weights = ["adapter_config.json", "adapter_model.safetensors"] if getattr(cfg, "use_peft", False) else ["model.safetensors"]
+    weights = (["adapter_config.json", "adapter_model.safetensors"] if getattr(cfg, "use_peft", False)
+               else ["model.safetensors"])
     if cfg.pretrained_path:
         out += absent(str(cfg.pretrained_path),
                       ["config.json", *weights, "policy_preprocessor.json", "policy_postprocessor.json"], "policy")
-    for attr, files in (("text_tokenizer_name", ["tokenizer_config.json"]), ("action_tokenizer_name", ["processor_config.json"]),
+    for attr, files in (("text_tokenizer_name", ["tokenizer_config.json"]),
+                        ("action_tokenizer_name", ["processor_config.json"]),
                         ("vlm_model_name", ["config.json", "tokenizer_config.json"])):
         if name := getattr(cfg, attr, None): out += absent(str(name), files, attr)
     return out
@@ -102,10 +108,12 @@ def require_local(path: str | Path) -> None:
     "Refuse a policy folder that is not there before LeRobot asks a hub for it."
     folder = Path(follow(as_path(path)))
     if not (folder / "config.json").is_file() and (constants.HF_HUB_OFFLINE or is_path(str(path)) or folder.exists()):
-        raise FileNotFoundError(f"no policy at {path}: expected a LeRobot checkpoint folder (…/pretrained_model) with config.json"
-                                + kind_of(folder) + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE and not folder.exists() else ""))
+        raise FileNotFoundError(
+            f"no policy at {path}: expected a LeRobot checkpoint folder (…/pretrained_model) with config.json"
+            + kind_of(folder) + (", HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE and not folder.exists() else ""))
     if (folder / "config.json").is_file() and not isinstance(read_json(folder / "config.json").get("type"), str):
-        raise ValueError(f"{folder / 'config.json'}: expected a LeRobot policy's, with its type; found that of another model")
+        raise ValueError(f"{folder / 'config.json'}: expected a LeRobot policy's, with its type; "
+                         "found that of another model")
 
 def require_parts(cfg: PreTrainedConfig) -> None:
     "Raise `FileNotFoundError` naming all of them. A path through a pointer file becomes that of the checkpoint."
@@ -117,8 +125,11 @@ def require_parts(cfg: PreTrainedConfig) -> None:
 def localise(dataset: DatasetConfig) -> DatasetConfig:
     "If `repo_id` is a data set's folder on this machine, use it as `root`."
     if len(names := several(dataset.repo_id)) != 1 or len(several(dataset.root)) > 1:
-        if names or dataset.root is None: raise ValueError("dataset.repo_id: expected the name or the folder of a data set, found "
-            + ("nothing" if not names else f"{len(names)} ({', '.join(names)}): craft-build-cache and --craft.anchor_dataset take several; for one to train on, merge them with lerobot-edit-dataset --operation.type=merge"))
+        if names or dataset.root is None:
+            raise ValueError("dataset.repo_id: expected the name or the folder of a data set, found "
+                             + ("nothing" if not names else f"{len(names)} ({', '.join(names)}): "
+                                "craft-build-cache and --craft.anchor_dataset take several; for one to train on, "
+                                "merge them with lerobot-edit-dataset --operation.type=merge"))
     dataset.repo_id, dataset.root = (names or [dataset.repo_id])[0], (several(dataset.root) or [None])[0]
     folder = Path(at_home(dataset).repo_id)
     if dataset.root is None and (folder / "meta" / "info.json").is_file():
@@ -126,9 +137,11 @@ def localise(dataset: DatasetConfig) -> DatasetConfig:
     here = dataset.root if constants.HF_HUB_OFFLINE else None
     if dataset.root is None and is_path(dataset.repo_id): here = dataset.repo_id
     if here and not (Path(here) / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"no data set at {here}: expected a LeRobot data set's folder, with meta/info.json{kind_of(here)}")
+        raise FileNotFoundError(f"no data set at {here}: expected a LeRobot data set's folder, "
+                                f"with meta/info.json{kind_of(here)}")
     if dataset.root is None and constants.HF_HUB_OFFLINE and not dataset.revision and data_root(dataset) is None:
-        raise FileNotFoundError(f"no data set {dataset.repo_id!r} on this machine, and HF_HUB_OFFLINE is set: give the folder of one, with meta/info.json, as repo_id or root{kind_of(dataset.repo_id)}")
+        raise FileNotFoundError(f"no data set {dataset.repo_id!r} on this machine, and HF_HUB_OFFLINE is set: give the "
+                                f"folder of one, with meta/info.json, as repo_id or root{kind_of(dataset.repo_id)}")
     require_episodes(dataset)
     return dataset
 
@@ -143,53 +156,68 @@ def each_dataset(cfg: DatasetConfig) -> list[DatasetConfig]:
     "The data sets that `repo_id` and `root` name: one, or as many as their lists have. Raises `ValueError`."
     names, roots = several(cfg.repo_id), several(cfg.root)
     if max(len(names), len(roots)) < 2: return [localise(cfg)]
-    if roots and len(roots) != len(names): raise ValueError(f"dataset.root: expected as many folders as dataset.repo_id has names ({len(names)}), in their order, or none; found {len(roots)}")
-    if cfg.episodes is not None: raise ValueError(f"dataset.episodes: which of the {len(names)} data sets is meant cannot be said; choose with --tasks, or build one cache of each and join them with craft-cache merge")
-    out = [localise(replace(cfg, repo_id=os.path.expanduser(n), root=r)) for n, r in zip(names, roots or [None] * len(names), strict=True)]
+    if roots and len(roots) != len(names):
+        raise ValueError(f"dataset.root: expected as many folders as dataset.repo_id has names ({len(names)}), "
+                         f"in their order, or none; found {len(roots)}")
+    if cfg.episodes is not None:
+        raise ValueError(f"dataset.episodes: which of the {len(names)} data sets is meant cannot be said; "
+                         "choose with --tasks, or build one cache of each and join them with craft-cache merge")
+    out = [localise(replace(cfg, repo_id=os.path.expanduser(n), root=r))
+           for n, r in zip(names, roots or [None] * len(names), strict=True)]
     where = [str(Path(d.root).resolve()) if d.root else d.repo_id for d in out]
-    if twice := [n for n, w in zip(names, where, strict=True) if where.count(w) > 1]: raise ValueError(f"dataset.repo_id: {twice[0]} is given twice")
+    if twice := [n for n, w in zip(names, where, strict=True) if where.count(w) > 1]:
+        raise ValueError(f"dataset.repo_id: {twice[0]} is given twice")
     return out
 
 def require_episodes(cfg: DatasetConfig) -> None:
-    "Refuse episodes that a data set on this machine does not have, and files that its metadata name and that are not there."
+    """Refuse episodes that a data set on this machine does not have, and files that its metadata name and that are not
+    there."""
     if (root := data_root(cfg)) is None: return
     total = (info := read_info(root))["total_episodes"]
     if wrong := [e for e in cfg.episodes or () if not 0 <= e < total]:
-        raise ValueError(f"dataset.episodes: {', '.join(map(str, wrong))} of {cfg.episodes} {'is' if len(wrong) == 1 else 'are'} not there: "
-                         f"{root} has episodes 0 … {total - 1}")
-    if cfg.episodes is not None and not cfg.episodes: raise ValueError("dataset.episodes: expected at least one episode, found []")
-    if twice := [e for e in dict.fromkeys(cfg.episodes or ()) if cfg.episodes.count(e) > 1]: raise ValueError(f"dataset.episodes: {', '.join(map(str, twice))} of {cfg.episodes} stands there twice")
+        raise ValueError(f"dataset.episodes: {', '.join(map(str, wrong))} of {cfg.episodes} "
+                         f"{'is' if len(wrong) == 1 else 'are'} not there: {root} has episodes 0 … {total - 1}")
+    if cfg.episodes is not None and not cfg.episodes:
+        raise ValueError("dataset.episodes: expected at least one episode, found []")
+    if twice := [e for e in dict.fromkeys(cfg.episodes or ()) if cfg.episodes.count(e) > 1]:
+        raise ValueError(f"dataset.episodes: {', '.join(map(str, twice))} of {cfg.episodes} stands there twice")
     if cfg.streaming: return
     if not (lost := missing_files(root, info, cfg.episodes)): return check_files(root, info)
     if cfg.repo_id.startswith("local/") or constants.HF_HUB_OFFLINE: raise FileNotFoundError(lost_files(root, lost))
 
 def lost_files(root: Path, lost: list[str]) -> str:
     more = f"\n  and {len(lost) - 8} more" if len(lost) > 8 else ""
-    return f"the data set in {root} is not complete, missing are:\n  " + "\n  ".join(lost[:8]) + more + "\nRestore the files, or leave those episodes out with --dataset.episodes"
+    return (f"the data set in {root} is not complete, missing are:\n  " + "\n  ".join(lost[:8]) + more
+            + "\nRestore the files, or leave those episodes out with --dataset.episodes")
 
 def or_say_what_is_lost(cfg: DatasetConfig, load):
     "`load()`; if it fails, and files of the data set are missing on this machine, these are named."
     try: return load()
     except Exception as e:
         root = data_root(cfg)
-        lost = missing_files(root, json.loads((root / "meta" / "info.json").read_text()), cfg.episodes) if root and not cfg.streaming else []
+        lost = (missing_files(root, json.loads((root / "meta" / "info.json").read_text()), cfg.episodes)
+                if root and not cfg.streaming else [])
         if not lost and not type(e).__module__.startswith(("datasets.", "pyarrow.")): raise
         if not lost:
             why = e
             while why.__cause__ is not None: why = why.__cause__
-            raise ValueError(f"{root or cfg.repo_id}: LeRobot cannot open the data set ({type(why).__name__}: {' '.join(str(why).split())[:300]})") from e
-        raise FileNotFoundError(f"{lost_files(root, lost)}\n(a hub was asked for them: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
+            raise ValueError(f"{root or cfg.repo_id}: LeRobot cannot open the data set ({type(why).__name__}: "
+                             f"{' '.join(str(why).split())[:300]})") from e
+        raise FileNotFoundError(f"{lost_files(root, lost)}\n(a hub was asked for them: {type(e).__name__}: "
+                                f"{str(e).splitlines()[0] if str(e) else ''})") from e
 
 # %% ../nbs/10f_configs.ipynb #7ccfdffd
 def missing_files(root: Path, info: dict, episodes: list[int] | None = None) -> list[str]:  # lines
-    "Metadata, data and videos of `episodes` (all: None) that are not in a data set's folder, or that hold no row of an episode."
+    """Metadata, data and videos of `episodes` (all: None) that are not in a data set's folder, or that hold no row of
+    an episode."""
     import pyarrow.parquet as pq
     def read(path, columns=None):
         try: return pq.read_table(path, columns=columns)
-        except (OSError, ValueError) as e: raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0][:160]}); restore the file") from None
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{path}: cannot be read ({str(e).splitlines()[0][:160]}); restore the file") from None
     meta = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
-    out = [f"{p} (metadata)" for p in (["meta/tasks.parquet"] if not (root / "meta" / "tasks.parquet").is_file() else [])
-           + (["meta/episodes/*/*.parquet"] if not meta else [])]
+    out = [f"{p} (metadata)" for p in (["meta/tasks.parquet"] if not (root / "meta" / "tasks.parquet").is_file()
+                                       else []) + (["meta/episodes/*/*.parquet"] if not meta else [])]
     if not meta: return out
     videos = [k for k, f in info["features"].items() if f["dtype"] == "video"]
     places = {"": ("data_path", "data"), **{v: ("video_path", f"videos/{v}") for v in videos}}
@@ -200,13 +228,15 @@ def missing_files(root: Path, info: dict, episodes: list[int] | None = None) -> 
     files = defaultdict(list)
     for r in (r for r in rows if r["episode_index"] in set(wanted)):
         for key, (pattern, place) in places.items():
-            name = info[pattern].format(video_key=key, chunk_index=r[f"{place}/chunk_index"], file_index=r[f"{place}/file_index"])
+            name = info[pattern].format(video_key=key, chunk_index=r[f"{place}/chunk_index"],
+                                        file_index=r[f"{place}/file_index"])
             files[name, key].append(r["episode_index"])
     for (name, key), which in sorted(files.items()):
         if not (root / name).is_file(): out.append(f"{name} (episode{'s' * (len(which) > 1)} {_ranges(which)})")
         elif not key:
             has = set(read(root / name, ["episode_index"])["episode_index"].unique().to_pylist())
-            if gone := [e for e in which if e not in has]: out.append(f"{name}: no frame of episode{'s' * (len(gone) > 1)} {_ranges(gone)}")
+            if gone := [e for e in which if e not in has]:
+                out.append(f"{name}: no frame of episode{'s' * (len(gone) > 1)} {_ranges(gone)}")
     return out
 
 def _ranges(numbers) -> str:  # 0 … 3, 7

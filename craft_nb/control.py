@@ -17,19 +17,22 @@ from contextlib import contextmanager
 HOOKS = ("before_fit", "before_step", "after_step", "on_event", "after_fit", "on_error")
 
 class Callback:
-    "Base of callbacks: override any of the hooks below. Lower `order` runs first. Other public methods raise `TypeError`."
+    """Base of callbacks: override any of the hooks below. Lower `order` runs first. Other public methods raise
+    `TypeError`."""
     order = 0
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         strange = [n for n, f in vars(cls).items()
                    if callable(f) and n.startswith(("before_", "after_", "on_")) and n not in HOOKS]
-        if strange: raise TypeError(f"{cls.__name__}: unknown hooks {strange}; a callback may define {', '.join(HOOKS)}")
+        if strange:
+            raise TypeError(f"{cls.__name__}: unknown hooks {strange}; a callback may define {', '.join(HOOKS)}")
 
     def before_fit(self, trainer): "Before the first step."
     def before_step(self, trainer): "Before each step; `trainer.step` steps are done."
     def after_step(self, trainer, record: dict): "After each step, with its record."
-    def on_event(self, trainer, row: dict): "Something other than a step: start, resume, control, checkpoint, end, error."
+    def on_event(self, trainer, row: dict):
+        "Something other than a step: start, resume, control, checkpoint, end, error."
     def after_fit(self, trainer): "After the last step, also when training was stopped."
     def on_error(self, trainer, error: BaseException): "Training ended with `error`, which is raised afterwards."
 
@@ -60,9 +63,11 @@ class Control:
         "Ask for a new value of a knob. Raises `ValueError` for an unknown one or a value it cannot take."
         if name not in self.KNOBS: raise ValueError(f"unknown knob {name!r}: expected one of {', '.join(self.KNOBS)}")
         words = self.KNOBS[name]
-        ok = value in words if isinstance(words[0], str) else isinstance(value, (int, float)) and words[0] <= value < words[1]
+        ok = (value in words if isinstance(words[0], str)
+              else isinstance(value, (int, float)) and words[0] <= value < words[1])
         if not ok:
-            raise ValueError(f"{name}: expected {' | '.join(words) if isinstance(words[0], str) else 'a finite number ≥ 0'}, "
+            raise ValueError(f"{name}: expected "
+                             f"{' | '.join(words) if isinstance(words[0], str) else 'a finite number ≥ 0'}, "
                              f"found {value!r}")
         with self._lock: self._changes[name] = value
 

@@ -30,38 +30,49 @@ def read_json(file: Path, what: type = dict) -> dict:
     "A JSON file of a data set. Raises `ValueError` that names it if it holds something else."
     try: x = json.loads(file.read_bytes().decode())
     except ValueError as e: raise ValueError(f"{file}: is not JSON ({e}); restore the file") from None
-    if not isinstance(x, what): raise ValueError(f"{file}: expected a JSON object, found a {type(x).__name__}; restore the file")
+    if not isinstance(x, what):
+        raise ValueError(f"{file}: expected a JSON object, found a {type(x).__name__}; restore the file")
     return x
 
 def check_format(version, root: Path) -> None:
     "Refuse a data set of an older or newer format than LeRobot reads here, with what to do."
     number = str(version).removeprefix("v").split(".")[0] if isinstance(version, str) else ""
-    if not number.isdigit(): raise ValueError(f"{root}: meta/info.json says codebase_version {version!r}; expected one such as v{READS}.0")
+    if not number.isdigit():
+        raise ValueError(f"{root}: meta/info.json says codebase_version {version!r}; expected one such as v{READS}.0")
     if int(number) == READS: return
-    if int(number) > READS: raise ValueError(f"{root}: the data set is in format {version}, newer than v{READS} that this LeRobot reads: update lerobot, or take an older copy")
+    if int(number) > READS:
+        raise ValueError(f"{root}: the data set is in format {version}, newer than v{READS} that this LeRobot reads: "
+                         "update lerobot, or take an older copy")
     last = "" if str(version).startswith("v2.1") else " of an older LeRobot (0.3 brings it to v2.1), then"
-    raise ValueError(f"{root}: the data set is in format {version}, LeRobot reads v{READS}.0 here: convert a copy of it with the converter{last} "
-                     "python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME --root=FOLDER --push-to-hub=false")
+    raise ValueError(f"{root}: the data set is in format {version}, LeRobot reads v{READS}.0 here: convert a copy of "
+                     f"it with the converter{last} python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME "
+                     "--root=FOLDER --push-to-hub=false")
 
 def kind_of(folder: str | Path) -> str:
     "What a folder holds that was taken for another, as the end of a message; empty if nobody can tell."
-    known = {"meta/info.json": "a LeRobot data set", "anchors.json": "an anchor cache", "config.json": "a policy", "pretrained_model/config.json": "a checkpoint, whose policy is in pretrained_model"}
+    known = {"meta/info.json": "a LeRobot data set", "anchors.json": "an anchor cache", "config.json": "a policy",
+             "pretrained_model/config.json": "a checkpoint, whose policy is in pretrained_model"}
     if Path(folder).is_file(): return f"; {folder} is a file"
     return next((f"; {folder} is {what}" for file, what in known.items() if (Path(folder) / file).is_file()), "")
 
 def read_info(root: str | Path) -> dict:
-    "`meta/info.json` of a data set's folder. Raises `ValueError` for a format, rate, count or feature that LeRobot could not use."
+    """`meta/info.json` of a data set's folder. Raises `ValueError` for a format, rate, count or feature that LeRobot
+    could not use."""
     info, file = read_json(Path(root) / "meta" / "info.json"), Path(root) / "meta" / "info.json"
     check_format(info.get("codebase_version"), Path(root))
     fps, faults = info.get("fps"), []
-    if type(fps) not in (int, float) or not 0 < fps < math.inf: faults.append(f"fps: expected frames a second above 0, found {fps!r}")
+    if type(fps) not in (int, float) or not 0 < fps < math.inf:
+        faults.append(f"fps: expected frames a second above 0, found {fps!r}")
     for k in ("total_episodes", "total_frames", "total_tasks"):
         if type(n := info.get(k, 0)) is not int or n < 0: faults.append(f"{k}: expected a whole number, found {n!r}")
     features = info.get("features")
-    if not isinstance(features, dict) or not features: faults.append(f"features: expected the data set's observations and actions, found {'none' if not features else repr(features)[:60]}")
+    if not isinstance(features, dict) or not features:
+        faults.append(f"features: expected the data set's observations and actions, "
+                      f"found {'none' if not features else repr(features)[:60]}")
     for k, f in features.items() if isinstance(features, dict) else ():
         d = f.get("shape") if isinstance(f, dict) else None
-        if not isinstance(f, dict) or not isinstance(f.get("dtype"), str) or not isinstance(d, list) or not all(type(n) is int and n >= 0 for n in d):
+        if (not isinstance(f, dict) or not isinstance(f.get("dtype"), str) or not isinstance(d, list)
+            or not all(type(n) is int and n >= 0 for n in d)):
             faults.append(f"features: {k} needs a dtype and a shape such as [6], found {str(f)[:80]}")
     if faults: raise ValueError(f"{file}: " + "; ".join(faults) + ". Restore the file, or correct it")
     if not info.get("total_episodes"): raise ValueError(f"{root}: this data set has no episode: record some")
@@ -72,21 +83,29 @@ def parquet(file: Path):  # a pyarrow ParquetFile
     "An open table. Raises `ValueError` that names the file if it is damaged."
     import pyarrow.parquet as pq
     try: return pq.ParquetFile(file)
-    except (OSError, ValueError) as e: raise ValueError(f"{file}: cannot be read ({str(e).splitlines()[0][:160]}); restore the file") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{file}: cannot be read ({str(e).splitlines()[0][:160]}); restore the file") from None
 
 def column_faults(file: Path, features: dict) -> list[str]:
     "Columns of a table against the features of its data set."
     table, out = parquet(file), []
     have, said = set(table.schema_arrow.names), {k for k, f in features.items() if f["dtype"] != "video"}
-    out += [f"{file}: meta/info.json names the feature {k}, which has no column here: restore the file, or take the feature out" for k in sorted(said - have)]
-    out += [f"{file}: the column {k} is no feature of meta/info.json: restore that file, or name the feature there" for k in sorted(have - said)]
-    sizes = {k: math.prod(features[k]["shape"]) for k in sorted(have & said) if np.dtype(_numpy(features[k]["dtype"]) or "O").kind in "fiub"}
+    out += [f"{file}: meta/info.json names the feature {k}, which has no column here: restore the file, "
+            f"or take the feature out" for k in sorted(said - have)]
+    out += [f"{file}: the column {k} is no feature of meta/info.json: restore that file, or name the feature there"
+            for k in sorted(have - said)]
+    sizes = {k: math.prod(features[k]["shape"]) for k in sorted(have & said)
+             if np.dtype(_numpy(features[k]["dtype"]) or "O").kind in "fiub"}
     if not table.metadata.num_rows or not sizes: return out
     row = next(table.iter_batches(batch_size=1, columns=[*sizes])).to_pylist()[0]
     for k, d in sizes.items():
         try: x = np.asarray(row[k], float)
-        except (TypeError, ValueError): out.append(f"{file}: {k} holds {str(row[k])[:40]!r}, expected {d} number{'s' * (d != 1)}"); continue
-        if x.size != d: out.append(f"{file}: {k} has {x.size} number{'s' * (x.size != 1)} a frame, meta/info.json says {d}: correct the one that is wrong")
+        except (TypeError, ValueError):
+            out.append(f"{file}: {k} holds {str(row[k])[:40]!r}, expected {d} number{'s' * (d != 1)}")
+            continue
+        if x.size != d:
+            out.append(f"{file}: {k} has {x.size} number{'s' * (x.size != 1)} a frame, meta/info.json says {d}: "
+                       "correct the one that is wrong")
     return out
 
 def _numpy(name: str):
@@ -94,35 +113,45 @@ def _numpy(name: str):
     except TypeError: return None
 
 def check_files(root: str | Path, info: dict) -> None:
-    "Refuse a data set whose tables are not what `info` says, or whose frames have tasks that nobody named. Raises `ValueError`, one line a fault."
+    """Refuse a data set whose tables are not what `info` says, or whose frames have tasks that nobody named. Raises
+    `ValueError`, one line a fault."""
     root, faults = Path(root), []
     files = sorted((root / "data").glob("*/*.parquet"))
     for file in files: faults += column_faults(file, info["features"])
     if (stats := root / "meta" / "stats.json").is_file():
         wrong = [k for k, v in read_json(stats).items() if not isinstance(v, dict)]
         faults += [f"{stats}: expected an object of statistics for {k}: restore the file" for k in wrong]
-    if faults: raise ValueError("\n  ".join(["the data set's files do not fit each other:"] * (len(faults) > 1) + faults[:8]))
-    names = parquet(root / "meta" / "tasks.parquet").read().to_pydict() if (root / "meta" / "tasks.parquet").is_file() else None
+    if faults:
+        raise ValueError("\n  ".join(["the data set's files do not fit each other:"] * (len(faults) > 1) + faults[:8]))
+    names = (parquet(root / "meta" / "tasks.parquet").read().to_pydict() if (root / "meta" / "tasks.parquet").is_file()
+             else None)
     if names is None: return  # missing files are named elsewhere
     places = names.get("task_index")
-    if places is None or places != list(range(len(places))): raise ValueError(f"{root / 'meta' / 'tasks.parquet'}: expected task_index 0, 1, … in this order, found {str(places)[:60]}; restore the file")
+    if places is None or places != list(range(len(places))):
+        raise ValueError(f"{root / 'meta' / 'tasks.parquet'}: expected task_index 0, 1, … in this order, "
+                         f"found {str(places)[:60]}; restore the file")
     for file in files:
-        table = parquet(file).read(columns=[c for c in ("task_index", "episode_index", "frame_index") if c in info["features"]])
+        table = (parquet(file)
+                 .read(columns=[c for c in ("task_index", "episode_index", "frame_index") if c in info["features"]]))
         task = table["task_index"].to_numpy().astype(float)
         if (bad := ~((task >= 0) & (task < len(places)))).any():
             at = {k: table[k][int(bad.argmax())].as_py() for k in table.column_names}
-            raise ValueError(f"{file}: task {at['task_index']} of episode {at.get('episode_index')}{f', frame {f}' if (f := at.get('frame_index')) is not None else ''} is not in meta/tasks.parquet, "
-                             f"which has 0 … {len(places) - 1}: name it there, or correct the number")
+            raise ValueError(
+                f"{file}: task {at['task_index']} of episode "
+                f"{at.get('episode_index')}{f', frame {f}' if (f := at.get('frame_index')) is not None else ''} is not "
+                f"in meta/tasks.parquet, which has 0 … {len(places) - 1}: name it there, or correct the number")
 
 # %% ../nbs/06a_data.ipynb #4a7d0e21
 def handed_on(wrapper, field: str, name: str):
-    "Attribute `name` of what `wrapper` wraps. `AttributeError` while it is being unpickled, in a worker that was spawned, and wraps nothing yet."
+    """Attribute `name` of what `wrapper` wraps. `AttributeError` while it is being unpickled, in a worker that was
+    spawned, and wraps nothing yet."""
     if field not in vars(wrapper): raise AttributeError(name)
     return getattr(vars(wrapper)[field], name)
 
 # %% ../nbs/06a_data.ipynb #58885415
 class Read(torch.utils.data.Dataset):
-    "A LeRobot data set whose damaged frames are named: `ValueError` with feature, file, episode and frame. All else is the data set's own."
+    """A LeRobot data set whose damaged frames are named: `ValueError` with feature, file, episode and frame. All else
+    is the data set's own."""
     def __init__(self, dataset): self.dataset = dataset
     def __getattr__(self, name): return handed_on(self, "dataset", name)
     def __len__(self): return len(self.dataset)
@@ -133,10 +162,12 @@ def read_frame(dataset, i: int) -> dict:
     try: return dataset[i]
     except MemoryError: raise
     except Exception as e:  # every decoder has its own
-        source = next((d for d in (dataset, getattr(dataset, "dataset", None)) if hasattr(getattr(d, "hf_dataset", None), "data")), None)
+        source = next((d for d in (dataset, getattr(dataset, "dataset", None))
+                       if hasattr(getattr(d, "hf_dataset", None), "data")), None)
         if source is None or type(e) is ValueError and ", frame " in str(e): raise
-        raise ValueError(f"{where_of(source, int(i))} cannot be read ({type(e).__name__}: {re.sub(' ?<[^>]* at 0x[0-9a-f]+>', '', (str(e).splitlines() or [''])[0])[:160]}); "
-                         "restore the file, or leave the episode out with --dataset.episodes") from e
+        raise ValueError(f"{where_of(source, int(i))} cannot be read ({type(e).__name__}: "
+                         f"{re.sub(' ?<[^>]* at 0x[0-9a-f]+>', '', (str(e).splitlines() or [''])[0])[:160]}); "
+                         f"restore the file, or leave the episode out with --dataset.episodes") from e
 
 def where_of(dataset, i: int) -> str:
     "Data set, episode, frame and picture of row `i`, for a message."
@@ -144,13 +175,17 @@ def where_of(dataset, i: int) -> str:
     e, f = (table[k][i].as_py() for k in ("episode_index", "frame_index"))
     bad = [k for k in dataset.meta.image_keys if not _opens(table[k][i].as_py(), Path(dataset.root))]
     at = dataset.meta.episodes[e]
-    files = [str(dataset.meta.video_path.format(video_key=k, chunk_index=at[f"videos/{k}/chunk_index"], file_index=at[f"videos/{k}/file_index"])) for k in dataset.meta.video_keys]
+    files = [str(dataset.meta.video_path.format(video_key=k, chunk_index=at[f"videos/{k}/chunk_index"],
+                                                file_index=at[f"videos/{k}/file_index"]))
+             for k in dataset.meta.video_keys]
     return f"{dataset.root}: episode {e}, frame {f}" + (f", {' and '.join(bad or files)}" if bad or files else "")
 
 def _opens(picture, root: Path) -> bool:
     from PIL import Image
     try:
-        with Image.open(io.BytesIO(picture["bytes"]) if picture and picture.get("bytes") else root / picture["path"]) as p: p.load()
+        with Image.open(io.BytesIO(picture["bytes"]) if picture and picture.get("bytes")
+                        else root / picture["path"]) as p:
+            p.load()
     except Exception: return False  # whatever is wrong with it
     return True
 
@@ -163,10 +198,12 @@ class Rows(torch.utils.data.Dataset):
 
 # %% ../nbs/06a_data.ipynb #83fbb92e
 def read_prompts(file: str | Path) -> list[str]:
-    "One prompt a line, empty lines left out; of a `.jsonl` file a text, or the `prompt` of an object. Raises `ValueError` or `OSError` naming the file."
+    """One prompt a line, empty lines left out; of a `.jsonl` file a text, or the `prompt` of an object. Raises
+    `ValueError` or `OSError` naming the file."""
     if not Path(file).is_file(): raise FileNotFoundError(f"prompts_file: no file at {file}: expected one prompt a line")
     try: text = Path(file).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"prompts_file: {file} is not UTF-8 text ({e}); save it as UTF-8") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"prompts_file: {file} is not UTF-8 text ({e}); save it as UTF-8") from None
     lines = [(n, x.strip()) for n, x in enumerate(text.splitlines(), 1) if x.strip()]
     if Path(file).suffix == ".jsonl": lines = [(n, _prompt(x, f"{file}, line {n}")) for n, x in lines]
     if not lines: raise ValueError(f"prompts_file: expected one prompt a line in {file}, found none")
@@ -176,20 +213,26 @@ def _prompt(line: str, where: str) -> str:
     try: x = json.loads(line)
     except ValueError as e: raise ValueError(f"prompts_file: {where} is not JSON ({e})") from None
     x = x.get("prompt") if isinstance(x, dict) else x
-    if not isinstance(x, str) or not x.strip(): raise ValueError(f'prompts_file: {where}: expected a text, or {{"prompt": "…"}}, found {line[:60]}')
+    if not isinstance(x, str) or not x.strip():
+        raise ValueError(f'prompts_file: {where}: expected a text, or {{"prompt": "…"}}, found {line[:60]}')
     return x.strip()
 
 def several(text) -> list[str]:
-    "The values of a flag that may be given more than once, or as a list: `a`, or `[a, b]` with quotes where an item needs them."
+    """The values of a flag that may be given more than once, or as a list: `a`, or `[a, b]` with quotes where an item
+    needs them."""
     if isinstance(text, (list, tuple)): return [str(x) for x in text]
     text = str(text or "")
     if not (text.startswith("[") and text.endswith("]")) or Path(text).exists(): return [text] if text else []
     try: found = json.loads(text)
-    except ValueError: found = next(csv.reader([text[1:-1]], skipinitialspace=True, quotechar="'" if "'" in text and '"' not in text else '"'), [])
+    except ValueError:
+        found = next(csv.reader([text[1:-1]], skipinitialspace=True,
+                                quotechar="'" if "'" in text and '"' not in text else '"'), [])
     return [str(x).strip() for x in found if str(x).strip()]
 
-def find_tasks(wanted: Sequence[str], there: Sequence[str], where: str = "the data set", flag: str = "tasks") -> list[str]:
-    "The tasks of a data set that are wanted, by their words; spaces and case may differ where that leaves one. Raises `ValueError` with those that there are."
+def find_tasks(wanted: Sequence[str], there: Sequence[str], where: str = "the data set",
+               flag: str = "tasks") -> list[str]:
+    """The tasks of a data set that are wanted, by their words; spaces and case may differ where that leaves one. Raises
+    `ValueError` with those that there are."""
     plain, out, lost = (lambda t: " ".join(t.lower().split())), [], []
     for w in wanted:
         like = [t for t in there if t == w] or [t for t in there if plain(t) == plain(w)]
@@ -198,8 +241,10 @@ def find_tasks(wanted: Sequence[str], there: Sequence[str], where: str = "the da
     if not lost: return list(dict.fromkeys(out))
     w, like = lost[0]
     close = difflib.get_close_matches(plain(w), {plain(t): t for t in there}, 1)
-    hint = f"it could be {' or '.join(map(repr, like))}" if like else f"did you mean {next(t for t in there if plain(t) == close[0])!r}?" if close else ""
-    raise ValueError(f"{flag}: no task {w!r} in {where}{f' ({hint})' if hint else ''}; there are " + ", ".join(map(repr, sorted(there))))
+    hint = (f"it could be {' or '.join(map(repr, like))}" if like
+            else f"did you mean {next(t for t in there if plain(t) == close[0])!r}?" if close else "")
+    raise ValueError(f"{flag}: no task {w!r} in {where}{f' ({hint})' if hint else ''}; there are "
+                     + ", ".join(map(repr, sorted(there))))
 
 # %% ../nbs/06a_data.ipynb #55531d6a
 def draw_over(
@@ -210,41 +255,51 @@ def draw_over(
 ) -> list[list[int]]:  # frames of each data set
     "Draw anchors over several data sets, evenly over instructions and their episodes."
     episodes, codes = {}, {}
-    rows = [(k, i, episodes.setdefault((k, e), len(episodes)), codes.setdefault(t, len(codes))) for k, (es, ts) in enumerate(sources) for i, (e, t) in enumerate(zip(es, ts, strict=True))]
+    rows = [(k, i, episodes.setdefault((k, e), len(episodes)), codes.setdefault(t, len(codes)))
+            for k, (es, ts) in enumerate(sources) for i, (e, t) in enumerate(zip(es, ts, strict=True))]
     out = [[] for _ in sources]
-    for r in sample_anchors([r[2] for r in rows], [r[3] for r in rows], num_anchors, seed, stratified): out[rows[r][0]].append(rows[r][1])
+    for r in sample_anchors([r[2] for r in rows], [r[3] for r in rows], num_anchors, seed, stratified):
+        out[rows[r][0]].append(rows[r][1])
     return out
 
 # %% ../nbs/06a_data.ipynb #23c42ac4
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def list_pictures(folder: str | Path, cameras: Sequence[str]) -> list[dict[str, Path]]:  # {camera: file} of each
-    """Pictures of a folder: files in it for a policy with one camera, else a folder for each camera (its full name, or what follows the last dot) with the same file names.
-    Raises `ValueError` or `OSError`."""
+    """Pictures of a folder: files in it for a policy with one camera, else a folder for each camera (its full name, or
+    what follows the last dot) with the same file names. Raises `ValueError` or `OSError`."""
     folder = Path(folder)
     if not folder.is_dir(): raise FileNotFoundError(f"image_dir: no folder at {folder}")
-    def of(d): return {p.stem: p for p in sorted(d.iterdir()) if p.suffix.lower() in PICTURES and not p.name.startswith(".")}
-    places = {c: next((d for d in (folder / c, folder / c.rpartition(".")[2]) if d.is_dir()), folder if len(cameras) == 1 else None) for c in cameras}
+    def of(d):
+        return {p.stem: p for p in sorted(d.iterdir()) if p.suffix.lower() in PICTURES and not p.name.startswith(".")}
+    places = {c: next((d for d in (folder / c, folder / c.rpartition(".")[2]) if d.is_dir()),
+                      folder if len(cameras) == 1 else None) for c in cameras}
     if lost := [c for c, d in places.items() if d is None]:
-        raise ValueError(f"image_dir: {folder} has no folder {lost[0].rpartition('.')[2]}: expected one for each camera of the policy ({', '.join(c.rpartition('.')[2] for c in cameras)})")
+        raise ValueError(f"image_dir: {folder} has no folder {lost[0].rpartition('.')[2]}: expected one for each "
+                         f"camera of the policy ({', '.join(c.rpartition('.')[2] for c in cameras)})")
     found = {c: of(d) for c, d in places.items()}
     first = found[cameras[0]]
     if not first: raise ValueError(f"image_dir: no picture ({', '.join(PICTURES)}) in {places[cameras[0]]}")
     for c, f in found.items():
-        if odd := sorted(first.keys() ^ f.keys()): raise ValueError(f"image_dir: {places[c]} and {places[cameras[0]]} have different pictures, such as {odd[0]}: give each moment the same file name for every camera")
+        if odd := sorted(first.keys() ^ f.keys()):
+            raise ValueError(f"image_dir: {places[c]} and {places[cameras[0]]} have different pictures, "
+                             f"such as {odd[0]}: give each moment the same file name for every camera")
     return [{c: found[c][n] for c in cameras} for n in sorted(first)]
 
 class ImageFolder(torch.utils.data.Dataset):
     "Pictures under prompts, each pair a frame: cameras (c, h, w) float in 0 … 1, `observation.state` (d,), `task`."
-    def __init__(self, pictures: Sequence[dict[str, Path]], prompts: Sequence[str], state: Sequence[float] | None = None):
-        self.pictures, self.prompts, self.state = list(pictures), list(prompts), None if state is None else torch.tensor(state, dtype=torch.float32)
+    def __init__(self, pictures: Sequence[dict[str, Path]], prompts: Sequence[str],
+                 state: Sequence[float] | None = None):
+        self.pictures, self.prompts, self.state = (list(pictures), list(prompts),
+                                                   None if state is None else torch.tensor(state, dtype=torch.float32))
         n = len(self.pictures)
         self.episode_index, self.task_index = [i % n for i in range(len(self))], [i // n for i in range(len(self))]
 
     def __len__(self): return len(self.pictures) * len(self.prompts)
     def __getitem__(self, i: int) -> dict:
         told = {} if self.state is None else {"observation.state": self.state}
-        return {c: load_picture(f) for c, f in self.pictures[self.episode_index[i]].items()} | told | dict(task=self.prompts[self.task_index[i]])
+        return ({c: load_picture(f) for c, f in self.pictures[self.episode_index[i]].items()} | told
+                | dict(task=self.prompts[self.task_index[i]]))
 
     def sizes(self) -> dict[str, dict[tuple, Path]]:  # {camera: {(h, w): the first such file}}
         from PIL import Image
@@ -253,24 +308,35 @@ class ImageFolder(torch.utils.data.Dataset):
             for c, f in p.items():
                 try:
                     with Image.open(f) as x: out.setdefault(c, {}).setdefault(x.size[::-1], f)
-                except Exception as e: raise ValueError(f"image_dir: {f} is no picture ({type(e).__name__}); take it out") from None
+                except Exception as e:
+                    raise ValueError(f"image_dir: {f} is no picture ({type(e).__name__}); take it out") from None
         return out
 
     def facts(self, name: str) -> dict:  # `dataset` of a manifest
         "What a cache says of its anchors: names, sizes, prompts, and what each picture holds, hashed."
-        hashes = {str(i): hashlib.sha256(b"".join(f.read_bytes() for f in p.values())).hexdigest()[:16] for i, p in enumerate(self.pictures)}
-        return dict(repo_id=name, revision="", frames=len(self), episodes=len(self.pictures), tasks={str(i): t for i, t in enumerate(self.prompts)}, episode_hashes=hashes,
-                    pictures=[next(iter(p.values())).name for p in self.pictures], state=None if self.state is None else [float(x) for x in self.state])
+        hashes = {str(i): hashlib.sha256(b"".join(f.read_bytes() for f in p.values())).hexdigest()[:16]
+                  for i, p in enumerate(self.pictures)}
+        return dict(repo_id=name, revision="", frames=len(self), episodes=len(self.pictures),
+                    tasks={str(i): t for i, t in enumerate(self.prompts)}, episode_hashes=hashes,
+                    pictures=[next(iter(p.values())).name for p in self.pictures],
+                    state=None if self.state is None else [float(x) for x in self.state])
 
 def load_picture(file: Path) -> torch.Tensor:  # (3, h, w) float in 0 … 1
     from PIL import Image
     try:
-        with Image.open(file) as x: return torch.from_numpy(np.asarray(x.convert("RGB"), np.float32).transpose(2, 0, 1) / 255)
-    except Exception as e: raise ValueError(f"image_dir: {file} cannot be read ({type(e).__name__}: {str(e)[:80]}); take it out") from e
+        with Image.open(file) as x:
+            return torch.from_numpy(np.asarray(x.convert("RGB"), np.float32).transpose(2, 0, 1) / 255)
+    except Exception as e:
+        raise ValueError(f"image_dir: {file} cannot be read ({type(e).__name__}: {str(e)[:80]}); take it out") from e
 
 def usual_state(stats: dict | None, d: int) -> tuple[list[float], str]:  # the state, and what it is
-    "The state of `d` numbers that stands for all: the mean of a feature's statistics, else the middle of their range. Raises `ValueError` where they say nothing."
+    """The state of `d` numbers that stands for all: the mean of a feature's statistics, else the middle of their range.
+    Raises `ValueError` where they say nothing."""
     flat = lambda k: np.asarray(stats[k], np.float64).ravel()
-    for names, what in ((("mean",), "the mean"), (("q01", "q99"), "the middle of the 1st and 99th percentile"), (("q10", "q90"), "the middle of the 10th and 90th percentile"), (("min", "max"), "the middle of the range")):
-        if stats and all(k in stats for k in names) and len(flat(names[0])) == d: return (sum(map(flat, names)) / len(names)).tolist(), f"{what} of the data that the policy knows"
-    raise ValueError(f"state: the policy is told {d} numbers and its checkpoint has no statistics of them: give them with --state=0.1,0.2,…")
+    for names, what in ((("mean",), "the mean"), (("q01", "q99"), "the middle of the 1st and 99th percentile"),
+                        (("q10", "q90"), "the middle of the 10th and 90th percentile"),
+                        (("min", "max"), "the middle of the range")):
+        if stats and all(k in stats for k in names) and len(flat(names[0])) == d:
+            return (sum(map(flat, names)) / len(names)).tolist(), f"{what} of the data that the policy knows"
+    raise ValueError(f"state: the policy is told {d} numbers and its checkpoint has no statistics of them: "
+                     "give them with --state=0.1,0.2,…")

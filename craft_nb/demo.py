@@ -14,7 +14,8 @@ from pathlib import Path
 from . import stages
 from .config import as_path
 from .machine import follow, open_door
-from .stages import ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, register, run_jobs, settings_of, sized, view_of
+from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, register, run_jobs,
+                             settings_of, sized, view_of)
 
 # %% ../nbs/12_demo.ipynb #0b6e2eeb
 open_door(__name__, stages)
@@ -58,17 +59,22 @@ def train_config(run:Run, arm:str, blind:bool=False):
     lr, steps = (s.teacher_lr, s.teacher_steps) if teacher else (s.lr, s.steps)
     policy = s.kind.make(work, blind) if teacher else PreTrainedConfig.from_pretrained(run.result("teacher")["path"])
     if not teacher: policy.pretrained_path = Path(run.result("teacher")["path"])
-    pace = dict(optimizer_lr=lr, optimizer_lr_backbone=lr, scheduler_decay_lr=lr/100, scheduler_warmup_steps=20, scheduler_decay_steps=steps)
+    pace = dict(optimizer_lr=lr, optimizer_lr_backbone=lr, scheduler_decay_lr=lr/100, scheduler_warmup_steps=20,
+                scheduler_decay_steps=steps)
     for k in pace.keys() & {f.name for f in fields(policy)}: setattr(policy, k, pace[k])
     paced = {} if policy.get_scheduler_preset() else dict(  # ACT would keep its rate to the end
-        use_policy_training_preset=False, optimizer=policy.get_optimizer_preset(), scheduler=CosineDecayWithWarmupSchedulerConfig(20, steps, lr, lr/100))
+        use_policy_training_preset=False, optimizer=policy.get_optimizer_preset(),
+        scheduler=CosineDecayWithWarmupSchedulerConfig(20, steps, lr, lr/100))
     tasks = {"teacher": s.old_tasks, "blind": s.tasks}.get(arm, s.new.split(","))
     how = dict((None if teacher else settings_of(arm, s.policy)) or dict(enabled=False))
-    if how.get("method") == "replay": how["method_options"] = f"episodes:{','.join(map(str, parted(run)[0]))},batch_size:{max(1, s.batch_size//2)}"
+    if how.get("method") == "replay":
+        how["method_options"] = f"episodes:{','.join(map(str, parted(run)[0]))},batch_size:{max(1, s.batch_size//2)}"
     if view := how.get("views"): how["anchor_cache_dir"] = str(run.folder/"caches"/view)
-    if how.get("method") == "share": how["heldout_cache_dir"] = str(run.folder/"caches"/"held_out")  # shown while it trains; no budget, so it steers nothing
+    # shown while it trains; no budget, so it steers nothing
+    if how.get("method") == "share": how["heldout_cache_dir"] = str(run.folder/"caches"/"held_out")
     return CraftTrainConfig(
-        dataset=DatasetConfig(work.repo_id, root=str(work.root), episodes=work.episodes(*tasks)), policy=policy, steps=steps,
+        dataset=DatasetConfig(work.repo_id, root=str(work.root), episodes=work.episodes(*tasks)), policy=policy,
+        steps=steps,
         output_dir=run.folder/"runs"/arm.replace(":", "-"), job_name=arm, batch_size=s.batch_size, seed=s.seed,
         num_workers=int(teacher), save_freq=steps, log_freq=0, env_eval_freq=0, craft=CraftConfig(**how), **paced)
 
@@ -96,7 +102,9 @@ def teacher(run:Run):
     "Train a policy from nothing on the old tasks."
     return dict(path=train_arms(run, "teacher", ["teacher"], run.settings.teacher_steps)["teacher"])
 
-SCHEDULE = ("craft:action_tokens", "craft:tokens", "replay", "constant", "origin", "craft:action_logits", "craft:answer", "sft")  # so two workers finish at about the same time
+# so two workers finish at about the same time
+SCHEDULE = ("craft:action_tokens", "craft:tokens", "replay", "constant", "origin", "craft:action_logits",
+            "craft:answer", "sft")
 
 def finetune(run:Run):
     "Fine-tune the teacher on the new task, once with each arm."
@@ -111,12 +119,15 @@ def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes): # {path, 
     from lerobot.configs.default import DatasetConfig
     from craft_nb.lerobot import BuildCacheConfig, build_cache
     work, path, start = workload(run), run.result("teacher")["path"], time.time()
-    policy, dataset = PreTrainedConfig.from_pretrained(path), DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes)
+    policy, dataset = (PreTrainedConfig.from_pretrained(path),
+                       DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes))
     policy.pretrained_path = Path(path)
     number = min(anchors, sum(work.meta.episodes[e]["length"] for e in episodes))
     shutil.rmtree(out, ignore_errors=True)
-    m = build_cache(BuildCacheConfig(dataset, policy, out_dir=str(out), num_anchors=number, views=view, batch_size=32, seed=run.settings.seed,
-                                     allow_undecodable=run.settings.teacher_steps < 200), progress=False)  # a tiny demo's teacher knows nothing
+    # a tiny demo's teacher knows nothing
+    m = build_cache(BuildCacheConfig(dataset, policy, out_dir=str(out), num_anchors=number, views=view, batch_size=32,
+                                     seed=run.settings.seed, allow_undecodable=run.settings.teacher_steps < 200),
+                    progress=False)
     return dict(path=str(out), seconds=time.time() - start, anchors=number, bytes=sum(s["bytes"] for s in m["shards"]))
 
 def cache_job(run_args, name, view, anchors, episodes):
@@ -149,7 +160,8 @@ def evaluate_job(run_args, task, seeds, paths, file):
     env = door(s).open(s, task, len(seeds))
     for arm, path in paths.items():
         torch.manual_seed(seeds[0])  # flow policies draw noise
-        row = dict(task=task, arm=arm, seeds=seeds) | door(s).play(s, env, work.policy(path), work.processors(path), task, seeds)
+        row = dict(task=task, arm=arm, seeds=seeds) | door(s).play(s, env, work.policy(path), work.processors(path),
+                                                                   task, seeds)
         with open(file, "a") as f: f.write(json.dumps(row) + "\n")
     env.close()
 
@@ -176,15 +188,17 @@ def evaluate(run:Run):
     jobs = [(drift_job, ((str(run.folder), run.settings), p), None) for p in paths.values()]
     found = dict(zip(paths, run_jobs(run, "drift", jobs)))
     del found["teacher"]
-    return dict(success=cells(rows), drift={a: d for a, (d, _) in found.items() if d}, arms={a: x for a, (_, x) in found.items()})
+    return dict(success=cells(rows), drift={a: d for a, (d, _) in found.items() if d},
+                arms={a: x for a, (_, x) in found.items()})
 
-def drift_job(run_args, path): # hidden drift on held-out anchors, {} where there are no hidden states; {held_out, train}: drift of the answer
+def drift_job(run_args, path):  # hidden drift on held-out anchors, {} where there are no hidden states; {held_out, train}: drift of the answer
     register()
     from craft_nb.lerobot import anchor_drift
     run = Run(*run_args)
     policy, caches, view = workload(run).policy(path).eval(), run.folder/"caches", run.settings.kind.answer
     held = anchor_drift(policy, caches/"held_out", 32)
-    trained = anchor_drift(policy, caches/view, 32, run.settings.held_out)["losses"][view] if (caches/view).exists() else None
+    trained = (anchor_drift(policy, caches/view, 32, run.settings.held_out)["losses"][view] if (caches/view).exists()
+               else None)
     hidden = ("layers", "vectors", "n", "relative_l2", "cosine", "cka")
     return {k: held[k] for k in hidden if k in held}, dict(held_out=held["losses"][view], train=trained)
 
@@ -196,40 +210,49 @@ def runs_page(run:Run, found:dict): # found: {success, drift} of the evaluate st
     paths, evals = dict(teacher=run.result("teacher")["path"]) | run.result("finetune"), []
     (run.folder/"eval").mkdir(exist_ok=True)
     for arm, name in names.items():
-        seen = dict(policy=paths[arm], success={t: c[arm] for t, c in found["success"].items()}, drift=found["drift"].get(arm))
+        seen = dict(policy=paths[arm], success={t: c[arm] for t, c in found["success"].items()},
+                    drift=found["drift"].get(arm))
         (file := run.folder/"eval"/f"{name}.json").write_text(json.dumps(seen))
         evals.append(f"{name}={file}")
-    return Report([run.folder/"runs"/n for n in names.values() if n != "teacher"], evals=evals, new=run.settings.new.split(","))
+    return Report([run.folder/"runs"/n for n in names.values() if n != "teacher"], evals=evals,
+                  new=run.settings.new.split(","))
 
 # %% ../nbs/12_demo.ipynb #a9e60d7d
 def clip_job(settings, task, seed, actions):
     return door(settings).clip(settings, task, seed, actions)
 
 def evaluated(run:Run): # rows of `evaluate_job`
-    return [json.loads(line) for f in sorted((run.folder/"evaluate").glob("*.jsonl")) for line in f.read_text().splitlines()]
+    return [json.loads(line) for f in sorted((run.folder/"evaluate").glob("*.jsonl"))
+            for line in f.read_text().splitlines()]
 
 def picked(run:Run, rows, arms): # {old task: (seed, {arm: (actions, what was done)})}
-    "For each old task, the starting state that tells most: where plain fine-tuning alone fails, and best where it does the new task."
+    """For each old task, the starting state that tells most: where plain fine-tuning alone fails, and best where it
+    does the new task."""
     plays, out = {}, {}
     for r in rows:
-        for seed, ok, actions, done in zip(r["seeds"], r["success"], r["actions"], r.get("done", r["success"])): plays.setdefault((r["task"], seed), {})[r["arm"]] = ok, actions, done
+        for seed, ok, actions, done in zip(r["seeds"], r["success"], r["actions"], r.get("done", r["success"])):
+            plays.setdefault((r["task"], seed), {})[r["arm"]] = ok, actions, done
     for task in run.settings.old_tasks:
         seeds = sorted(s for t, s in plays if t == task)
         telling = [s for s in seeds if [plays[task, s][a][0] for a in arms] == [a != "sft" for a in arms]]
-        if "sft" in arms: telling.sort(key=lambda s: plays[task, s]["sft"][2] not in run.settings.new.split(","))  # first where the new is done for the old
+        # first where the new is done for the old
+        if "sft" in arms: telling.sort(key=lambda s: plays[task, s]["sft"][2] not in run.settings.new.split(","))
         seed = (telling or seeds)[0]
         out[task] = seed, {a: plays[task, seed][a][1:] for a in arms}
     return out
 
 def clips(run:Run, rows, arms): # {task: {arm: GIF bytes}}
     "For each old task, the episode of each arm from one starting state."
-    picks = [(t, seed, a, actions) for t, (seed, by) in picked(run, rows, arms).items() for a, (actions, _) in by.items()]
-    gifs, out = run_jobs(run, "clips", [(clip_job, (run.settings, t, seed, actions), None) for t, seed, _, actions in picks]), {}
+    picks = [(t, seed, a, actions) for t, (seed, by) in picked(run, rows, arms).items()
+             for a, (actions, _) in by.items()]
+    gifs, out = run_jobs(run, "clips",
+                         [(clip_job, (run.settings, t, seed, actions), None) for t, seed, _, actions in picks]), {}
     for (t, _, a, _), gif in zip(picks, gifs): out.setdefault(t, {})[a] = gif
     return out
 
 def records(run:Run): # {arm: step rows of metrics.jsonl}
-    read = lambda a: [json.loads(x) for x in (run.folder/"runs"/a.replace(":", "-")/"metrics.jsonl").read_text().splitlines()]
+    read = lambda a: [json.loads(x)
+                      for x in (run.folder/"runs"/a.replace(":", "-")/"metrics.jsonl").read_text().splitlines()]
     return {a: [r for r in read(a) if "task_loss" in r] for a in run.settings.arm_names}
 
 def report(run:Run):
@@ -241,13 +264,15 @@ def report(run:Run):
     checked = run.folder/"check_tasks.json"
     size = lambda v: cache_info(run.folder/"caches"/v)["views"][v]["bytes_per_anchor"]
     held = {a: v for a in s.arm_names if (v := view_of(a, s.policy))}
-    views = {v: dict(arm=a, build_seconds=run.result("caches")[v]["seconds"], bytes_per_anchor=size(v), anchors=run.result("caches")[v]["anchors"])
-             for a, v in held.items()}
-    kept = {a: x | dict(projected=sum(bool(r["projected"]) for r in rows[a]), steps=len(rows[a])) for a, x in found["arms"].items()}
+    views = {v: dict(arm=a, build_seconds=run.result("caches")[v]["seconds"], bytes_per_anchor=size(v),
+                     anchors=run.result("caches")[v]["anchors"]) for a, v in held.items()}
+    kept = {a: x | dict(projected=sum(bool(r["projected"]) for r in rows[a]), steps=len(rows[a]))
+            for a, x in found["arms"].items()}
     data = dict(tasks=dict(old=s.old_tasks, new=s.new.split(",")), success=found["success"],
                 minutes=sum(run.minutes().values()), stages=run.minutes(),
                 step_seconds={a: statistics.median(r["seconds"] for r in x) for a, x in rows.items()},
-                drift=found["drift"], views=views, arms=kept, default=s.default if s.default in s.arm_names else None, drift_is=s.kind.drift,
+                drift=found["drift"], views=views, arms=kept, default=s.default if s.default in s.arm_names else None,
+                drift_is=s.kind.drift,
                 settings=asdict(s) | dict(processes=run.workers, cpu=platform.processor() or platform.machine(),
                                           torch=torch.__version__, lerobot=lerobot.__version__))
     if checked.exists(): data["blind"] = json.loads(checked.read_text())["success"]
@@ -274,10 +299,13 @@ def constant_job(run_args, task, seeds, file):
 
 def unchecked(s:Settings): # why check-tasks has nothing to say, None if it has
     if why := door(s).unchecked: return why
-    if not s.kind.sees_grey: return f"{s.policy} has no twin that sees grey pictures; without --policy it looks at the same tasks with pi0_fast's"
+    if not s.kind.sees_grey:
+        return (f"{s.policy} has no twin that sees grey pictures; without --policy it looks at the same tasks "
+                "with pi0_fast's")
 
 def check_tasks(run:Run, limit:float=0.2):
-    "A blind policy and constant actions on every task; `check_tasks.json`. SystemExit if one succeeds more often than `limit`."
+    """A blind policy and constant actions on every task; `check_tasks.json`. SystemExit if one succeeds more often than
+    `limit`."""
     if why := unchecked(run.settings): raise SystemExit(f"check-tasks: {why}")
     for name in ("record", "tokenizers"): run.stage(name)
     s, folder = run.settings, run.folder/"constants"
@@ -285,19 +313,22 @@ def check_tasks(run:Run, limit:float=0.2):
     blind = cells(evaluate_paths(run, "blind", dict(blind=path), s.tasks, s.check_episodes))
     shutil.rmtree(folder, ignore_errors=True); folder.mkdir()
     seeds = list(range(SEED, SEED + s.eval_episodes))
-    jobs = [(constant_job, ((str(run.folder), s), t, seeds, str(folder/f"{t}.jsonl")), folder/f"{t}.jsonl") for t in s.tasks]
+    jobs = [(constant_job, ((str(run.folder), s), t, seeds, str(folder/f"{t}.jsonl")), folder/f"{t}.jsonl")
+            for t in s.tasks]
     run_jobs(run, "constants", jobs, len(jobs)*len(constant_actions()))
     success = {}
     for t in s.tasks:
-        best = max(cells(map(json.loads, (folder/f"{t}.jsonl").read_text().splitlines()))[t].items(), key=lambda x: x[1]["rate"])
+        best = max(cells(map(json.loads, (folder/f"{t}.jsonl").read_text().splitlines()))[t].items(),
+                   key=lambda x: x[1]["rate"])
         success[t] = {"grey images": blind[t]["blind"], "best constant action": best[1]}
         run.say(f"{t}: grey images {blind[t]['blind']['rate']:.0%}, "
                 f"best of {len(constant_actions())} constant actions {best[1]['rate']:.0%} {best[0]}")
     bad = [t for t, c in success.items() if max(x["rate"] for x in c.values()) > limit]
     found = dict(limit=limit, passed=not bad, success=success)
     (run.folder/"check_tasks.json").write_text(json.dumps(found, indent=1))
-    if bad: raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without sight; "
-                             "choose other tasks")
+    if bad:
+        raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without "
+                         "sight; choose other tasks")
 
 # %% ../nbs/12_demo.ipynb #16b76ff3
 DATA = ("old", "new", "episodes", "noise", "episode_length", "spread", "seed")
@@ -310,21 +341,27 @@ STAGES.update(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(tea
 def parse(argv=None):
     p = argparse.ArgumentParser("craft-demo", description="Record, train a teacher, cache its anchors, "
                                 "fine-tune with and without CRaFT, evaluate, report.")
-    p.add_argument("stages", nargs="*", metavar="stage", help=f"{', '.join(STAGES)}, check-tasks; all stages by default")
+    p.add_argument("stages", nargs="*", metavar="stage",
+                   help=f"{', '.join(STAGES)}, check-tasks; all stages by default")
     first = argparse.ArgumentParser(p.prog, add_help=False, allow_abbrev=False)
     for x in (first, p):
         x.add_argument("--workload", choices=WORKLOADS, default="metaworld", help="what is simulated (%(default)s)")
         x.add_argument("--policy", choices=POLICIES, default=Settings.policy, help="what learns it (%(default)s)")
     known = first.parse_known_args(argv)[0]
     name, policy, own = known.workload, known.policy, f"_{known.policy}" if known.policy != Settings.policy else ""
-    if policy not in WORKLOADS[name].policies: p.error(f"--policy={policy}: --workload={name} has settings for {', '.join(WORKLOADS[name].policies)} only")
-    p.add_argument("--folder", default=f"outputs/{WORKLOADS[name].folder}{own}", help="where everything goes (%(default)s)")
-    p.add_argument("--size", choices=WORKLOADS[name].sizes, default="full", help="tiny runs the same code in a minute or two and learns nothing")
+    if policy not in WORKLOADS[name].policies:
+        p.error(f"--policy={policy}: --workload={name} has settings for {', '.join(WORKLOADS[name].policies)} only")
+    p.add_argument("--folder", default=f"outputs/{WORKLOADS[name].folder}{own}",
+                   help="where everything goes (%(default)s)")
+    p.add_argument("--size", choices=WORKLOADS[name].sizes, default="full",
+                   help="tiny runs the same code in a minute or two and learns nothing")
     p.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
     p.add_argument("--again", action="store_true", help="redo the named stages (all by default) and those after them")
     full = sized(name, policy, "full")
     flags = [f for f in fields(full) if f.name not in ("policy", *WORKLOADS[name].unused)]
-    for f in flags: p.add_argument("--" + f.name.replace("_", "-"), type=f.type if callable(f.type) else None, metavar=str(getattr(full, f.name)))
+    for f in flags:
+        p.add_argument("--" + f.name.replace("_", "-"), type=f.type if callable(f.type) else None,
+                       metavar=str(getattr(full, f.name)))
     args = p.parse_args(argv)
     if missing := WORKLOADS[name].missing(): raise SystemExit(f"craft-demo: --workload={name}: {missing}")
     if unknown := set(args.stages) - {*STAGES, "check-tasks"}:
@@ -344,7 +381,8 @@ def parse(argv=None):
     folder = as_path(args.folder).absolute()
     there = next(x for x in (folder, *folder.parents) if x.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        p.error(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another --folder")
+        p.error(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. "
+                "Give another --folder")
     return args, settings
 
 def demo_main(argv=None):
@@ -356,7 +394,8 @@ def demo_main(argv=None):
     todo = args.stages or list(STAGES)
     if args.again:
         names = [n for n in todo if n in STAGES]
-        for n in list(STAGES)[min(map(list(STAGES).index, names), default=len(STAGES)):]: run.marker(n).unlink(missing_ok=True)
+        for n in list(STAGES)[min(map(list(STAGES).index, names), default=len(STAGES)):]:
+            run.marker(n).unlink(missing_ok=True)
     try:
         for name in todo: check_tasks(run) if name == "check-tasks" else run.stage(name)
     finally: run.close()

@@ -48,7 +48,8 @@ class Curve:
 
     def points(self): # (xs, ys)
         "The kept points in data units, for plotting."
-        pts = [(self.x0 + i*self.w, y) for i, a, b in self.bins for y in ((min(a, b),) if self.dots else dict.fromkeys((a, b)))]
+        pts = [(self.x0 + i*self.w, y) for i, a, b in self.bins
+               for y in ((min(a, b),) if self.dots else dict.fromkeys((a, b)))]
         return [x for x, _ in pts], [y for _, y in pts]
 
 # %% ../nbs/08d_drawing.ipynb #4b1fa8fe
@@ -109,10 +110,10 @@ class History:
     def headline(self)->str:
         "The run in one line of text."
         at = f"step {self.step}" + (f" of {self.steps}" if self.steps else "")
-        return f"{self.name + ': ' if self.name else ''}{self.state} at {at} · λ {num(self.last.get('lambda'))} · violation " \
-               f"{num(self.last.get('violation'))} · {self.conflicts} conflicts, {self.projected} projected" \
-               + (f" · {self.skipped} skipped" if self.skipped else "") \
-               + (f"\n{self.error.splitlines()[-1][:110]}" if self.error else "")
+        return (f"{self.name + ': ' if self.name else ''}{self.state} at {at} · λ {num(self.last.get('lambda'))} · "
+                f"violation {num(self.last.get('violation'))} · {self.conflicts} conflicts, {self.projected} projected"
+                + (f" · {self.skipped} skipped" if self.skipped else "")
+                + (f"\n{self.error.splitlines()[-1][:110]}" if self.error else ""))
 
 def change_text(row)->str: # "ε × 0.5"
     "A control change in a few characters."
@@ -225,8 +226,8 @@ def _only(h, title, width, lo, hi, height):
     "What a single run shows below and above its lines: the budget, the violation filled, conflicts, skipped steps."
     c = h.curves
     if title == "violation": # the upper box ends at the zero line, which clips the filled area
-        return (_box(_path(c["floor"], "band", True) + _path(c["floor"], "floor"), width, lo, hi),
-                _box(_path(c["violation"], "violation fill", True), width, 0, hi, f'height="{height*hi/(hi - lo):.2f}"'))
+        return (_box(_path(c["floor"], "band", True) + _path(c["floor"], "floor"), width, lo, hi), _box(
+            _path(c["violation"], "violation fill", True), width, 0, hi, f'height="{height*hi/(hi - lo):.2f}"'))
     if title == "gradient cosine":
         return "", _box("".join(_path(c[n], k) for n, k in (
             ("conflict", "ring"), ("conflict", "hole"), ("projected", "full"))), width, lo, hi)
@@ -237,7 +238,8 @@ def _head(runs, title, note, names):
     "The line of text over a panel: what it shows, the key, and the value now."
     one, key = runs[0] if len(runs) == 1 else None, {"task_loss": "task", "retention_loss": "retention"}
     if one is None: keys = "<span>━ task &nbsp; ╍ retention</span>" if len(names) > 1 else ""
-    elif len(names) > 1: keys = "".join(f'<span class="key {n}">━ {key[n]} {num(one.last.get(n))}</span>' for n in names)
+    elif len(names) > 1:
+        keys = "".join(f'<span class="key {n}">━ {key[n]} {num(one.last.get(n))}</span>' for n in names)
     else: keys = f'<span class="now {names[0]}">{num(one.last.get(names[0]))}</span>'
     if one and title == "violation": note += " · shaded: the budget ε"
     if one and title == "gradient cosine" and one.conflicts:
@@ -254,7 +256,8 @@ def panel(runs, title, note, names, log, height, width)->str:
     lo, hi = span([c for c, _ in lines], () if log or title == "λ" else (0., limit))
     if log: lo = max(lo, hi - 5)
     below, above = _only(one, title, width, lo, hi, height) if one and lines else ("", "")
-    alt = "; ".join(f"{n.replace('_', ' ')} {h.name} {num(h.last.get(n))} at step {h.step}" for h in runs for n in names)
+    alt = "; ".join(f"{n.replace('_', ' ')} {h.name} {num(h.last.get(n))} at step {h.step}" for h in runs
+                    for n in names)
     return (f'{_head(runs, title, note, names)}<div class="plot">'
             f'<svg height="{height}" role="img" aria-label="{html.escape(alt)}">'
             + below + _axis(lo, hi, height, log, limit)
@@ -264,9 +267,9 @@ def panel(runs, title, note, names, log, height, width)->str:
 def _tip(h, r):
     "The hover text of one record."
     how = " projected" if r.get("projected") else " conflict" if r.get("conflict") else ""
-    return (f'{h.name + "  " if h.name else ""}step {r["step"]}\nλ {num(r.get("lambda"), 4)}\n'
-            f'violation {num(r.get("violation"))}  (ε {num(r.get("epsilon"))})\n'
-            f'cosine {num(r.get("cosine"))}{how}\nloss {num(r.get("task_loss"))}  retention {num(r.get("retention_loss"))}')
+    return (f'{h.name + "  " if h.name else ""}step {r["step"]}\nλ {num(r.get("lambda"), 4)}\nviolation '
+            f'{num(r.get("violation"))}  (ε {num(r.get("epsilon"))})\ncosine {num(r.get("cosine"))}{how}\nloss '
+            f'{num(r.get("task_loss"))}  retention {num(r.get("retention_loss"))}')
 
 def _hover(runs, width):
     "64 columns at most, each with its hover text; those of the right half open to the left."
@@ -323,7 +326,8 @@ def status(h, state=None, note="")->str:
     "The status line of one run as HTML; `note` is an error or a warning to show below it."
     state = state or h.state
     sign, colour = STATES[state]
-    v, left = h.last.get("violation"), h.steps and h.pace and state in ("training", "paused") and (h.steps - h.step)*h.pace
+    v, left = (h.last.get("violation"),
+               h.steps and h.pace and state in ("training", "paused") and (h.steps - h.step)*h.pace)
     kv = [("λ", num(h.last.get("lambda"))),
           ("violation", f'<span class="{"bad" if v and v > 0 else ""}">{num(v)}'
                         f'{" over budget" if v and v > 0 else ""}</span>'),

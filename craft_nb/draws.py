@@ -38,9 +38,11 @@ def eval_mode(policy: nn.Module):
 # %% ../nbs/05c_draws.ipynb #01a5012f
 @contextmanager
 def adapters_off(policy: nn.Module) -> Iterator[nn.Module]:
-    "Inside the `with`, a policy as it is without its adapters, if it has any; what was trained is trained again afterwards."
+    """Inside the `with`, a policy as it is without its adapters, if it has any; what was trained is trained again
+    afterwards."""
     for attr in ("module", "_orig_mod"):
-        while not hasattr(policy, "disable_adapter") and isinstance(getattr(policy, attr, None), nn.Module): policy = getattr(policy, attr)
+        while not hasattr(policy, "disable_adapter") and isinstance(getattr(policy, attr, None), nn.Module):
+            policy = getattr(policy, attr)
     if not hasattr(policy, "disable_adapter"):
         yield policy
         return
@@ -52,32 +54,41 @@ def adapters_off(policy: nn.Module) -> Iterator[nn.Module]:
 
 # %% ../nbs/05c_draws.ipynb #af46886f
 def mixed_precision(policy):
-    "The autocast that LeRobot trains this policy under, so that teacher and student compute alike wherever they are called."
+    """The autocast that LeRobot trains this policy under, so that teacher and student compute alike wherever they are
+    called."""
     device, c = next(policy.parameters()).device.type, policy.config
-    if not hasattr(c, "dtype"): return torch.autocast(device, torch.get_autocast_dtype(device), enabled=getattr(c, "use_amp", False))
+    if not hasattr(c, "dtype"):
+        return torch.autocast(device, torch.get_autocast_dtype(device), enabled=getattr(c, "use_amp", False))
     return torch.autocast(device, torch.bfloat16, enabled=c.dtype == "bfloat16")
 
 # %% ../nbs/05c_draws.ipynb #757b8317
 class RowDraws(TorchDispatchMode):
-    """Inside the `with`, row `i` of every random tensor comes from generator `i` of `seeds`, on the CPU; the global generators are left alone.
+    """Inside the `with`, row `i` of every random tensor comes from generator `i` of `seeds`, on the CPU; the global
+    generators are left alone.
     `count` says how many tensors were drawn. A draw without a row a seed raises `RowDrawsError`."""
     def __init__(self, seeds: Sequence[int], salt: int = 0):
         super().__init__()
         self.states, self.count = [torch.Generator().manual_seed((s << 4) + salt).get_state() for s in seeds], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, fused = kwargs or {}, ("attention", "dropout", "rnn", "lstm", "gru")  # these draw nothing in evaluation mode
-        if torch.Tag.nondeterministic_seeded not in func.tags or any(f in func.__name__ for f in fused): return func(*args, **kwargs)
+        # these draw nothing in evaluation mode
+        kwargs, fused = kwargs or {}, ("attention", "dropout", "rnn", "lstm", "gru")
+        if torch.Tag.nondeterministic_seeded not in func.tags or any(f in func.__name__ for f in fused):
+            return func(*args, **kwargs)
         self.count, n = self.count + 1, len(self.states)
         rows = [i for i, a in enumerate(args) if len(_shape(a)) and _shape(a)[0] == n]
-        if not rows: raise RowDrawsError(f"{func} draws a tensor of shape {[_shape(a) for a in args]}, which has no row for each of {n} anchors")
+        if not rows:
+            raise RowDrawsError(f"{func} draws a tensor of shape {[_shape(a) for a in args]}, "
+                                f"which has no row for each of {n} anchors")
         tensors = [a for a in args if isinstance(a, Tensor)]
         device = kwargs.get("device") or (tensors[0].device if tensors else torch.get_default_device())
-        how = kwargs | ({"device": "cpu"} if "device" in kwargs else {}) | ({"generator": None} if "generator" in kwargs else {})
+        how = (kwargs | ({"device": "cpu"} if "device" in kwargs else {})
+               | ({"generator": None} if "generator" in kwargs else {}))
         own, out = torch.get_rng_state(), []
         for i, state in enumerate(self.states):
             torch.set_rng_state(state)
-            out.append(func(*(_row(a, i) if j in rows else a for j, a in enumerate(args)), **(how | {"pin_memory": False} if "pin_memory" in how else how)))
+            out.append(func(*(_row(a, i) if j in rows else a for j, a in enumerate(args)),
+                            **(how | {"pin_memory": False} if "pin_memory" in how else how)))
             self.states[i] = torch.get_rng_state()
         torch.set_rng_state(own)
         drawn = torch.cat(out).to(device)
@@ -93,7 +104,9 @@ class RowDraws(TorchDispatchMode):
 
 class RowDrawsError(RuntimeError): "A policy draws something that the anchors of a batch would share."
 
-def _shape(a): return a.shape if isinstance(a, Tensor) else a if isinstance(a, (list, tuple)) and all(isinstance(i, int) for i in a) else ()
+def _shape(a):
+    return (a.shape if isinstance(a, Tensor) else a
+            if isinstance(a, (list, tuple)) and all(isinstance(i, int) for i in a) else ())
 def _row(a, i): return a[i : i + 1].cpu().clone() if isinstance(a, Tensor) else [1, *a[1:]]
 
 # %% ../nbs/05c_draws.ipynb #f099d80a
@@ -104,22 +117,28 @@ def submodule(policy: nn.Module, path: str) -> nn.Module:
         from difflib import get_close_matches
         names = [n for n, _ in policy.named_modules() if n]
         near = get_close_matches(path, names, 3, 0.5) or [n for n in names if "." not in n]
-        raise ValueError(f"capture: {type(policy).__name__} has no module {path!r}; there are {', '.join(near)}") from None
+        raise ValueError(f"capture: {type(policy).__name__} has no module {path!r}; "
+                         f"there are {', '.join(near)}") from None
 
 def _candidates(policy, but=""):  # "", or the modules that end in actions
     c = getattr(policy, "config", None)
-    dims = {c.action_feature.shape[0], getattr(c, "max_action_dim", None)} if getattr(c, "output_features", None) and c.action_feature else ()
-    found = [n for n, m in policy.named_modules() if getattr(m, "out_features", getattr(m, "out_channels", "")) in dims and n != but]
+    dims = ({c.action_feature.shape[0], getattr(c, "max_action_dim", None)}
+            if getattr(c, "output_features", None) and c.action_feature else ())
+    found = [n for n, m in policy.named_modules()
+             if getattr(m, "out_features", getattr(m, "out_channels", "")) in dims and n != but]
     return f" (out of {', '.join(found[-3:])}?)" if found else ""
 
 @contextmanager
 def captured(policy: nn.Module, path: str, rows: int) -> Iterator[list[Tensor]]:
-    "Inside the `with`, what the module at `path` says in a forward pass, (rows, …); afterwards checked to be one tensor, said once."
+    """Inside the `with`, what the module at `path` says in a forward pass, (rows, …); afterwards checked to be one
+    tensor, said once."""
     out, kind = [], type(submodule(policy, path)).__name__
     hook = submodule(policy, path).register_forward_hook(lambda module, args, y: out.append(y))
     try: yield out
     finally: hook.remove()
-    def bad(found): return ValueError(f"capture={path} ({kind}): expected one tensor of {rows} rows in a forward pass, {found}: name another module{_candidates(policy, path)}")
+    def bad(found):
+        return ValueError(f"capture={path} ({kind}): expected one tensor of {rows} rows in a forward pass, {found}: "
+                          f"name another module{_candidates(policy, path)}")
     if len(out) != 1: raise bad(f"it was called {len(out)} times")
     if not isinstance(out[0], Tensor): raise bad(f"found {type(out[0]).__name__}")
     if out[0].ndim < 2 or len(out[0]) != rows: raise bad(f"found {tuple(out[0].shape)}")
@@ -139,7 +158,8 @@ def replaced(policy: nn.Module, path: str, make: Callable) -> Iterator[None]:
 
 @contextmanager
 def once_a_row(policy: nn.Module, path: str, rows: int, n: int, seen: list | None = None) -> Iterator[None]:
-    "Inside the `with`, the method at `path` runs on every `n`-th of `rows` · `n` rows; its result is repeated. `seen` gets the short result."
+    """Inside the `with`, the method at `path` runs on every `n`-th of `rows` · `n` rows; its result is repeated. `seen`
+    gets the short result."""
     def thin(x): return x[::n] if isinstance(x, Tensor) and x.ndim and len(x) == rows * n else x
     def thick(x): return x.repeat_interleave(n, 0) if isinstance(x, Tensor) and x.ndim and len(x) == rows else x
     def once(own, *args, **kw):
@@ -168,7 +188,8 @@ def unpack_image(q: Tensor, scale: Tensor) -> Tensor:
     lo, steps = _per_channel(scale, q)
     return q.float() / steps + lo
 
-def _per_channel(scale, x): return (scale[..., k].reshape(len(x), *[1] * (x.ndim - 4), x.shape[-3], 1, 1) for k in (0, 1))
+def _per_channel(scale, x):
+    return (scale[..., k].reshape(len(x), *[1] * (x.ndim - 4), x.shape[-3], 1, 1) for k in (0, 1))
 
 def _steps(v):  # offset and steps a unit of the grid that values `v` lie on, or None
     v = v.unique().double()

@@ -71,7 +71,8 @@ def _pi(dual, loss, eps, gradients):
     return dual.config.pi_ki * e + dual.config.pi_kp * (memory["xi"] - xi)
 
 # %% ../nbs/04_dual.ipynb #12cea337
-LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=1.0, memory=0.9, smooth=0.7)  # bench/landing.py measures them
+# bench/landing.py measures them
+LANDING = dict(aim=0.9, ki=0.3, kp=4.0, clip=1.5, low=-4.0, most=1.0, memory=0.9, smooth=0.7)
 
 def _landing(dual, loss, eps, gradients):
     p, memory = LANDING, dual.memory
@@ -124,10 +125,12 @@ def _share(dual, loss, eps, gradients):
 def see_held_out(dual, loss: float) -> None:
     "Tell `share` what L_ret is on held-out anchors now."
     if dual.memory.get("loss", 0.0) > 0 and loss > 0:
-        dual.memory["bias"] = math.exp(_mean(dual.memory, "log_bias", math.log(loss / dual.memory["loss"]), SHARE["bias"]))
+        dual.memory["bias"] = math.exp(_mean(dual.memory, "log_bias", math.log(loss / dual.memory["loss"]),
+                                             SHARE["bias"]))
 
 def see_parts(dual, losses: list[float | None]) -> None:  # None: of that part there was nothing in this look
-    "Tell `share` what that look was on each part of the held-out episodes, so that it knows how far their mean may be off."
+    """Tell `share` what that look was on each part of the held-out episodes, so that it knows how far their mean may be
+    off."""
     if not dual.memory.get("loss", 0.0) > 0: return
     for i, x in enumerate(losses):
         if x is not None and x > 0: _mean(dual.memory, f"part_{i}", math.log(x / dual.memory["loss"]), SHARE["memory"])
@@ -148,7 +151,8 @@ class Budget:
         scale: float = 1.0,  # what one relative unit is worth in units of L_ret
         epsilon_end: float | None = None,  # this constraint's own final ε, before units; the config's otherwise
     ):
-        if not (math.isfinite(scale) and scale > 0): raise ValueError(f"scale: expected a finite number above 0, found {scale}")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale: expected a finite number above 0, found {scale}")
         self.config, self.scale, self.drift, self.epsilon_scale = config, float(scale), None, 1.0
         self.decay_steps = config.epsilon_decay_steps or total_steps
         self.start, self.end = config.epsilon_start, config.epsilon_end
@@ -170,7 +174,8 @@ class Budget:
             return self.epsilon_scale * self.scale * c.budget if c.budget else math.inf
         if c.epsilon_unit == "relative": unit = self.scale
         if c.epsilon_unit == "auto":
-            if self.drift is None: raise RuntimeError("epsilon_unit='auto' needs calibrate(drift) first; probe_drift measures it")
+            if self.drift is None:
+                raise RuntimeError("epsilon_unit='auto' needs calibrate(drift) first; probe_drift measures it")
             end, unit = c.epsilon_fraction, self.drift
         return self.epsilon_scale * unit * epsilon_schedule(step, start, end, self.decay_steps, c.epsilon_schedule)
 
@@ -201,9 +206,11 @@ class Dual(Budget):
         return self.memory["loss"] * self.memory["bias"] if "bias" in self.memory else None
 
     def aim(self, step: int) -> float:
-        "What the controller steers by: ε, for `share` with a budget tightened a little, and loosened as the learning rate of a cosine schedule is above its end."
+        """What the controller steers by: ε, for `share` with a budget tightened a little, and loosened as the learning
+        rate of a cosine schedule is above its end."""
         if self.config.controller != "share" or self.config.epsilon_unit == "auto": return self.epsilon(step)
-        return self.epsilon(step) * SHARE["aim"] * (1 + SHARE["slack"] * (1 + math.cos(math.pi * min(step / max(self.decay_steps, 1), 1.0))) / 2)
+        return (self.epsilon(step) * SHARE["aim"]
+                * (1 + SHARE["slack"] * (1 + math.cos(math.pi * min(step / max(self.decay_steps, 1), 1.0))) / 2))
 
     def update(
         self,
@@ -233,10 +240,11 @@ class Dual(Budget):
         top, held = self.lam >= self.top, bool(self.memory.get("held"))
         self.pinned = self.pinned + 1 if (top or held) and loss > eps else 0
         if self.pinned == self.config.lambda_clip_patience:
-            limit = f"lambda_max={self.lambda_max:g}" if top else f"{self.lam:.3g}, where r weighs {self.memory['most']:.3g} times g,"
-            warnings.warn(f"λ has been at {limit} for {self.pinned} updates while L_ret={loss:.3g} exceeds ε={eps:.3g}: "
-                          f"the budget is not being enforced. Raise {'lambda_max or ' * top}ε, or lower the learning rate or retention_freq.",
-                          stacklevel=3)
+            limit = (f"lambda_max={self.lambda_max:g}" if top
+                     else f"{self.lam:.3g}, where r weighs {self.memory['most']:.3g} times g,")
+            warnings.warn(f"λ has been at {limit} for {self.pinned} updates while L_ret={loss:.3g} exceeds "
+                          f"ε={eps:.3g}: the budget is not being enforced. Raise {'lambda_max or ' * top}ε, "
+                          f"or lower the learning rate or retention_freq.", stacklevel=3)
 
     STATE = ("lam", "lambda_lr", "lambda_max", "epsilon_scale", "drift", "scale", "pending", "pinned", "memory")
 
@@ -265,7 +273,8 @@ def no_trace(
     modes, states = [(m, m.training) for m in model.modules()], [copy.deepcopy(s.state_dict()) for s in stateful]
     generators = list(generators)
     numpy, cuda = sys.modules.get("numpy"), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    rng = (random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state(), [g.get_state() for g in generators])
+    rng = (random.getstate(), numpy and numpy.random.get_state(), torch.get_rng_state(),
+           [g.get_state() for g in generators])
     try: yield
     finally:
         with torch.no_grad():
@@ -287,7 +296,8 @@ def probe_drift(
     *stateful,  # see `no_trace`
     generators: Iterable[torch.Generator] = (),
 ) -> float:  # for `Budget.calibrate`
-    "Drift after `steps` steps, leaving no trace. Give it batches of its own: a data loader's position cannot be put back."
+    """Drift after `steps` steps, leaving no trace. Give it batches of its own: a data loader's position cannot be put
+    back."""
     with no_trace(model, *stateful, generators=generators):
         for i in range(steps): step(i)
         with torch.no_grad(): return float(drift())

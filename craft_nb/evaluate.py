@@ -29,7 +29,8 @@ def wilson(
     confidence: float = 0.95,
 ) -> tuple[float, float]:
     "Wilson's score interval of a success rate (Wilson 1927). Raises `ValueError` unless 0 ≤ successes ≤ n, n ≥ 1."
-    if not 0 <= successes <= n or n < 1: raise ValueError(f"expected 0 ≤ successes ≤ n, n ≥ 1; found {successes} of {n}")
+    if not 0 <= successes <= n or n < 1:
+        raise ValueError(f"expected 0 ≤ successes ≤ n, n ≥ 1; found {successes} of {n}")
     p, z = successes / n, NormalDist().inv_cdf((1 + confidence) / 2)
     mid, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (mid - half) / (1 + z * z / n), (mid + half) / (1 + z * z / n)
@@ -82,7 +83,8 @@ def libero_metrics(
     c: Tensor,  # (k, k) success on task j after training on task i; entries above the diagonal are not read
     phases: Tensor | None = None,  # (k, e) success on task k at the checkpoints of its own phase
 ) -> dict:  # {nbt, fwt, auc}, and the same by task as lists
-    "Negative backward transfer (NBT), forward transfer (FWT) and area under the success curve (AUC) of LIBERO (Liu et al. 2023). The last task has no later one: NBT leaves it out."
+    """Negative backward transfer (NBT), forward transfer (FWT) and area under the success curve (AUC) of LIBERO (Liu et
+    al. 2023). The last task has no later one: NBT leaves it out."""
     c = torch.as_tensor(c, dtype=torch.float64)
     if c.ndim != 2 or c.shape[0] != c.shape[1]: raise ValueError(f"expected shape (k, k), found {tuple(c.shape)}")
     own, k = c.diagonal(), len(c)
@@ -97,10 +99,12 @@ def gem_metrics(
     c: Tensor,  # (k, k) score on task j after training on task i, higher is better: success, or a loss with its sign turned
     untrained: Tensor,  # (k,) the same of a model that was trained on nothing
 ) -> dict:  # {average, bwt, fwt}
-    "Average score at the end, backward transfer (BWT) and forward transfer (FWT) of GEM (Lopez-Paz and Ranzato 2017). Raises `ValueError` for fewer than two tasks."
+    """Average score at the end, backward transfer (BWT) and forward transfer (FWT) of GEM (Lopez-Paz and Ranzato 2017).
+    Raises `ValueError` for fewer than two tasks."""
     c, b = (torch.as_tensor(x, dtype=torch.float64) for x in (c, untrained))
     if c.ndim != 2 or c.shape[0] != c.shape[1] or len(c) < 2 or b.shape != c.shape[:1]:
-        raise ValueError(f"expected shapes (k, k) and (k,) with k of at least 2, found {tuple(c.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"expected shapes (k, k) and (k,) with k of at least 2, "
+                         f"found {tuple(c.shape)} and {tuple(b.shape)}")
     own, before = c.diagonal(), c.diagonal(1)  # c[j, j] and c[j - 1, j]
     return dict(average=c[-1].mean().item(), bwt=(c[-1] - own)[:-1].mean().item(), fwt=(before - b[1:]).mean().item())
 
@@ -144,7 +148,8 @@ def hidden_drift(
     layers: Sequence[int],  # names of the l layers
     vectors: Sequence[str],  # names of the v pooled vectors
 ) -> dict:  # {layers, vectors, n, relative_l2: [[l×v]], cosine: [[l×v]], cka: [[l×v]]}, JSON-able
-    "Mean ‖h'−h‖/‖h‖, mean 1−cos and debiased linear CKA (None for fewer than 4 anchors) by layer and vector: `report['drift'][arm]`."
+    """Mean ‖h'−h‖/‖h‖, mean 1−cos and debiased linear CKA (None for fewer than 4 anchors) by layer and vector:
+    `report['drift'][arm]`."""
     want = (len(teacher), len(layers), len(vectors), teacher.shape[-1])
     if student.shape != teacher.shape or tuple(teacher.shape) != want:
         found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
@@ -152,7 +157,8 @@ def hidden_drift(
     s, t = student.double(), teacher.double()
     l2 = ((s - t).norm(dim=-1) / t.norm(dim=-1).clamp(min=1e-12)).mean(0)
     cosine = (1 - torch.cosine_similarity(s, t, dim=-1)).mean(0)
-    cka = [[linear_cka(s[:, i, j], t[:, i, j]) if len(t) >= 4 else None for j in range(len(vectors))] for i in range(len(layers))]
+    cka = [[linear_cka(s[:, i, j], t[:, i, j]) if len(t) >= 4 else None for j in range(len(vectors))]
+           for i in range(len(layers))]
     names = dict(layers=list(layers), vectors=list(vectors), n=len(t))
     return names | dict(relative_l2=l2.tolist(), cosine=cosine.tolist(), cka=cka)
 
@@ -193,7 +199,8 @@ def arms(report: dict) -> list[str]:
 
 # %% ../nbs/10_evaluate.ipynb #5dd967a8
 def summarise(report: dict) -> dict:  # {arm: {old: cell, new: cell, retention: {ratio, low, high} or None}}
-    "Success on old and on new tasks, and what was kept: None if the teacher could do no old task. Raises as `check_report` does."
+    """Success on old and on new tasks, and what was kept: None if the teacher could do no old task. Raises as
+    `check_report` does."""
     check_report(report)
     def pooled(kind, arm): return pooled_rate(report["success"][t][arm] for t in report["tasks"][kind])
     cells = {arm: dict(old=pooled("old", arm), new=pooled("new", arm)) for arm in arms(report)}
@@ -232,7 +239,8 @@ def plot_drift(
         ax.imshow(d[measure], vmin=0, vmax=top, cmap="cividis", aspect="auto")
         for i, row in enumerate(d[measure]):
             for j, x in enumerate(row):
-                ax.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=8, color="white" if x < top / 2 else "black")
+                ax.text(j, i, f"{x:.2f}", ha="center", va="center", fontsize=8,
+                        color="white" if x < top / 2 else "black")
         ax.grid(False)
         ax.set_xticks(range(len(d["vectors"])), [v.replace("_token_", "\n") for v in d["vectors"]])
         ax.set_yticks(range(len(d["layers"])), [f"layer {i}" for i in d["layers"]] if ax is axes[0, 0] else [])
@@ -241,15 +249,20 @@ def plot_drift(
 
 # %% ../nbs/10_evaluate.ipynb #26646255
 def plot_curves(records: dict[str, list[dict]]):  # arm → rows of metrics.jsonl; matplotlib Figure
-    "λ, violation in units of the budget, and cosine, over the retention steps with a budget above 0 of each arm that has any."
-    rows = {a: [r for r in rs if r.get("violation") is not None and "event" not in r and r["epsilon"]] for a, rs in records.items()}
+    """λ, violation in units of the budget, and cosine, over the retention steps with a budget above 0 of each arm that
+    has any."""
+    rows = {a: [r for r in rs if r.get("violation") is not None and "event" not in r and r["epsilon"]]
+            for a, rs in records.items()}
     rows = {a: rs for a, rs in rows.items() if rs}
-    if not rows: raise ValueError("records: no arm has a row with a violation of a budget above 0; expected records of a run with CRaFT on")
+    if not rows:
+        raise ValueError("records: no arm has a row with a violation of a budget above 0; "
+                         "expected records of a run with CRaFT on")
     fig, axes = new_figure(7, 4.6, 3, 1, sharex=True)
     labels = {"lambda": "multiplier λ", "violation": "violation  L_ret/ε − 1", "cosine": "cosine of g and r"}
     for ax, (key, label) in zip(axes[:, 0], labels.items()):
         for arm, rs in rows.items():
-            points = [(r["step"], r[key] / (r["epsilon"] if key == "violation" else 1)) for r in rs if r[key] is not None]
+            points = [(r["step"], r[key] / (r["epsilon"] if key == "violation" else 1)) for r in rs
+                      if r[key] is not None]
             ax.plot(*zip(*points), color=arm_colour(arm, list(records)), linewidth=1.3, label=arm)
         if key != "lambda": ax.axhline(0, color=INK, linewidth=0.7)
         ax.set_ylabel(label, fontsize=8, color=INK)
@@ -262,9 +275,11 @@ def plot_curves(records: dict[str, list[dict]]):  # arm → rows of metrics.json
 # %% ../nbs/10_evaluate.ipynb #c30f5893
 def table_html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     "An HTML table; cells are HTML, the first column is a heading."
-    def tr(tag, row): return f"<tr><th scope=row>{row[0]}</th>" + "".join(f"<{tag}>{c}</{tag}>" for c in row[1:]) + "</tr>"
+    def tr(tag, row):
+        return f"<tr><th scope=row>{row[0]}</th>" + "".join(f"<{tag}>{c}</{tag}>" for c in row[1:]) + "</tr>"
     top = "<tr>" + "".join(f"<th scope=col>{h}</th>" for h in head) + "</tr>"
-    return f"<div class=wide><table><thead>{top}</thead><tbody>{''.join(tr('td', r) for r in rows)}</tbody></table></div>"
+    return (
+        f"<div class=wide><table><thead>{top}</thead><tbody>{''.join(tr('td', r) for r in rows)}</tbody></table></div>")
 
 def cell_html(cell: dict) -> str:
     "A rate with its interval beneath."
@@ -276,13 +291,16 @@ def clip_html(clip: str | Path | bytes, caption: str) -> str:
     kinds = {b"GIF8": "gif", b"\x89PNG": "png", b"RIFF": "webp"}
     if data[:4] not in kinds: raise ValueError(f"clip {caption!r}: expected GIF, PNG or WebP, found {data[:4]!r}")
     uri = f"data:image/{kinds[data[:4]]};base64,{base64.b64encode(data).decode()}"
-    return f'<figure><img src="{uri}" alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    return (f'<figure><img src="{uri}" '
+            f'alt="{html.escape(caption)}"><figcaption>{html.escape(caption)}</figcaption></figure>')
 
 # %% ../nbs/10_evaluate.ipynb #d246cb0b
 def best_arm(summary: dict) -> str | None:
-    "The `craft:` arm that keeps most while learning ≥ 85 % of what `sft` learns; failing that, the one that keeps most."
+    """The `craft:` arm that keeps most while learning ≥ 85 % of what `sft` learns; failing that, the one that keeps
+    most."""
     ours = [a for a in summary if a.startswith("craft:")]
-    able = [a for a in ours if "sft" not in summary or summary[a]["new"]["rate"] >= 0.85 * summary["sft"]["new"]["rate"]]
+    able = [a for a in ours
+            if "sft" not in summary or summary[a]["new"]["rate"] >= 0.85 * summary["sft"]["new"]["rate"]]
     return max(able or ours, key=lambda a: (summary[a]["old"]["rate"], summary[a]["new"]["rate"]), default=None)
 
 def lede(summary: dict, default: str | None = None) -> str:
@@ -334,16 +352,17 @@ def section(title: str, text: str, *parts: str) -> str:
 # %% ../nbs/10_evaluate.ipynb #725795bf
 def success_section(report: dict, summary: dict) -> str:
     "Success of every arm on every task, the pooled columns and what was kept."
-    def kept(c): return f"{c['ratio']:.0%} <small>{c['low']:.0%}–{c['high']:.0%}</small>".replace("%", " %") if c else "–"
+    def kept(c):
+        return f"{c['ratio']:.0%} <small>{c['low']:.0%}–{c['high']:.0%}</small>".replace("%", " %") if c else "–"
     tasks = [*report["tasks"]["old"], *report["tasks"]["new"]]
     head = ["arm", *(html.escape(t).replace("_", "_<wbr>") for t in tasks), "kept of the old"]
     rows = [[html.escape(a), *(cell_html(report["success"][t][a]) for t in tasks),
              kept(c["retention"]) if a != "teacher" else "–"] for a, c in summary.items()]
     n = min(c["n"] for cells in report["success"].values() for c in cells.values())
     new = html.escape(", ".join(report["tasks"]["new"]))
-    text = (f"Each cell is the share of at least {n} episodes that succeeded, with Wilson's 95 % interval. The teacher is "
-            f"the policy before fine-tuning, which is on {new}. What was kept is the success on all old tasks together "
-            "after fine-tuning over the same before.")
+    text = (f"Each cell is the share of at least {n} episodes that succeeded, with Wilson's 95 % interval. "
+            f"The teacher is the policy before fine-tuning, which is on {new}. "
+            "What was kept is the success on all old tasks together after fine-tuning over the same before.")
     figure = figure_svg(plot_success(report), "success by task and arm")
     return section("What was kept, what was learned", text, figure, table_html(head, rows))
 
@@ -352,8 +371,8 @@ def views_section(report: dict, summary: dict) -> str:
     def number(x, unit, digits=0): return "–" if x is None else f"{x:,.{digits}f} {unit}"
     def row(view, r):
         c, seconds = summary[r["arm"]], report["step_seconds"].get(r["arm"])
-        return [html.escape(view), cell_html(c["old"]), cell_html(c["new"]), number(r.get("anchors"), ""), number(r.get("bytes_per_anchor"), "B"),
-                number(r.get("build_seconds"), "s", 1), number(seconds, "s", 3)]
+        return [html.escape(view), cell_html(c["old"]), cell_html(c["new"]), number(r.get("anchors"), ""),
+                number(r.get("bytes_per_anchor"), "B"), number(r.get("build_seconds"), "s", 1), number(seconds, "s", 3)]
     rows = [row(*x) for x in report["views"].items()]
     head = ["view", "old success", "new success", "anchors", "per anchor", "cache built in", "step"]
     text = ("A view is what the cache stores of the teacher. Bytes count the targets alone; the step time is the one "
@@ -366,10 +385,12 @@ def arms_section(report: dict) -> str:
     base = report["step_seconds"].get("sft")
     def row(arm, r):
         ratio = report["step_seconds"].get(arm, 0) / base if base else 0
-        return [html.escape(arm), number(r["held_out"]), number(r["train"]), f"{r['projected']} of {r['steps']}", f"{ratio:.2f}" if ratio else "–"]
-    what = report.get("drift_is", "the Kullback–Leibler divergence from the teacher's action probabilities, in nats per action token")
-    text = (f"Drift is {html.escape(what)}: on anchors of episodes that "
-            "no cache holds, and on those of the cache. A projection happens where the gradients of task and anchors oppose each other and the arm's gate is open.")
+        return [html.escape(arm), number(r["held_out"]), number(r["train"]), f"{r['projected']} of {r['steps']}",
+                f"{ratio:.2f}" if ratio else "–"]
+    what = report.get("drift_is", "the Kullback–Leibler divergence from the teacher's action probabilities, "
+                      "in nats per action token")
+    text = (f"Drift is {html.escape(what)}: on anchors of episodes that no cache holds, and on those of the cache. A "
+            "projection happens where the gradients of task and anchors oppose each other and the arm's gate is open.")
     head = ["arm", "held-out drift", "on its anchors", "projected steps", "step ÷ sft's"]
     return section("How far it drifted", text, table_html(head, [row(*x) for x in report["arms"].items()]))
 
@@ -389,9 +410,9 @@ def clips_section(clips: dict, caption: str) -> str:
     return section("The same skill, side by side", html.escape(caption), *rows)
 
 def curves_section(figure) -> str:
-    text = ("λ rises while the retention loss is over its budget and falls while it is under. The violation is in units of the "
-            "budget: at 0 the loss is on it, at 1 twice as large. A cosine below zero means "
-            "that the task and the anchors pull apart.")
+    text = ("λ rises while the retention loss is over its budget and falls while it is under. "
+            "The violation is in units of the budget: at 0 the loss is on it, at 1 twice as large. "
+            "A cosine below zero means that the task and the anchors pull apart.")
     return section("How the budget was held", text, figure_svg(figure, "multiplier, violation and cosine over steps"))
 
 def drift_section(drift: dict, figure) -> str:
@@ -409,13 +430,15 @@ def table_markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *lines[1:]])
 
 def success_markdown(report: dict) -> str:
-    "Success by arm and task, and what was kept of the old success, in per cent with intervals; cells are short so that the table fits a page."
+    """Success by arm and task, and what was kept of the old success, in per cent with intervals; cells are short so
+    that the table fits a page."""
     def percent(*x): return "{:.0f}\N{NO-BREAK SPACE}% ({:.0f}–{:.0f})".format(*(100 * v for v in x))
     def cell(c): return percent(c["rate"], c["low"], c["high"])
     summary, tasks = summarise(report), [*report["tasks"]["old"], *report["tasks"]["new"]]
-    rows = [[a, *(cell(report["success"][t][a]) for t in tasks),
-             percent(*c["retention"].values()) if a != "teacher" and c["retention"] else "–"] for a, c in summary.items()]
-    return table_markdown(["arm", *(f"{t} ({'new' if t in report['tasks']['new'] else 'old'})" for t in tasks), "kept"], rows)
+    rows = [[a, *(cell(report["success"][t][a]) for t in tasks), percent(*c["retention"].values())
+             if a != "teacher" and c["retention"] else "–"] for a, c in summary.items()]
+    return table_markdown(["arm", *(f"{t} ({'new' if t in report['tasks']['new'] else 'old'})" for t in tasks), "kept"],
+                          rows)
 
 # %% ../nbs/10_evaluate.ipynb #6a143daa
 def render_report(
@@ -427,7 +450,8 @@ def render_report(
     sections: Sequence[str] = (),  # HTML, behind what was kept
     caption: str = "One episode each, from the same starting state.",  # of the clips
 ) -> Path:  # report.html
-    "Write report.html (one self-contained file), report.json (with a `summary`), success.png, drift.png and curves.png."
+    """Write report.html (one self-contained file), report.json (with a `summary`), success.png, drift.png and
+    curves.png."""
     out, summary = as_path(out_dir), summarise(report)
     out.mkdir(parents=True, exist_ok=True)
     figures = dict(success=plot_success(report))

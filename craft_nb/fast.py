@@ -30,7 +30,8 @@ def from_frequencies(
 
 # %% ../nbs/11a_fast.ipynb #73eecc5d
 class FastActionProcessor(ProcessorMixin):
-    "FAST action tokenizer (arXiv 2501.09747): `(n, t, a)` actions to lists of ids and back; loads through `AutoProcessor`."
+    """FAST action tokenizer (arXiv 2501.09747): `(n, t, a)` actions to lists of ids and back; loads through
+    `AutoProcessor`."""
 
     def __init__(self, bpe_tokenizer, scale:float=5.0, min_token:int=-0x100, max_coef:int=0,
                  time_horizon:int=10, action_dim:int=4):
@@ -63,12 +64,14 @@ def fit_action_tokenizer(
     "A FAST tokenizer fitted to `chunks`. ValueError if the vocabulary cannot hold the alphabet."
     coefs = to_frequencies(chunks, scale)
     lo, hi = int(coefs.min()), int(coefs.max())
-    if hi - lo + 1 > vocab_size: raise ValueError(f"{hi-lo+1} different coefficients do not fit a vocabulary of {vocab_size}: "
-                                                  "lower scale or raise vocab_size")
+    if hi - lo + 1 > vocab_size:
+        raise ValueError(f"{hi-lo+1} different coefficients do not fit a vocabulary of {vocab_size}: "
+                         "lower scale or raise vocab_size")
     bpe = Tokenizer(models.BPE())
     bpe.decoder = decoders.Fuse()
-    wrap = lambda tok: FastActionProcessor(PreTrainedTokenizerFast(tokenizer_object=tok, clean_up_tokenization_spaces=False),
-        scale, lo - 0x100, hi, chunks.shape[1], chunks.shape[2])
+    wrap = lambda tok: FastActionProcessor(PreTrainedTokenizerFast(tokenizer_object=tok,
+                                                                   clean_up_tokenization_spaces=False),
+                                           scale, lo - 0x100, hi, chunks.shape[1], chunks.shape[2])
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False, max_token_length=10_000,
                                   initial_alphabet=[chr(0x100 + i) for i in range(hi - lo + 1)])
     bpe.train_from_iterator(wrap(bpe).text(chunks), trainer)

@@ -18,7 +18,8 @@ def resolve_layers(
     layers: Sequence[int],  # indices into `hidden_states`, negative ones from the end
     depth: int,  # number of blocks L
 ) -> list[int]:  # the same in [0, L]
-    "Turn layer numbers into indices of `hidden_states`. Raises `ValueError` for one that is out of range or named twice."
+    """Turn layer numbers into indices of `hidden_states`. Raises `ValueError` for one that is out of range or named
+    twice."""
     bad = [i for i in layers if not -depth - 1 <= i <= depth]
     if bad:
         raise ValueError(f"layers {bad} are out of range: "
@@ -42,10 +43,12 @@ def capture_hidden(
     index = dict(zip(resolve_layers(layers, depth), layers, strict=True))
     end = max(index) if stop and not at else depth
 
-    def keep(i): return lambda module, args, kwargs: out.__setitem__(index[i], args[0] if args else kwargs["hidden_states"])
+    def keep(i):
+        return lambda module, args, kwargs: out.__setitem__(index[i], args[0] if args else kwargs["hidden_states"])
     def keep_normed(module, args, y): out[index[depth]] = y[0] if isinstance(y, tuple) else y
 
-    hooks = [decoder.layers[i].get_submodule(at).register_forward_pre_hook(keep(i), with_kwargs=True) for i in index if i < end]
+    hooks = [decoder.layers[i].get_submodule(at).register_forward_pre_hook(keep(i), with_kwargs=True) for i in index
+             if i < end]
     if end < depth: hooks.append(decoder.norm.register_forward_pre_hook(keep(end), with_kwargs=True))
     elif depth in index: hooks.append(decoder.norm.register_forward_hook(keep_normed))
     if not at: decoder.config.num_hidden_layers = end

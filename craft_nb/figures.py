@@ -15,7 +15,8 @@ from .drawing import PANELS, History
 from .records import read_records
 
 # %% ../nbs/08e_figures.ipynb #7b6b823f
-COLOURS = {"lambda": "#0072b2", "violation": "#d55e00", "retention_loss": "#d55e00", "cosine": "#a3457f", "task_loss": "#009e73"}
+COLOURS = {"lambda": "#0072b2", "violation": "#d55e00", "retention_loss": "#d55e00", "cosine": "#a3457f",
+           "task_loss": "#009e73"}
 RUN_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a3457f", "#e69f00", "#333333")
 
 def _needs(module, what):
@@ -43,11 +44,13 @@ def figure(runs, width=7., height=5.):
     _needs("matplotlib", "the picture of a run")
     from matplotlib.figure import Figure
     fig = Figure(figsize=(width, height), layout="constrained")
-    axes = dict(zip((p[0] for p in PANELS), fig.subplots(len(PANELS), sharex=True, height_ratios=[p[4] for p in PANELS])))
+    axes = dict(zip((p[0] for p in PANELS),
+                    fig.subplots(len(PANELS), sharex=True, height_ratios=[p[4] for p in PANELS])))
     for p in PANELS: _axes(axes[p[0]], runs, *p[:4])
     if len(runs) == 1 and runs[0].rows: _budget(axes, runs[0])
     axes["loss"].set_xlabel("step", fontsize=8)
-    if len(runs) == 1: fig.suptitle(runs[0].headline(), fontsize=8, color="#c44e00" if runs[0].state == "failed" else "black")
+    if len(runs) == 1:
+        fig.suptitle(runs[0].headline(), fontsize=8, color="#c44e00" if runs[0].state == "failed" else "black")
     fig._repr_png_ = lambda: png(fig)   # shown by Jupyter without pyplot, which would register a figure and a backend
     return fig
 
@@ -72,7 +75,8 @@ def _budget(axes, h):
     if h.conflicts: _legend(cos)
     _legend(v)
 
-def _legend(ax): ax.legend(frameon=False, fontsize=7, ncols=4, loc="lower right", bbox_to_anchor=(1, .93), borderaxespad=0)
+def _legend(ax):
+    ax.legend(frameon=False, fontsize=7, ncols=4, loc="lower right", bbox_to_anchor=(1, .93), borderaxespad=0)
 
 # %% ../nbs/08e_figures.ipynb #bb8e2f73
 def load_runs(source, names=None, cap=4096)->list: # of History

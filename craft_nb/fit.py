@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from .anchors import hash_json, hash_tensors
-from .check import (Finding, Numbers, check_cameras, check_numbers, check_rename, check_rows, check_split, check_statistics,
-                            check_times, check_videos, image_shape, recompute_line, refuse, tasks_of)
+from .check import (Finding, Numbers, check_cameras, check_numbers, check_rename, check_rows, check_split,
+                            check_statistics, check_times, check_videos, image_shape, recompute_line, refuse, tasks_of)
 from .config import at_home
 from .configs import require_parts
 from .data import ImageFolder, list_pictures, usual_state
@@ -35,32 +35,38 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 # %% ../nbs/10g_fit.ipynb #e1a8eef5
 def make_processors(cfg: PreTrainedConfig, policy: nn.Module, device: str, stats: dict | None = None,
                     rename_map: dict | None = None):
-    "Pre- and postprocessor of a policy as LeRobot's training script makes them; `stats=None` keeps those of the checkpoint."
+    """Pre- and postprocessor of a policy as LeRobot's training script makes them; `stats=None` keeps those of the
+    checkpoint."""
     if cfg.pretrained_path is None: return make_pre_post_processors(policy_cfg=cfg, dataset_stats=stats)
     both = {**policy.config.input_features, **policy.config.output_features}
     norm, unnorm = ({"features": f, "norm_map": policy.config.normalization_mapping}
                     | ({"stats": stats} if stats is not None else {}) for f in (both, policy.config.output_features))
-    pre, post = {"device_processor": {"device": device}, "normalizer_processor": norm}, {"unnormalizer_processor": unnorm}
+    pre, post = ({"device_processor": {"device": device}, "normalizer_processor": norm},
+                 {"unnormalizer_processor": unnorm})
     if rename_map is not None: pre["rename_observations_processor"] = {"rename_map": rename_map}
     if getattr(cfg, "use_relative_actions", False):
-        pre["relative_actions_processor"] = {"enabled": True, "exclude_joints": getattr(cfg, "relative_exclude_joints", []),
+        pre["relative_actions_processor"] = {"enabled": True,
+                                             "exclude_joints": getattr(cfg, "relative_exclude_joints", []),
                                              "action_names": getattr(cfg, "action_feature_names", None)}
         post["absolute_actions_processor"] = {"enabled": True}
     if cfg.type == "pi0_fast":
         pre["action_tokenizer_processor"] = {"paligemma_tokenizer_name": cfg.text_tokenizer_name,
                                              "fast_skip_tokens": cfg.fast_skip_tokens}
     return make_pre_post_processors(
-        policy_cfg=cfg, pretrained_path=cfg.pretrained_path, pretrained_revision=getattr(cfg, "pretrained_revision", None),
-        **({"dataset_stats": stats} if stats is not None else {}), preprocessor_overrides=pre, postprocessor_overrides=post)
+        policy_cfg=cfg, pretrained_path=cfg.pretrained_path,
+        pretrained_revision=getattr(cfg, "pretrained_revision", None),
+        **({"dataset_stats": stats} if stats is not None else {}), preprocessor_overrides=pre,
+        postprocessor_overrides=post)
 
 # %% ../nbs/10g_fit.ipynb #45cae5d1
 def run_hashes(policy: nn.Module, preprocessor) -> dict[str, str]:
     "SHA-256 of weights, processors, normalisation statistics and tokenizers as they are in memory."
     base = base_policy(policy)
-    out = {"weights": hash_tensors(base_weights(policy)), "processors": hash_json([_step_config(s) for s in preprocessor.steps])}
+    out = {"weights": hash_tensors(base_weights(policy)),
+           "processors": hash_json([_step_config(s) for s in preprocessor.steps])}
     if (norm := normaliser(preprocessor)) is not None: out["normalisation"] = hash_json(_used_stats(norm))
-    tokenizers = ({n: getattr(base, n) for n in ("_paligemma_tokenizer", "action_tokenizer") if hasattr(base, n)}
-                  or {f"step {i}": s.input_tokenizer for i, s in enumerate(preprocessor.steps) if hasattr(s, "input_tokenizer")})
+    tokenizers = ({n: getattr(base, n) for n in ("_paligemma_tokenizer", "action_tokenizer") if hasattr(base, n)} or {
+        f"step {i}": s.input_tokenizer for i, s in enumerate(preprocessor.steps) if hasattr(s, "input_tokenizer")})
     if tokenizers: out["tokenizers"] = hash_json({n: _tokenizer_facts(t) for n, t in tokenizers.items()})
     return out
 
@@ -77,13 +83,15 @@ def _step_config(step):  # without what names this machine, and without statisti
             "features", "norm_map", "rename_map", "float_dtype")
     return [type(step).__name__, {k: str(v) for k, v in step.get_config().items() if k not in skip}]
 
-def _modes(norm): return {f: getattr(norm.norm_map.get(x.type, "IDENTITY"), "value", "IDENTITY") for f, x in norm.features.items()}
+def _modes(norm):
+    return {f: getattr(norm.norm_map.get(x.type, "IDENTITY"), "value", "IDENTITY") for f, x in norm.features.items()}
 
 def _used_stats(norm):
-    reads = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+    reads = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"),
+             "QUANTILE10": ("q10", "q90")}
     mode = _modes(norm)
-    return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ()) if s in norm.stats[f])]
-            for f, m in sorted(mode.items()) if m != "IDENTITY" and f in norm.stats}
+    return {f: [m, *([float(v) for v in torch.as_tensor(norm.stats[f][s]).float().flatten()] for s in reads.get(m, ())
+                     if s in norm.stats[f])] for f, m in sorted(mode.items()) if m != "IDENTITY" and f in norm.stats}
 
 def _tokenizer_facts(t):
     inner = getattr(t, "bpe_tokenizer", t)
@@ -92,11 +100,13 @@ def _tokenizer_facts(t):
 
 # %% ../nbs/10g_fit.ipynb #a839ea6f
 def rename_of(cfg: PreTrainedConfig, given: dict | None, features: Iterable[str]) -> dict[str, str]:
-    "The rename map in force: the one given, else what of the checkpoint's own finds its source among a data set's `features`."
+    """The rename map in force: the one given, else what of the checkpoint's own finds its source among a data set's
+    `features`."""
     if given: return dict(given)
     file = Path(str(cfg.pretrained_path)) / "policy_preprocessor.json"
     steps = json.loads(file.read_text()).get("steps", []) if file.is_file() else []
-    saved = next((s["config"].get("rename_map") for s in steps if s.get("registry_name") == "rename_observations_processor"), None)
+    saved = next((s["config"].get("rename_map") for s in steps
+                  if s.get("registry_name") == "rename_observations_processor"), None)
     return {a: b for a, b in (saved or {}).items() if a in features}
 
 def camera_findings(cfg: PreTrainedConfig, ds_meta, rename_map: dict | None = None) -> list[Finding]:
@@ -104,11 +114,13 @@ def camera_findings(cfg: PreTrainedConfig, ds_meta, rename_map: dict | None = No
     inputs, outputs = cfg.input_features or {}, cfg.output_features or {}
     wanted = {n: tuple(f.shape) for n, f in inputs.items() if f.type.value == "VISUAL"}
     blank = [f"observation.images.empty_camera_{i}" for i in range(getattr(cfg, "empty_cameras", 0))]
-    sizes = [getattr(cfg, a, None) for a in ("image_resolution", "resize_imgs_with_padding", "resize_shape", "image_resize_shape")]
+    sizes = [getattr(cfg, a, None)
+             for a in ("image_resolution", "resize_imgs_with_padding", "resize_shape", "image_resize_shape")]
     resizes = next(("×".join(map(str, s)) for s in sizes if s), "")
     if not inputs: return []  # a new policy takes what the data have
     return [*check_rename(rename_map or {}, ds_meta.features, [*inputs, *outputs]),
-            *check_cameras(wanted, {k: image_shape(ds_meta.features[k]) for k in ds_meta.camera_keys}, rename_map, blank, resizes)]
+            *check_cameras(wanted, {k: image_shape(ds_meta.features[k]) for k in ds_meta.camera_keys}, rename_map,
+                           blank, resizes)]
 
 # %% ../nbs/10g_fit.ipynb #c0e84e01
 def normaliser(pipeline):  # None where there is none
@@ -122,13 +134,17 @@ def used_features(cfg: PreTrainedConfig, ds_meta, rename_map: dict | None = None
     return {n: (c, ds_meta.features[c]) for n in wanted if (c := back.get(n, n)) in ds_meta.features}
 
 def sizes_of(cfg: PreTrainedConfig) -> dict[str, int | None]:
-    "What a policy takes without a data set: {feature: None}, since it may be padded; pictures that it wants blank are left out."
-    return dict.fromkeys(n for n in {**(cfg.input_features or {}), **(cfg.output_features or {})} if ".empty_camera_" not in n)
+    """What a policy takes without a data set: {feature: None}, since it may be padded; pictures that it wants blank are
+    left out."""
+    return dict.fromkeys(n for n in {**(cfg.input_features or {}), **(cfg.output_features or {})}
+                         if ".empty_camera_" not in n)
 
 def statistics_findings(pre, post, cfg: PreTrainedConfig, sizes: dict[str, int | None], dataset=None) -> list[Finding]:
-    """Statistics that processors read and do not have. `sizes`: features in use, and how many numbers each has (None: not said);
+    """Statistics that processors read and do not have. `sizes`: features in use, and how many numbers each has (None:
+    not said);
     `dataset`: the one whose own statistics they are, where they are not those of the policy's checkpoint."""
-    whose, mend, out = f"the statistics in the policy's checkpoint ({cfg.pretrained_path})", "use a policy whose processors are whole", []
+    whose, mend, out = (f"the statistics in the policy's checkpoint ({cfg.pretrained_path})",
+                        "use a policy whose processors are whole", [])
     if dataset is None: mend += ", or train it on the new data's statistics with --craft.allow_mismatch=normalisation"
     else:
         whose, relative = f"the data set's statistics ({Path(dataset.root) / 'meta/stats.json'})", ""
@@ -137,11 +153,13 @@ def statistics_findings(pre, post, cfg: PreTrainedConfig, sizes: dict[str, int |
                         f'--operation.relative_exclude_joints "{list(cfg.relative_exclude_joints)}"')
     for step in filter(None, map(normaliser, (pre, post))):
         modes = {n: m for n, m in _modes(step).items() if n in sizes}
-        stats = step.stats if dataset is None or dataset.meta.stats else {}  # of none at all LeRobot makes the checkpoint's
+        # of none at all LeRobot makes the checkpoint's
+        stats = step.stats if dataset is None or dataset.meta.stats else {}
         if dataset is not None:
             images = any(step.features[n].type.value == "VISUAL" and m != "IDENTITY" for n, m in modes.items())
             mend = f"compute them with {recompute_line(dataset.repo_id, dataset.root, images, relative)}"
-        out += [f for f in check_statistics(modes, stats, whose, mend, {n: d for n, d in sizes.items() if d is not None}) if f not in out]
+        out += [f for f in check_statistics(modes, stats, whose, mend,
+                                            {n: d for n, d in sizes.items() if d is not None}) if f not in out]
     return out
 
 # %% ../nbs/10g_fit.ipynb #3c7a6deb
@@ -161,12 +179,14 @@ def numbers_of(pre, used: dict) -> list[Numbers]:
     for name, (column, f) in used.items():
         if f["dtype"] in ("image", "video", "string"): continue
         names, d = f.get("names"), math.prod(f["shape"])
-        if isinstance(names, dict): names = [str(x) for v in names.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
+        if isinstance(names, dict):
+            names = [str(x) for v in names.values() for x in (v if isinstance(v, (list, tuple)) else [v])]
         relative = None
         if change and name == "action" and "observation.state" in used:
             states, s = used["observation.state"]
             relative = states, math.prod(s["shape"]), change._build_mask(d)[:math.prod(s["shape"])]
-        out.append(Numbers(name, column, d, names, _modes(step).get(name, "IDENTITY") if step else "IDENTITY", (step.stats or {}).get(name, {}) if step else {}, relative))
+        out.append(Numbers(name, column, d, names, _modes(step).get(name, "IDENTITY") if step else "IDENTITY",
+                           (step.stats or {}).get(name, {}) if step else {}, relative))
     return out
 
 def file_findings(dataset, table, used: dict, tolerance: float = 1e-4) -> list[Finding]:
@@ -177,9 +197,11 @@ def file_findings(dataset, table, used: dict, tolerance: float = 1e-4) -> list[F
     clips = []
     for k in video:
         chunk, file, start = (e[f"videos/{k}/{x}"] for x in ("chunk_index", "file_index", "from_timestamp"))
-        clips += [dict(episode=i, frames=length[i], camera=k, start=start[i],
-                       file=Path(dataset.root) / meta.video_path.format(video_key=k, chunk_index=chunk[i], file_index=file[i])) for i in episodes]
-    return [*check_rows(table, {i: length[i] for i in episodes}), *check_times(table, meta.fps, tolerance, "refuse" if video else "warn"), *check_videos(clips, meta.fps)]
+        clips += [dict(episode=i, frames=length[i], camera=k, start=start[i], file=Path(dataset.root)
+                       / meta.video_path.format(video_key=k, chunk_index=chunk[i], file_index=file[i]))
+                  for i in episodes]
+    return [*check_rows(table, {i: length[i] for i in episodes}),
+            *check_times(table, meta.fps, tolerance, "refuse" if video else "warn"), *check_videos(clips, meta.fps)]
 
 # %% ../nbs/10g_fit.ipynb #e64f0023
 def data_findings(
@@ -192,16 +214,23 @@ def data_findings(
     own: bool = False,  # normalised with the data set's statistics, not with those of the policy's checkpoint
     tolerance: float = 1e-4,  # of timestamps, seconds
 ) -> list[Finding]:
-    "All that can be known of the data before the first step, but the cameras: statistics, numbers, ranges, tasks, files."
-    used, whose = used_features(cfg, dataset.meta, rename_map), "the data set's statistics" if own else "the policy's statistics"
+    """All that can be known of the data before the first step, but the cameras: statistics, numbers, ranges, tasks,
+    files."""
+    used, whose = (used_features(cfg, dataset.meta, rename_map),
+                   "the data set's statistics" if own else "the policy's statistics")
     sizes = {n: None if f["dtype"] in ("image", "video") else math.prod(f["shape"]) for n, (_, f) in used.items()}
     found, tables = [], []
     if not actions: used = {n: x for n, x in used.items() if n not in (cfg.output_features or {})}
-    for d, where in ((dataset, "the data set" if held_out is None else "the training data"), (held_out, "the held-out data")):
+    for d, where in ((dataset, "the data set" if held_out is None else "the training data"),
+                     (held_out, "the held-out data")):
         if d is None: continue
         tables.append(table := table_of(d))
-        if table is None: found.append(Finding("warn", "stream", f"{where}: streamed from elsewhere, so the numbers were not looked at"))
-        else: found += [*check_numbers(table, numbers_of(pre, used), whose, where), *file_findings(d, table, used, tolerance)]
+        if table is None:
+            found.append(Finding("warn", "stream",
+                                 f"{where}: streamed from elsewhere, so the numbers were not looked at"))
+        else:
+            found += [*check_numbers(table, numbers_of(pre, used), whose, where),
+                      *file_findings(d, table, used, tolerance)]
     found += statistics_findings(pre, post, cfg, sizes, dataset if own else None)
     if tables[0] is not None:
         names = {int(i): t for t, i in dataset.meta.tasks["task_index"].items()}
@@ -218,7 +247,8 @@ def require_fit(findings: Iterable[Finding], waived: str = "", flag: str = "--cr
 
 # %% ../nbs/10g_fit.ipynb #be509f56
 def check_features(preprocessor, ds_meta, rename_map: dict | None = None, actions: bool = True) -> None:
-    "Refuse a data set without the policy's states or actions, or with other lengths than the statistics that it normalises with."
+    """Refuse a data set without the policy's states or actions, or with other lengths than the statistics that it
+    normalises with."""
     norm = normaliser(preprocessor)
     if norm is None: return
     features = {(rename_map or {}).get(n, n): f for n, f in ds_meta.features.items()}
@@ -231,8 +261,8 @@ def check_features(preprocessor, ds_meta, rename_map: dict | None = None, action
         if known is None or len(feature["shape"]) != 1: continue
         sizes = {len(torch.as_tensor(v).flatten()) for k, v in known.items() if k in ("mean", "min", "q01", "q10")}
         if sizes and feature["shape"][0] not in sizes:
-            raise ValueError(f"{name}: the policy was made for {sizes.pop()} numbers, the data set has {feature['shape'][0]}: "
-                             "use a data set of the same robot")
+            raise ValueError(f"{name}: the policy was made for {sizes.pop()} numbers, "
+                             f"the data set has {feature['shape'][0]}: use a data set of the same robot")
 
 # %% ../nbs/10g_fit.ipynb #484031e1
 def instructions_of(dataset) -> list[str]:
@@ -249,17 +279,20 @@ def state_size(cfg: PreTrainedConfig, ds_meta=None, rename_map: dict | None = No
     feature = (cfg.input_features or {}).get("observation.state")
     return int(feature.shape[0]) if feature else 0
 
-def heed(pre, cfg: PreTrainedConfig, texts: Iterable[str], how: str, where: str = "the data set", flag: str = "--long_instructions", ds_meta=None, rename_map: dict | None = None) -> list[str]:
-    "Refuse instructions that the policy would read in part, or let `pre` shorten them, and say so. → the instructions as they are read."
+def heed(pre, cfg: PreTrainedConfig, texts: Iterable[str], how: str, where: str = "the data set",
+         flag: str = "--long_instructions", ds_meta=None, rename_map: dict | None = None) -> list[str]:
+    """Refuse instructions that the policy would read in part, or let `pre` shorten them, and say so. → the instructions
+    as they are read."""
     found = heed_instructions(pre, state_size(cfg, ds_meta, rename_map), texts := list(texts), how, where, flag)
     for f in refuse(found):
         if f.level == "warn": logging.warning(f.text)
-    return [pre.to_transition.words(t) for t in texts] if how == "shorten" and isinstance(pre.to_transition, Heeded) else texts
+    return ([pre.to_transition.words(t) for t in texts] if how == "shorten" and isinstance(pre.to_transition, Heeded)
+            else texts)
 
 # %% ../nbs/10g_fit.ipynb #7017646e
 def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):
-    """Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. → policy, preprocessor, postprocessor.
-    Raises if parts are missing or its weights did not load."""
+    """Load the pretrained policy of `cfg` with its own statistics, in evaluation mode. → policy, preprocessor,
+    postprocessor. Raises if parts are missing or its weights did not load."""
     require_parts(at_home(cfg))
     with loading(): policy = make_policy(cfg=cfg, ds_meta=ds_meta, env_cfg=env, rename_map=rename_map or {})
     if Path(cfg.pretrained_path).is_dir() and not getattr(cfg, "use_peft", False):
@@ -267,7 +300,8 @@ def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict 
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device), rename_map=rename_map or None)
 
 def load_policy_alone(cfg: PreTrainedConfig):
-    "A policy without a data set or environment to tell its features: those of its checkpoint. An adapter's stands on its base."
+    """A policy without a data set or environment to tell its features: those of its checkpoint. An adapter's stands on
+    its base."""
     from lerobot.policies.factory import get_policy_class
     require_parts(at_home(cfg))
     base = cfg.pretrained_path
@@ -297,32 +331,44 @@ class Source:
 
 def open_pictures(cfg, prompts: list[str] | None) -> tuple[nn.Module, list[Source], None]:
     "The teacher, and a folder of pictures as it is shown to it. Raises what speaks against them."
-    if cfg.dataset is not None and (cfg.dataset.repo_id or cfg.dataset.root): raise ValueError("image_dir: stands in the place of a data set; give it or --dataset.repo_id")
-    if not prompts: raise ValueError("image_dir: pictures need instructions that the teacher knows: --prompts_file=FILE, one a line")
-    if "dataset" in (cfg.actions, cfg.undecodable): raise ValueError("actions, undecodable: pictures have no actions; the teacher's own can be taken (--actions=teacher)")
-    if cfg.tasks: raise ValueError("tasks: goes with --dataset.repo_id; the instructions of pictures are those of prompts_file")
-    cameras = [n for n, f in (cfg.policy.input_features or {}).items() if f.type.value == "VISUAL" and ".empty_camera_" not in n]
+    if cfg.dataset is not None and (cfg.dataset.repo_id or cfg.dataset.root):
+        raise ValueError("image_dir: stands in the place of a data set; give it or --dataset.repo_id")
+    if not prompts:
+        raise ValueError("image_dir: pictures need instructions that the teacher knows: "
+                         "--prompts_file=FILE, one a line")
+    if "dataset" in (cfg.actions, cfg.undecodable):
+        raise ValueError("actions, undecodable: pictures have no actions; "
+                         "the teacher's own can be taken (--actions=teacher)")
+    if cfg.tasks:
+        raise ValueError("tasks: goes with --dataset.repo_id; the instructions of pictures are those of prompts_file")
+    cameras = [n for n, f in (cfg.policy.input_features or {}).items()
+               if f.type.value == "VISUAL" and ".empty_camera_" not in n]
     if not cameras: raise ValueError(f"image_dir: the policy {cfg.policy.pretrained_path} takes no pictures")
     pictures = list_pictures(at_home(cfg).image_dir, cameras)
     sizes = ImageFolder(pictures, prompts).sizes()
     for c, found in sizes.items():
         for (h, w) in found:
             meta = SimpleNamespace(features={k: dict(shape=(3, h, w)) for k in cameras}, camera_keys=cameras)
-            require_fit([f for f in camera_findings(cfg.policy, meta) if f.data.get("camera") in (None, c)], cfg.allow_mismatch, "--allow_mismatch")
+            require_fit([f for f in camera_findings(cfg.policy, meta) if f.data.get("camera") in (None, c)],
+                        cfg.allow_mismatch, "--allow_mismatch")
     policy, pre, _ = load_policy_alone(cfg.policy)
     told = heed(pre, cfg.policy, list(dict.fromkeys(prompts)), cfg.long_instructions, cfg.prompts_file)
     d, state, what = state_size(cfg.policy), None, "the policy is told none"
     if d:
-        state, what = usual_state((normaliser(pre).stats or {}).get("observation.state") if normaliser(pre) else None, d) if not cfg.state else (parse_state(cfg.state, d), "given with --state")
-        logging.info(f"the state that the policy is told with every picture: {', '.join(f'{x:.4g}' for x in state)} ({what})")
+        state, what = usual_state((normaliser(pre).stats or {}).get("observation.state") if normaliser(pre) else None,
+                                  d) if not cfg.state else (parse_state(cfg.state, d), "given with --state")
+        logging.info(f"the state that the policy is told with every picture: "
+                     f"{', '.join(f'{x:.4g}' for x in state)} ({what})")
     elif cfg.state: raise ValueError("state: this policy is told none")
     shown = ImageFolder(pictures, told, state)
     index = dict(episode_index=shown.episode_index, task_index=shown.task_index, index=list(range(len(shown))))
     facts = lambda: shown.facts(f"pictures/{Path(cfg.image_dir).resolve().name}") | dict(stills=True, state_is=what)
-    return policy, [Source(cfg.image_dir, shown, index, dict(enumerate(told)), pre, facts, 1 if any(len(f) > 1 for f in sizes.values()) else 0)], None
+    return policy, [Source(cfg.image_dir, shown, index, dict(enumerate(told)), pre, facts,
+                           1 if any(len(f) > 1 for f in sizes.values()) else 0)], None
 
 def parse_state(text: str, d: int) -> list[float]:
     try: x = [float(v) for v in text.strip("[] ").split(",")]
     except ValueError: x = []
-    if len(x) != d or not all(map(math.isfinite, x)): raise ValueError(f"state: expected {d} numbers with commas between, found {text!r}")
+    if len(x) != d or not all(map(math.isfinite, x)):
+        raise ValueError(f"state: expected {d} numbers with commas between, found {text!r}")
     return x

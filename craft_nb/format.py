@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from .config import as_path
-from .files import (DTYPES, IMAGE_CODES, _SIZE, AnchorCacheError, _bytes, _canonical, _encode_frame, decode_image, read_header,
-                            write_shard)
+from .files import (DTYPES, IMAGE_CODES, _SIZE, AnchorCacheError, _bytes, _canonical, _encode_frame,
+                            decode_image, read_header, write_shard)
 
 # %% ../nbs/04b_format.ipynb #be3de780
 INDEX = ('frame_index', 'episode_index', 'task_index', 'prompt_index', 'source_index', 'undecodable')
@@ -31,7 +31,7 @@ PACKED = {'tokens_hidden': ('tokens_mask', 1), 'action_hidden': ('action_mask', 
           'action_logp': ('action_mask', 0), 'action_topk': ('action_mask', 0)}              # (ta,k) where mask (ta,)
 CODES = ('plain', 'packed', 'reference', *IMAGE_CODES)
 _RESTORE = {'unit': lambda u: u.float() / 255, 'signed': lambda u: u.float() / 255 * 2 - 1,      # float pixels that are
-            'byte': lambda u: u.float()}                       # uint8 in disguise; (u / 255 - .5) / .5 is `signed` to the bit
+            'byte': lambda u: u.float()}  # uint8 in disguise; (u / 255 - .5) / .5 is `signed` to the bit
 
 # %% ../nbs/04b_format.ipynb #47f1dfb5
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def regret(points: list, reference: list) -> list[float]:
 
 # %% ../nbs/13b_fronts.ipynb #c721a34a
 def hypervolume(points: list[tuple[float, float]], worst: tuple[float, float], best: tuple[float, float]) -> float:
-    "Share of the box between `best` and `worst` that is dominated by points whose coordinates are both better the smaller."
+    """Share of the box between `best` and `worst` that is dominated by points whose coordinates are both better the
+    smaller."""
     area, top = 0.0, worst[1]
     for x, y in sorted(points):
         x, y = max(x, best[0]), max(y, best[1])
@@ -60,8 +61,10 @@ def success_points(knobs: dict, seeds: list[str], draw=None) -> list[tuple[float
     return out
 
 # %% ../nbs/13b_fronts.ipynb #c6d05294
-def interval(points, seeds: list[str], worst, best, episodes: bool, resamples: int = 1000) -> tuple[float, float, float]:
-    "Hypervolume of `points(seeds[, draw])` with its 95 % bootstrap interval; no interval (nan) with one seed and no episodes."
+def interval(points, seeds: list[str], worst, best, episodes: bool,
+             resamples: int = 1000) -> tuple[float, float, float]:
+    """Hypervolume of `points(seeds[, draw])` with its 95 % bootstrap interval; no interval (nan) with one seed and no
+    episodes."""
     g = torch.Generator().manual_seed(0)
     def draw(k, n): return torch.bernoulli(torch.full((n,), k / n), generator=g).sum().item()
     value, found = hypervolume(points(seeds), worst, best), []
@@ -69,7 +72,8 @@ def interval(points, seeds: list[str], worst, best, episodes: bool, resamples: i
     for _ in range(resamples):
         some = [seeds[i] for i in torch.randint(len(seeds), (len(seeds),), generator=g)]
         found.append(hypervolume(points(some, draw) if episodes else points(some), worst, best))
-    low, high = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    low, high = torch.tensor(found,
+                             dtype=torch.float64).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return value, low, high
 
 def volumes(study: dict) -> dict[str, dict]:  # {arm: {loss: [value, low, high], success: the same or None}}
@@ -80,8 +84,10 @@ def volumes(study: dict) -> dict[str, dict]:  # {arm: {loss: [value, low, high],
     for arm, knobs in study.items():
         seeds = sorted(set.intersection(*(set(k) for k in knobs.values())))
         with_episodes = all(r.get("old") for k in knobs.values() for r in k.values())
-        out[arm] = dict(seeds=len(seeds), loss=interval(lambda s: loss_points(knobs, s), seeds, (max(xs), max(ys)), (min(xs), min(ys)), False) if seeds else None,
-                        success=interval(lambda s, draw=None: success_points(knobs, s, draw), seeds, (0., 0.), (-1., -1.), True) if seeds and with_episodes else None)
+        out[arm] = dict(seeds=len(seeds), loss=interval(lambda s: loss_points(knobs, s), seeds, (max(xs), max(ys)),
+                                                        (min(xs), min(ys)), False) if seeds else None,
+                        success=interval(lambda s, draw=None: success_points(knobs, s, draw), seeds, (0., 0.),
+                                         (-1., -1.), True) if seeds and with_episodes else None)
     return out
 
 # %% ../nbs/13b_fronts.ipynb #c7e1d902
@@ -95,7 +101,8 @@ def outcomes(by_seed: dict, what: str, seeds: list[str]) -> list[torch.Tensor]: 
     return out
 
 def resampled(tasks: list[torch.Tensor], resamples: int = 2000) -> tuple[float, float, float]:  # mean, low, high
-    "Mean of the tasks' means with its 95 % interval, over seeds and then episodes. One seed: episodes alone, which says less."
+    """Mean of the tasks' means with its 95 % interval, over seeds and then episodes. One seed: episodes alone, which
+    says less."""
     g, (s, _) = torch.Generator().manual_seed(0), tasks[0].shape
     rows, total = torch.randint(s, (resamples, s), generator=g), 0.0
     for x in tasks:
@@ -118,12 +125,14 @@ def colours(study: dict) -> dict[str, str]:
     others = [a for a in study if a not in ("sft", "teacher")]
     return {a: {"sft": "#d55e00", "teacher": INK}.get(a) or COLOURS[others.index(a) % len(COLOURS)] for a in study}
 
-def unit(study: dict) -> str: return "squared distance per action dimension" if any(":answer@" in a for a in study) else "nats per action token"
+def unit(study: dict) -> str:
+    return "squared distance per action dimension" if any(":answer@" in a for a in study) else "nats per action token"
 
 def plot_losses(study: dict):  # matplotlib Figure
     "Held-out drift against the loss of the new task, on frames trained on and on others; a thin dot a seed."
     fig, axes = new_figure(9, 4.2, 1, 2)
-    for ax, y, title in zip(axes[0], ("task_loss_seen", "task_loss"), ("episodes trained on", "episodes not trained on")):
+    for ax, y, title in zip(axes[0], ("task_loss_seen", "task_loss"),
+                            ("episodes trained on", "episodes not trained on")):
         for i, (arm, knobs) in enumerate(students(study).items()):
             points, colour, mark = curve(knobs, y=y), colours(study)[arm], "osD^vP*X"[i // len(COLOURS)]
             ax.plot(*zip(*points), mark + "-", color=colour, linewidth=1.4, markersize=5, label=arm)
@@ -147,9 +156,11 @@ def plot_successes(study: dict):  # matplotlib Figure, or None without episodes
         points.sort(key=lambda p: p[0][0])
         (x, y), colour = zip(*[(o[0], n[0]) for o, n in points]), colours(study)[arm]
         spread = [[[max(0., v[0] - v[1]) for v in side], [max(0., v[2] - v[0]) for v in side]] for side in zip(*points)]
-        ax.errorbar(x, y, xerr=spread[0], yerr=spread[1], fmt=("*" if arm == "teacher" else "osD^vP*X"[i // len(COLOURS)]) + "-", color=colour,
+        ax.errorbar(x, y, xerr=spread[0], yerr=spread[1],
+                    fmt=("*" if arm == "teacher" else "osD^vP*X"[i // len(COLOURS)]) + "-", color=colour,
                     linewidth=1.4, elinewidth=.6, markersize=9 if arm == "teacher" else 5, label=arm)
-        seen = [[r[w][0] / r[w][1] for w in ("old", "new")] for by_seed in done.values() for r in by_seed.values() if r.get("starts")]
+        seen = [[r[w][0] / r[w][1] for w in ("old", "new")] for by_seed in done.values() for r in by_seed.values()
+                if r.get("starts")]
         ax.plot(*zip(*seen), ".", color=colour, markersize=3, alpha=0.6)
     if not ax.lines: return None
     ax.set_xlabel("old success, kept", fontsize=8, color=INK)
@@ -158,7 +169,8 @@ def plot_successes(study: dict):  # matplotlib Figure, or None without episodes
     return fig
 
 # %% ../nbs/13b_fronts.ipynb #18bed95e
-HEAD = ["arm", "knob", "seeds", "task loss", "unseen", "held-out drift", "third set", "training", "share", "λ", "projected", "step ratio", "old", "new"]
+HEAD = ["arm", "knob", "seeds", "task loss", "unseen", "held-out drift", "third set", "training", "share", "λ",
+        "projected", "step ratio", "old", "new"]
 
 def table_rows(study: dict) -> list[list[str]]:
     "A row a knob: means over seeds."
@@ -172,12 +184,15 @@ def table_rows(study: dict) -> list[list[str]]:
         if "steps" not in rows[0]: return [arm, knob or "–", str(len(rows)), *"–" * 9, count("old"), count("new")]
         numbers = [mean(n) for n in ("task_loss_seen", "task_loss", "drift", "third", "train_drift")]
         projected = f"{sum(r['projected'] for r in rows)} of {sum(r['steps'] for r in rows)}"
-        return [arm, knob or "–", str(len(rows)), *numbers, mean("share", 2), mean("lam", 2), projected, mean("step_ratio", 2), count("old"), count("new")]
+        return [arm, knob or "–", str(len(rows)), *numbers, mean("share", 2), mean("lam", 2), projected,
+                mean("step_ratio", 2), count("old"), count("new")]
     return [row(a, k, [*by_seed.values()]) for a, knobs in study.items() for k, by_seed in knobs.items()]
 
 def volume_rows(found: dict) -> list[list[str]]:
-    def says(x): return "–" if not x else f"{x[0]:.3f}" + (f" ({x[1]:.3f} to {x[2]:.3f})" if not math.isnan(x[1]) else "")
-    return [[arm, str(v["seeds"]), says(v["loss"]), says(v["success"])] for arm, v in sorted(found.items(), key=lambda x: -(x[1]["loss"] or [0])[0])]
+    def says(x):
+        return "–" if not x else f"{x[0]:.3f}" + (f" ({x[1]:.3f} to {x[2]:.3f})" if not math.isnan(x[1]) else "")
+    return [[arm, str(v["seeds"]), says(v["loss"]), says(v["success"])]
+            for arm, v in sorted(found.items(), key=lambda x: -(x[1]["loss"] or [0])[0])]
 
 # %% ../nbs/13b_fronts.ipynb #8255931b
 WRONG = ["arm", "knob", "seeds", "told the old: did it, %", "did the new, %", "episodes"]
@@ -191,8 +206,11 @@ def wrong_rows(study: dict) -> list[list[str]]:
         if not rows: continue
         old, new = ([*rows[0]["starts"][w]] for w in ("old", "new"))
         least = {t: min(len(r["done"][t]) for r in rows) for t in old}
-        def rate(right): return resampled([torch.tensor([[float(right(t, d)) for d in r["done"][t][:least[t]]] for r in rows], dtype=torch.float64) for t in old])
-        out.append([arm, knob or "–", str(len(rows)), says(rate(lambda t, d: d == t)), says(rate(lambda t, d: d in new)), str(len(rows) * sum(least.values()))])
+        def rate(right):
+            return resampled([torch.tensor([[float(right(t, d)) for d in r["done"][t][:least[t]]] for r in rows],
+                                           dtype=torch.float64) for t in old])
+        out.append([arm, knob or "–", str(len(rows)), says(rate(lambda t, d: d == t)),
+                    says(rate(lambda t, d: d in new)), str(len(rows) * sum(least.values()))])
     return out
 
 # %% ../nbs/13b_fronts.ipynb #f1b6d408
@@ -203,26 +221,32 @@ RECOMMENDED = "share:action_logits@{n}", "share=0.3"
 def reference(study: dict) -> tuple[str, str] | None:  # arm, knob
     "What the others are compared with: the recommended setting, at most anchors; None where it was not rolled out."
     recommended = RECOMMENDED[0].partition("@")[0], "share:answer"  # of pi0_fast, of others
-    arms = [a for a in students(study) if a.partition("@")[0] in recommended and rolled_out(study[a].get(RECOMMENDED[1], {}))]
+    arms = [a for a in students(study)
+            if a.partition("@")[0] in recommended and rolled_out(study[a].get(RECOMMENDED[1], {}))]
     return (max(arms, key=lambda a: int(a.partition("@")[2])), RECOMMENDED[1]) if arms else None
 
 def paired_rows(study: dict, ref: tuple[str, str] | None) -> list[list[str]]:
-    "A row a knob that was rolled out: counts, intervals, and in points the difference from the reference on the seeds that both have."
-    def says(x, sign=""): return "–" if x is None else f"{100 * x[0]:{sign}.0f} ({100 * x[1]:{sign}.0f} to {100 * x[2]:{sign}.0f})" + "*" * bool(sign and x[1] * x[2] > 0)
+    """A row a knob that was rolled out: counts, intervals, and in points the difference from the reference on the seeds
+    that both have."""
+    def says(x, sign=""):
+        return ("–" if x is None else f"{100 * x[0]:{sign}.0f} ({100 * x[1]:{sign}.0f} to {100 * x[2]:{sign}.0f})"
+                + "*" * bool(sign and x[1] * x[2] > 0))
     out = []
     for arm, knob, by_seed in ((a, k, x) for a, knobs in study.items() for k, x in knobs.items() if rolled_out(x)):
         def cells(what):
             k, n = map(sum, zip(*[by_seed[s][what] for s in rolled_out(by_seed)]))
             return [f"{k} of {n}", says(resampled(outcomes(by_seed, what, rolled_out(by_seed))))]
         base = study[ref[0]][ref[1]] if ref and (arm, knob) != ref and arm != "teacher" else {}
-        out.append([arm, knob or "–", str(len(rolled_out(by_seed))), *cells("old"), *cells("new"), *(says(against(by_seed, base, w), "+") for w in ("old", "new"))])
+        out.append([arm, knob or "–", str(len(rolled_out(by_seed))), *cells("old"), *cells("new"),
+                    *(says(against(by_seed, base, w), "+") for w in ("old", "new"))])
     return out
 
 def tables(study: dict) -> str:
     "All tables in Markdown."
     paired = [table_markdown(PAIRED, rows)] if (rows := paired_rows(study, reference(study))) else []
     if rows := wrong_rows(study): paired.append(table_markdown(WRONG, rows))
-    return "\n\n".join([*paired, table_markdown(HEAD, table_rows(study)), table_markdown(["arm", "seeds", "area, losses", "area, success"], volume_rows(volumes(study)))])
+    return "\n\n".join([*paired, table_markdown(HEAD, table_rows(study)),
+                        table_markdown(["arm", "seeds", "area, losses", "area, success"], volume_rows(volumes(study)))])
 
 # %% ../nbs/13b_fronts.ipynb #c05f3c61
 def write_report(found: dict, out: Path) -> Path:  # the page
@@ -235,19 +259,26 @@ def write_report(found: dict, out: Path) -> Path:  # the page
     (out / f"{workload}.json").write_text(json.dumps(found, indent=1) + "\n")
     (out / f"{workload}.md").write_text(tables(study) + "\n")
     def cells(rows): return [[html.escape(str(c)) for c in r] for r in rows]
-    parts = [section("Drift and the new task", "Each method is a curve over its knob; lower and further left is better.", figure_svg(figures["losses"], "task loss over held-out drift"))]
+    parts = [section("Drift and the new task", "Each method is a curve over its knob; lower and further "
+                     "left is better.", figure_svg(figures["losses"], "task loss over held-out drift"))]
     if "success" in figures:
         ref = reference(study)
-        parts.insert(0, section("Old kept, new learned", "Higher and further right is better; bars are 95 % intervals over seeds and episodes.", figure_svg(figures["success"], "new over old success")))
-        parts.insert(1, section("Paired", f"In per cent; differences from {' '.join(ref) if ref else 'the recommended setting, which is not here,'} in points, seed by seed and starting state by starting state. "
-                                "*: the 95 % interval leaves 0 out.", table_html(PAIRED, cells(paired_rows(study, ref)))))
+        parts.insert(0, section("Old kept, new learned", "Higher and further right is better; bars are 95 % intervals "
+                                "over seeds and episodes.", figure_svg(figures["success"], "new over old success")))
+        parts.insert(1, section("Paired", f"In per cent; differences from "
+                                f"{' '.join(ref) if ref else 'the recommended setting, which is not here,'} in points, "
+                                "seed by seed and starting state by starting state. *: "
+                                f"the 95 % interval leaves 0 out.", table_html(PAIRED, cells(paired_rows(study, ref)))))
     if rows := wrong_rows(study):
-        parts.insert(2, section("Told the old", "Which task was done first under an old instruction; in per cent, with 95 % intervals over seeds and episodes. "
-                                "It says whether instructions are obeyed, not what is seen.", table_html(WRONG, cells(rows))))
-    parts.append(section("Area", "What a curve dominates, as a share of what all results span; intervals resample seeds and episodes.",
+        parts.insert(2, section("Told the old", "Which task was done first under an old instruction; in per cent, "
+                                "with 95 % intervals over seeds and episodes. It says whether instructions are obeyed, "
+                                "not what is seen.", table_html(WRONG, cells(rows))))
+    parts.append(section("Area", "What a curve dominates, as a share of what all results span; "
+                         "intervals resample seeds and episodes.",
                          table_html(["arm", "seeds", "losses", "success"], cells(volume_rows(volumes(study))))))
     parts.append(section("Every job", "Means over seeds.", table_html(HEAD, cells(table_rows(study)))))
     page = out / f"{workload}.html"
-    page.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Study: {html.escape(workload)}</title>'
-                    f'<style>{CSS}</style></head><body><h1>Study: {html.escape(workload)}</h1>{"".join(parts)}</body></html>\n', encoding="utf-8")
+    page.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Study: '
+                    f'{html.escape(workload)}</title><style>{CSS}</style></head><body><h1>Study: '
+                    f'{html.escape(workload)}</h1>{"".join(parts)}</body></html>\n', encoding="utf-8")
     return page

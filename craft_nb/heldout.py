@@ -33,8 +33,8 @@ def cache_episodes(cache: AnchorCacheDataset) -> list[int]:
     "Episode of each anchor; a cache that does not say counts each anchor as one."
     if "episode_index" in cache.store.names:
         return cache.store.batch(range(cache.manifest["num_anchors"]), ["episode_index"])["episode_index"].tolist()
-    warnings.warn(f"{cache.dir} does not say which episode an anchor is of, so held-out anchors may have close neighbours among the others: "
-                  "build it again, or give --craft.heldout_cache_dir", stacklevel=2)
+    warnings.warn(f"{cache.dir} does not say which episode an anchor is of, so held-out anchors may have close "
+                  f"neighbours among the others: build it again, or give --craft.heldout_cache_dir", stacklevel=2)
     return list(range(cache.manifest["num_anchors"]))
 
 def set_aside(episodes: list[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:  # rows to train on, rows held out
@@ -44,8 +44,9 @@ def set_aside(episodes: list[int], fraction: float, seed: int = 0) -> tuple[list
     held = {names[i] for i in order[: max(1, round(fraction * len(names)))]}
     rows = [i for i, e in enumerate(episodes) if e not in held], [i for i, e in enumerate(episodes) if e in held]
     if not rows[0]:
-        raise ValueError(f"heldout_fraction: the cache has anchors of {len(names)} episode{'s'[: len(names) != 1]}, and {fraction:g} of them "
-                         "leaves none to train on: lower it, set it to 0, or give --craft.heldout_cache_dir")
+        raise ValueError(f"heldout_fraction: the cache has anchors of {len(names)} episode{'s'[: len(names) != 1]}, "
+                         f"and {fraction:g} of them leaves none to train on: lower it, set it to 0, "
+                         "or give --craft.heldout_cache_dir")
     return rows
 
 # %% ../nbs/07e_heldout.ipynb #60f9d3ac
@@ -65,7 +66,8 @@ class HeldOut:
         most: int = 10**9,  # anchors of the certificate, about
         budgets: Callable[[], dict[str, float]] = dict,  # ε of each budget now, `shared` or by view
     ):
-        self.cache, self.views, self.adapter, self.config, self.every, self.budgets = cache, views, adapter, config, every, budgets
+        self.cache, self.views, self.adapter, self.config, self.every, self.budgets = (cache, views, adapter, config,
+                                                                                       every, budgets)
         self.weights_of, self.seconds = parse_weights(config.views) or dict.fromkeys(views, 1.0), 0.0
         rows = {}
         for i, e in enumerate(episodes): rows.setdefault(e, []).append(i)
@@ -82,7 +84,8 @@ class HeldOut:
     def losses(self, trainer, rows: list[int]) -> dict[str, tuple[float, int]]:  # view → loss, terms
         "Loss of each view on some rows; no gradient, no random number is drawn, no mode is left changed."
         start, batch = time.perf_counter(), self.cache.batch(rows)
-        self.named, self.dtypes = [("", p) for p in trainer.params], {p.dtype for p in trainer.policy.parameters() if p.is_floating_point()}
+        self.named, self.dtypes = ([("", p) for p in trainer.params],
+                                   {p.dtype for p in trainer.policy.parameters() if p.is_floating_point()})
         with torch.no_grad(), passing(trainer.policy), eval_mode(trainer.policy):
             out = {n: x.item() for n, x in anchor_losses(self, trainer.policy, batch, trainer.autocast).items()}
         self.seconds += time.perf_counter() - start
@@ -97,10 +100,12 @@ class HeldOut:
             total = sum(w * found[n][0] for n, w in self.weights_of.items())
             trainer.method.see_held_out(total)
             return total
-        parts = [self.losses(trainer, some) if (some := [r for r in rows if self.parts[r] == i]) else None for i in range(PARTS)]
+        parts = [self.losses(trainer, some) if (some := [r for r in rows if self.parts[r] == i])
+                 else None for i in range(PARTS)]
         seen = [p and sum(w * p[n][0] for n, w in self.weights_of.items()) for p in parts]
         terms = {n: sum(p[n][1] for p in parts if p) for n in self.weights_of}
-        total = sum(w * sum(p[n][0] * p[n][1] for p in parts if p) / max(terms[n], 1) for n, w in self.weights_of.items())
+        total = sum(w * sum(p[n][0] * p[n][1] for p in parts if p) / max(terms[n], 1)
+                    for n, w in self.weights_of.items())
         trainer.method.see_held_out(total)
         trainer.method.see_parts(seen)
         return total
@@ -114,7 +119,8 @@ def mean_over_episodes(losses: list[tuple[float, int]]) -> tuple[float, float | 
     se = math.sqrt(sum(((x - mean) * k / terms) ** 2 for x, k in losses) * n / (n - 1))
     return mean, se * student(n - 1)
 
-def student(df: int) -> float: return 1.96 + 2.4 / df + 3 / df**2  # Student's quantile, within 3 % from 3 degrees of freedom on
+# Student's quantile, within 3 % from 3 degrees of freedom on
+def student(df: int) -> float: return 1.96 + 2.4 / df + 3 / df**2
 
 def certify(self, trainer) -> dict:
     "What the drift is on all held-out anchors, by the most exceeded budget."
@@ -129,11 +135,13 @@ def certify(self, trainer) -> dict:
     worst = max(budgets or found, key=lambda n: found[n][0] / (budgets.get(n) or 1.0))
     mean, half = found[worst]
     believed = {n: d.estimate for n, d in trainer.method.duals.items()}  # at the last step
-    unit = next(iter(self.views.values())).unit if len(self.views) == 1 else self.views[worst].unit if worst in self.views else "weighted sum"
-    return finite_or_none(dict(held_out=mean, half_width=half, views={n: m for n, (m, _) in views.items()}, unit=unit, of=worst,
-                               budget=budgets.get(worst), met=all(found[n][0] <= e for n, e in budgets.items()) if budgets else None,
-                               standard_error=None if half is None else half / student(len(self.groups) - 1), estimate=believed.get(worst),
-                               anchors=sum(map(len, self.groups)), episodes=len(self.groups), seconds=self.seconds))
+    unit = (next(iter(self.views.values())).unit if len(self.views) == 1 else self.views[worst].unit
+            if worst in self.views else "weighted sum")
+    return finite_or_none(dict(
+        held_out=mean, half_width=half, views={n: m for n, (m, _) in views.items()}, unit=unit, of=worst,
+        budget=budgets.get(worst), met=all(found[n][0] <= e for n, e in budgets.items()) if budgets else None,
+        standard_error=None if half is None else half / student(len(self.groups) - 1), estimate=believed.get(worst),
+        anchors=sum(map(len, self.groups)), episodes=len(self.groups), seconds=self.seconds))
 
 # %% ../nbs/07e_heldout.ipynb #f69b8c63
 HeldOut.certify = certify

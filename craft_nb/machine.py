@@ -29,7 +29,8 @@ except ImportError: fcntl = None  # Windows
 
 # %% ../nbs/00a_machine.ipynb #bee24488
 def point(link: str | Path, target: str) -> None:
-    "Let `link` name `target`, which lies beside it, in one move: a symbolic link, or a file with the name where there are none."
+    """Let `link` name `target`, which lies beside it, in one move: a symbolic link, or a file with the name where there
+    are none."""
     link = Path(link)
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
@@ -60,7 +61,8 @@ LOCK = ".craft.lock"
 _HELD = weakref.WeakSet()
 
 def _me() -> dict:
-    return dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"), command=Path(sys.argv[0] or "python").name)
+    return dict(pid=os.getpid(), host=socket.gethostname(), since=time.strftime("%Y-%m-%d %H:%M:%S"),
+                command=Path(sys.argv[0] or "python").name)
 
 def _said(text: str) -> dict:
     try: who = json.loads(text)
@@ -92,7 +94,9 @@ def holder(folder: str | Path) -> str:
     "Who holds the lock of `folder`; '' if nobody."
     try: fd = os.open(Path(folder) / LOCK, os.O_RDONLY)
     except OSError: return ""
-    try: return "" if fcntl is None or _grab(fd, shared=True) else _words(_said(os.pread(fd, 4096, 0).decode(errors="replace")))
+    try:
+        return ("" if fcntl is None or _grab(fd, shared=True)
+                else _words(_said(os.pread(fd, 4096, 0).decode(errors="replace"))))
     finally: os.close(fd)
 
 # %% ../nbs/00a_machine.ipynb #d59beca3
@@ -103,7 +107,8 @@ class Lock:
         self.fd, self.made, self.idle, self.revoked = None, [], True, False
 
     def take(self, new: bool = False) -> "Lock":
-        "Make the folder and lock it. `FileExistsError` says who holds it; with `new` also if the folder was there before."
+        """Make the folder and lock it. `FileExistsError` says who holds it; with `new` also if the folder was there
+        before."""
         if self.fd is not None: return self
         self.made = _make(self.folder)
         for patience in (0.05, 0.05, 0.1, 0):  # whoever looks who holds it, holds it for a moment
@@ -112,7 +117,8 @@ class Lock:
         else:
             who = holder(self.folder) or "another process"
             self._tidy()
-            raise FileExistsError(f"{self.folder}: {who} writes here; wait for it, stop it, or give another {self.flag}")
+            raise FileExistsError(f"{self.folder}: {who} writes here; wait for it, stop it, "
+                                  f"or give another {self.flag}")
         if new and self.folder not in self.made:
             self.release()
             raise FileExistsError(f"{self.folder} exists: give another {self.flag}")
@@ -171,7 +177,8 @@ def _forget() -> None:  # in a forked child: what the parent holds is not the ch
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_forget)
 
 def give_way(folder: str | Path) -> None:
-    "Take the lock of `folder` from one in this process that has not begun to write: a cell that is run twice replaces its own result."
+    """Take the lock of `folder` from one in this process that has not begun to write: a cell that is run twice replaces
+    its own result."""
     for lock in list(_HELD):
         if lock.idle and lock.folder.resolve() == Path(folder).resolve():
             lock.revoked = True
@@ -180,7 +187,8 @@ def give_way(folder: str | Path) -> None:
 # %% ../nbs/00a_machine.ipynb #c4969331
 _WATCHED: dict[int, tuple] = {}  # pid → (process, what it is, what to lower)
 if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_WATCHED.clear)
-SIGNALS = {"SIGKILL": "most often because the machine ran out of memory", "SIGBUS": "most often because /dev/shm is full",
+SIGNALS = {"SIGKILL": "most often because the machine ran out of memory",
+           "SIGBUS": "most often because /dev/shm is full",
            "SIGSEGV": "a crash in native code, such as a video decoder", "SIGTERM": "by a person or a scheduler"}
 
 class HelperLost(RuntimeError):
@@ -188,7 +196,8 @@ class HelperLost(RuntimeError):
 
 @contextmanager
 def watched(what: str, lower: str) -> Iterator[Callable[[], None]]:
-    "Processes started inside are `what`; call what is yielded when they are. If one dies, the error says how, and to lower `lower`."
+    """Processes started inside are `what`; call what is yielded when they are. If one dies, the error says how, and to
+    lower `lower`."""
     _forget_the_dead()
     before = {p.pid for p in multiprocessing.active_children()}
     def learn():
@@ -220,12 +229,15 @@ class Watched:
             del items  # its workers end before they are looked at
 
 # %% ../nbs/00a_machine.ipynb #ac6c94e6
-def lost_helper(e: BaseException, default: tuple[str, str] = ("a helper process", "the number of workers")) -> HelperLost | None:
+def lost_helper(e: BaseException,
+                default: tuple[str, str] = ("a helper process", "the number of workers")) -> HelperLost | None:
     "The death of a helper that `e` comes of, in words; None if it comes of something else."
     text = str(e)
-    if isinstance(e, HelperLost) or text.startswith("Caught "): return None  # the latter is a worker's own error, sent by it
+    # the latter is a worker's own error, sent by it
+    if isinstance(e, HelperLost) or text.startswith("Caught "): return None
     told = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", text)
-    if not (told or isinstance(e, (ConnectionError, EOFError, TimeoutError, FileNotFoundError)) or "timed out" in text): return None
+    if not (told or isinstance(e, (ConnectionError, EOFError, TimeoutError, FileNotFoundError)) or "timed out" in text):
+        return None
     pids = [int(x) for x in told[1].split(",")] if told else list(_WATCHED)
     dead = next((k for k in _dead(pids, patience=10.0 if pids else 0)), None)
     if dead is None and not told: return None
@@ -236,13 +248,15 @@ def lost_helper(e: BaseException, default: tuple[str, str] = ("a helper process"
     return HelperLost(f"{what} (process {pid}) {how}. Lower {lower}; what was saved is untouched")
 
 def _workers_on_the_way(e: BaseException) -> list:
-    "Those of PyTorch's loader and of Gymnasium's simulators that `e` came through: one that started late and died early is known nowhere else."
+    """Those of PyTorch's loader and of Gymnasium's simulators that `e` came through: one that started late and died
+    early is known nowhere else."""
     selves = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(e.__traceback__)]
     return [p for owner in selves for name in ("_workers", "processes") for p in (getattr(owner, name, None) or ())
             if isinstance(p, multiprocessing.process.BaseProcess)]
 
 def _dead(pids: list[int], patience: float) -> list[int]:
-    "Those that did not end well; waits for one, since its connection closes before it is gone, on a busy machine long before."
+    """Those that did not end well; waits for one, since its connection closes before it is gone, on a busy machine long
+    before."""
     known, end = [_WATCHED[k][0] for k in pids if k in _WATCHED], time.monotonic() + patience
     while not (bad := [p.pid for p in known if p.exitcode]):
         left, alive = end - time.monotonic(), [p.sentinel for p in known if p.exitcode is None]
@@ -259,7 +273,8 @@ def _how(code: int | None) -> str:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    "What is written inside is written whole: PyTorch's handler, which raises wherever the program stands when a worker dies, is asked afterwards."
+    """What is written inside is written whole: PyTorch's handler, which raises wherever the program stands when a
+    worker dies, is asked afterwards."""
     asked = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     if threading.current_thread() is not threading.main_thread() or not callable(asked):
         yield

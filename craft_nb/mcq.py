@@ -42,14 +42,21 @@ def read_question(text: str, line: int, folder: Path) -> Question:
     "One line of a file. Raises `ValueError` saying what is wrong with it."
     try: x = json.loads(text)
     except ValueError as e: raise ValueError(f"is not JSON ({e})") from None
-    if not isinstance(x, dict): raise ValueError(f"expected an object with image_path, question, choices and answer_index, found {text[:60]!r}")
-    if gone := [k for k in ("question", "choices", "answer_index") if k not in x]: raise ValueError(f"there is no {' and no '.join(gone)}")
+    if not isinstance(x, dict):
+        raise ValueError(f"expected an object with image_path, question, choices and answer_index, found {text[:60]!r}")
+    if gone := [k for k in ("question", "choices", "answer_index") if k not in x]:
+        raise ValueError(f"there is no {' and no '.join(gone)}")
     question, choices, answer = x["question"], x["choices"], x["answer_index"]
-    if not isinstance(question, str) or not question.strip(): raise ValueError(f"question: expected some words, found {question!r}")
-    if not isinstance(choices, list) or len(choices) < 2: raise ValueError(f"choices: expected a list of two or more, found {choices!r}")
-    if bad := [c for c in choices if not isinstance(c, str) or not c.strip()]: raise ValueError(f"choices: expected words, found {bad[0]!r}")
-    if len({c.strip() for c in choices}) < len(choices): raise ValueError(f"choices: expected different ones, found {choices!r}")
-    if type(answer) is not int or not 0 <= answer < len(choices): raise ValueError(f"answer_index: expected 0 … {len(choices) - 1}, found {answer!r}")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question: expected some words, found {question!r}")
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError(f"choices: expected a list of two or more, found {choices!r}")
+    if bad := [c for c in choices if not isinstance(c, str) or not c.strip()]:
+        raise ValueError(f"choices: expected words, found {bad[0]!r}")
+    if len({c.strip() for c in choices}) < len(choices):
+        raise ValueError(f"choices: expected different ones, found {choices!r}")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer_index: expected 0 … {len(choices) - 1}, found {answer!r}")
     image = folder / x["image_path"] if x.get("image_path") else None
     if image is not None and not image.is_file(): raise ValueError(f"image_path: there is no {image}")
     return Question(image, question.strip(), tuple(c.strip() for c in choices), answer, line)
@@ -59,13 +66,16 @@ def read_questions(file: str | Path) -> list[Question]:
     file, out, faults = as_path(file), [], []
     if not file.is_file(): raise FileNotFoundError(f"mcq: there is no file {file}")
     try: lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as e: raise ValueError(f"{file}: expected lines of JSON, found bytes that are no text ({e})") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: expected lines of JSON, found bytes that are no text ({e})") from None
     for i, text in enumerate(lines, 1):
         if not text.strip(): continue
         try: out.append(read_question(text, i, file.parent))
         except ValueError as e: faults.append(f"{file}:{i}: {e}")
-    if faults: raise ValueError("\n".join(faults[:5]) + (f"\nand {len(faults) - 5} lines more" if len(faults) > 5 else ""))
-    if not out: raise ValueError(f"{file}: expected lines with image_path, question, choices and answer_index, found none")
+    if faults:
+        raise ValueError("\n".join(faults[:5]) + (f"\nand {len(faults) - 5} lines more" if len(faults) > 5 else ""))
+    if not out:
+        raise ValueError(f"{file}: expected lines with image_path, question, choices and answer_index, found none")
     return out
 
 # %% ../nbs/10d_mcq.ipynb #5823fa6d
@@ -88,21 +98,25 @@ def score_questions(
         if not all(map(math.isfinite, each)): raise ValueError(f"line {q.line}: the likelihood of a choice is {each}")
         def margin(x): return x[q.answer] - max(x[:q.answer] + x[q.answer + 1 :])
         out.append(dict(line=q.line, loglik=each, tokens=counts, margin=margin(each), correct=margin(each) > 0,
-                        correct_per_token=margin([x / k for x, k in zip(each, counts)]) > 0, said=q.choices[int(np.argmax(each))]))
+                        correct_per_token=margin([x / k for x, k in zip(each, counts)]) > 0,
+                        said=q.choices[int(np.argmax(each))]))
     return out
 
 def mcq_summary(samples: Sequence[dict]) -> dict:  # {accuracy, n, low, high, margin, accuracy_per_token}
-    "Accuracy with Wilson's 95 % interval, and the mean margin in nats. `accuracy_per_token` compares mean log-likelihoods, where choices differ in length."
+    """Accuracy with Wilson's 95 % interval, and the mean margin in nats. `accuracy_per_token` compares mean
+    log-likelihoods, where choices differ in length."""
     r = rate(sum(s["correct"] for s in samples), len(samples))
-    return dict(accuracy=r["rate"], n=r["n"], low=r["low"], high=r["high"], margin=sum(s["margin"] for s in samples) / len(samples),
-                accuracy_per_token=sum(s["correct_per_token"] for s in samples) / len(samples))
+    return dict(accuracy=r["rate"], n=r["n"], low=r["low"], high=r["high"], margin=sum(s["margin"] for s in samples)
+                / len(samples), accuracy_per_token=sum(s["correct_per_token"] for s in samples) / len(samples))
 
 # %% ../nbs/10d_mcq.ipynb #10248a84
 def mcnemar(
     first: Sequence[bool], second: Sequence[bool],  # the same questions
 ) -> dict:  # {only_first, only_second, p}
-    "McNemar's exact test of two columns of right and wrong (McNemar 1947). Raises `ValueError` if their lengths differ."
-    if len(first) != len(second): raise ValueError(f"expected the same questions twice, found {len(first)} and {len(second)}")
+    """McNemar's exact test of two columns of right and wrong (McNemar 1947). Raises `ValueError` if their lengths
+    differ."""
+    if len(first) != len(second):
+        raise ValueError(f"expected the same questions twice, found {len(first)} and {len(second)}")
     b, c = sum(x and not y for x, y in zip(first, second)), sum(y and not x for x, y in zip(first, second))
     tail = sum(math.comb(b + c, k) for k in range(min(b, c) + 1))
     return dict(only_first=b, only_second=c, p=min(1.0, 2 * tail / 2 ** (b + c)))
@@ -112,7 +126,9 @@ def choice_ids(tokenizer, q: Question) -> dict[str, list[int]]:
     "Tokens of each choice. Raises `ValueError` if one has none, or two are the same to this tokenizer."
     ids = {c: tokenizer(c, add_special_tokens=False)["input_ids"] for c in q.choices}
     if bare := [c for c, x in ids.items() if not x]: raise ValueError(f"line {q.line}: choice {bare[0]!r} has no token")
-    if len({tuple(x) for x in ids.values()}) < len(ids): raise ValueError(f"line {q.line}: two of the choices {', '.join(ids)} are the same tokens to this tokenizer, which does not know their words")
+    if len({tuple(x) for x in ids.values()}) < len(ids):
+        raise ValueError(f"line {q.line}: two of the choices {', '.join(ids)} are the same tokens to this tokenizer, "
+                         "which does not know their words")
     return ids
 
 def picture(q: Question):  # PIL, RGB
@@ -137,19 +153,25 @@ class HuggingFaceScorer:
 
     def row(self, q: Question, choice: str) -> dict[str, Tensor]:
         tokenizer, text = getattr(self.processor, "tokenizer", self.processor), self.prompt.format(question=q.question)
-        said = (self.processor(text=[text], images=[picture(q)], return_tensors="pt") if tokenizer is not self.processor else tokenizer([text], return_tensors="pt"))
+        said = (self.processor(text=[text], images=[picture(q)], return_tensors="pt") if tokenizer is not self.processor
+                else tokenizer([text], return_tensors="pt"))
         x, ids = dict(said), torch.tensor([choice_ids(tokenizer, q)[choice]])
         n = x["input_ids"].shape[1]
-        for k, value in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)), ("token_type_ids", torch.ones_like(ids))):
+        for k, value in (("input_ids", ids), ("attention_mask", torch.ones_like(ids)),
+                         ("token_type_ids", torch.ones_like(ids))):
             if k in x: x[k] = torch.cat([x[k], value], 1)
         x["counts"] = torch.cat([torch.zeros(1, n, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool)], 1)
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if x["input_ids"].shape[1] > most: raise ValueError(f"line {q.line}: question and choice take {x['input_ids'].shape[1]} tokens, and the model reads {most}: say it in fewer words")
+        if x["input_ids"].shape[1] > most:
+            raise ValueError(f"line {q.line}: question and choice take {x['input_ids'].shape[1]} tokens, "
+                             f"and the model reads {most}: say it in fewer words")
         return x
 
     def __call__(self, rows):
         each, alike = [self.row(*r) for r in rows], {}
-        for i, x in enumerate(each): alike.setdefault(tuple((k, v.shape[1:]) for k, v in x.items() if k not in LINES), []).append(i)  # pictures may be cut into more or fewer tiles
+        # pictures may be cut into more or fewer tiles
+        for i, x in enumerate(each):
+            alike.setdefault(tuple((k, v.shape[1:]) for k, v in x.items() if k not in LINES), []).append(i)
         logp, tokens = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.long)
         for some in alike.values(): logp[some], tokens[some] = (x.cpu() for x in self.together([each[i] for i in some]))
         return logp, tokens
@@ -160,35 +182,45 @@ class HuggingFaceScorer:
         batch = {k: torch.cat([filled(k, x[k]) for x in each]).to(device) for k in each[0]}
         counts = batch.pop("counts")
         with eval_mode(self.model): logits = self.model(**batch).logits
-        if logits.shape[:2] != batch["input_ids"].shape: raise ValueError(f"expected logits of every token {tuple(batch['input_ids'].shape)}, found {tuple(logits.shape)}: this model does not put pictures among its tokens")
+        if logits.shape[:2] != batch["input_ids"].shape:
+            raise ValueError(f"expected logits of every token {tuple(batch['input_ids'].shape)}, "
+                             f"found {tuple(logits.shape)}: this model does not put pictures among its tokens")
         return likelihoods(logits, batch["input_ids"], counts)
 
 # %% ../nbs/10d_mcq.ipynb #23812871
 def camera_of(policy: nn.Module, camera: str) -> str:
     "The camera that sees the pictures: `camera`, or the first. Raises `ValueError` for one that there is not."
     cameras = list(base_policy(policy).config.image_features)
-    if camera and camera not in cameras: raise ValueError(f"mcq: there is no camera {camera!r}; there are {', '.join(cameras)}")
+    if camera and camera not in cameras:
+        raise ValueError(f"mcq: there is no camera {camera!r}; there are {', '.join(cameras)}")
     return camera or cameras[0]
 
-def pixels_of(q: Question) -> Tensor: return torch.from_numpy(np.array(picture(q))).permute(2, 0, 1)[None].float() / 255  # (1, 3, h, w)
+# (1, 3, h, w)
+def pixels_of(q: Question) -> Tensor: return torch.from_numpy(np.array(picture(q))).permute(2, 0, 1)[None].float() / 255
 
 class PolicyScorer:
     "Scores choices with a policy whose adapter gives logits. Raises `ValueError` for one that has none."
     def __init__(self, policy: nn.Module, camera: str = ""):
         self.policy, self.adapter, p = policy, adapter_for(policy), base_policy(policy)
-        self.tokenizer = getattr(p, "_paligemma_tokenizer", None) or getattr(self.adapter, "tokenizer", lambda p: None)(p)
+        self.tokenizer = (getattr(p, "_paligemma_tokenizer", None)
+                          or getattr(self.adapter, "tokenizer", lambda p: None)(p))
         if "logits" not in self.adapter.gives or self.tokenizer is None:
-            raise ValueError(f"mcq: {p.config.type} answers in actions and not in words, it has no language-model head to ask")
+            raise ValueError(f"mcq: {p.config.type} answers in actions and not in words, "
+                             "it has no language-model head to ask")
         self.camera, self.limit, self.last = camera_of(p, camera), p.config.tokenizer_max_length, (None, None)
 
     def asked(self, q: Question) -> dict[str, Tensor]:
         "Anchor inputs of a question, one row."
         if self.last[0] is q: return self.last[1]
         from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-        said = self.tokenizer([q.question], return_tensors="pt", truncation=False, padding="max_length", max_length=self.limit, padding_side="right", verbose=False)
-        if (n := int(said["attention_mask"].sum())) > self.limit: raise ValueError(f"line {q.line}: the question takes {n} tokens, and the policy reads {self.limit}: say it in fewer words")
+        said = self.tokenizer([q.question], return_tensors="pt", truncation=False, padding="max_length",
+                              max_length=self.limit, padding_side="right", verbose=False)
+        if (n := int(said["attention_mask"].sum())) > self.limit:
+            raise ValueError(f"line {q.line}: the question takes {n} tokens, and the policy reads {self.limit}: "
+                             "say it in fewer words")
         device = next(self.policy.parameters()).device
-        batch = {self.camera: pixels_of(q), OBS_LANGUAGE_TOKENS: said["input_ids"], OBS_LANGUAGE_ATTENTION_MASK: said["attention_mask"].bool()}
+        batch = {self.camera: pixels_of(q), OBS_LANGUAGE_TOKENS: said["input_ids"],
+                 OBS_LANGUAGE_ATTENTION_MASK: said["attention_mask"].bool()}
         self.last = q, self.adapter.inputs(self.policy, {k: x.to(device) for k, x in batch.items()})
         return self.last[1]
 
@@ -196,16 +228,22 @@ class PolicyScorer:
         "Rows as anchors: the choice as the answer, all of it counting."
         from torch.nn.utils.rnn import pad_sequence
         ids = [torch.tensor([self.tokenizer.bos_token_id, *choice_ids(self.tokenizer, q)[c]]) for q, c in rows]
-        ids, mask = pad_sequence(ids, batch_first=True), pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in ids], batch_first=True)
+        ids, mask = (pad_sequence(ids, batch_first=True),
+                     pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in ids], batch_first=True))
         inputs = [self.asked(q) for q, _ in rows]
-        return {k: torch.cat([x[k] for x in inputs]) for k in inputs[0]} | dict(action_ids=ids.int(), action_mask=mask, predict_mask=mask[:, 1:].clone())
+        return ({k: torch.cat([x[k] for x in inputs]) for k in inputs[0]}
+                | dict(action_ids=ids.int(), action_mask=mask, predict_mask=mask[:, 1:].clone()))
 
     def kept(self, questions: Sequence[Question]) -> dict[str, Tensor]:
-        "Anchors of questions, one each: with the choice that the policy finds most likely as the answer. Raises `ValueError` for one that is too long."
+        """Anchors of questions, one each: with the choice that the policy finds most likely as the answer. Raises
+        `ValueError` for one that is too long."""
         said = [s["said"] for s in score_questions(self, questions)]
         out, most = self.anchors(list(zip(questions, said))), base_policy(self.policy).config.max_action_tokens
-        if (n := out["action_ids"].shape[1]) > most: raise ValueError(f"a choice takes {n - 1} tokens, and anchors of this policy have room for {most - 1}: say it in fewer words")
-        def wide(x, k): return nn.functional.pad(x, (0, most - n)) if k in ("action_ids", "action_mask", "predict_mask") else x
+        if (n := out["action_ids"].shape[1]) > most:
+            raise ValueError(f"a choice takes {n - 1} tokens, and anchors of this policy have room for {most - 1}: "
+                             "say it in fewer words")
+        def wide(x, k):
+            return nn.functional.pad(x, (0, most - n)) if k in ("action_ids", "action_mask", "predict_mask") else x
         return {k: wide(x, k) for k, x in out.items()}
 
     def __call__(self, rows):
@@ -227,11 +265,13 @@ class PaliGemmaScorer:
         from torch.nn.utils.rnn import pad_sequence
         asked = [self.tokenizer([q.question + "\n"], truncation=False, verbose=False)["input_ids"][0] for q, _ in rows]
         if over := [(q, a) for (q, _), a in zip(rows, asked) if len(a) > self.limit]:
-            raise ValueError(f"line {over[0][0].line}: the question takes {len(over[0][1])} tokens, and the policy reads {self.limit}: say it in fewer words")
+            raise ValueError(f"line {over[0][0].line}: the question takes {len(over[0][1])} tokens, "
+                             f"and the policy reads {self.limit}: say it in fewer words")
         out, device = [], next(self.policy.parameters()).device
         for ids in (asked, [choice_ids(self.tokenizer, q)[c] for q, c in rows]):
             ids = [torch.tensor(x) for x in ids]
-            out += [pad_sequence(x, batch_first=True).to(device) for x in (ids, [torch.ones(len(x), dtype=torch.bool) for x in ids])]
+            out += [pad_sequence(x, batch_first=True).to(device)
+                    for x in (ids, [torch.ones(len(x), dtype=torch.bool) for x in ids])]
         return out
 
     def __call__(self, rows):
@@ -239,19 +279,24 @@ class PaliGemmaScorer:
         p, (asked, is_asked, ids, counts) = base_policy(self.policy), self.batch(rows)
         inner, k = p.model.paligemma_with_expert, ids.shape[1]
         with eval_mode(self.policy), mixed_precision(self.policy):
-            shown = [p._preprocess_images({self.camera: pixels_of(q).to(asked.device)}) for q, _ in rows]  # each (cameras, their masks); pictures differ in size
+            # each (cameras, their masks); pictures differ in size
+            shown = [p._preprocess_images({self.camera: pixels_of(q).to(asked.device)}) for q, _ in rows]
             pictures = [[torch.cat(x) for x in zip(*(s[i] for s in shown))] for i in (0, 1)]
             x, seen, _ = p.model.embed_prefix(*pictures, asked, is_asked)
-            n, x, seen = x.shape[1], torch.cat([x, inner.embed_language_tokens(ids).to(x.dtype)], 1), torch.cat([seen, counts], 1)
+            n, x, seen = (x.shape[1], torch.cat([x, inner.embed_language_tokens(ids).to(x.dtype)], 1),
+                          torch.cat([seen, counts], 1))
             if next(inner.paligemma.model.language_model.layers.parameters()).dtype == torch.bfloat16: x = x.bfloat16()
             attends = torch.ones(n + k, n + k, dtype=torch.bool, device=x.device).tril()
             attends[:n, :n] = True  # picture and question see each other
             attends = attends & seen[:, None, :] & seen[:, :, None]
-            (out, _), _ = inner.forward(attention_mask=prepare_attention_masks_4d(attends, dtype=x.dtype), position_ids=seen.cumsum(1) - 1, inputs_embeds=[x, None],
+            (out, _), _ = inner.forward(attention_mask=prepare_attention_masks_4d(attends, dtype=x.dtype),
+                                        position_ids=seen.cumsum(1) - 1, inputs_embeds=[x, None],
                                         use_cache=False, adarms_cond=[None, None])
-            last = n - asked.shape[1] + is_asked.sum(1, keepdim=True) - 1  # where the question ends: what predicts the first token
+            # where the question ends: what predicts the first token
+            last = n - asked.shape[1] + is_asked.sum(1, keepdim=True) - 1
             where = torch.cat([last, n + torch.arange(k - 1, device=x.device).expand(len(rows), -1)], 1)
-            logits = inner.paligemma.lm_head(out.gather(1, where[..., None].expand(-1, -1, out.shape[2])).to(inner.paligemma.lm_head.weight.dtype))
+            logits = inner.paligemma.lm_head(out.gather(1, where[..., None].expand(-1, -1, out.shape[2]))
+                                             .to(inner.paligemma.lm_head.weight.dtype))
         each = logits.float().log_softmax(-1).gather(2, ids[..., None])[..., 0]
         return each.masked_fill(~counts, 0).sum(1), counts.sum(1)
 
@@ -261,20 +306,27 @@ def smolvlm_scorer(policy: nn.Module) -> HuggingFaceScorer:
     c, inside = base_policy(policy).config, base_policy(policy).model.vlm_with_expert
     have, whole = len(inside.vlm.model.text_model.layers), inside.vlm.config.text_config.num_hidden_layers
     if have < whole:
-        raise ValueError(f"mcq: this {c.type} keeps {have} of the {whole} layers of its language model (num_vlm_layers), whose head was trained behind the last and stands behind layer {have} "
-                         "as nobody trained it: it cannot be asked in words. Ask the network that it was made from, HuggingFaceScorer, or train it with --policy.num_vlm_layers=0")
+        raise ValueError(f"mcq: this {c.type} keeps {have} of the {whole} layers of its language model "
+                         f"(num_vlm_layers), whose head was trained behind the last and stands behind layer {have} as "
+                         "nobody trained it: it cannot be asked in words. Ask the network that it was made from, "
+                         "HuggingFaceScorer, or train it with --policy.num_vlm_layers=0")
     processor, size = copy.deepcopy(inside.processor), dict(longest_edge=max(c.resize_imgs_with_padding or (512, 512)))
-    processor.image_processor.size, processor.image_processor.max_image_size, processor.image_processor.do_image_splitting = size, size, False
+    processor.image_processor.size, processor.image_processor.max_image_size, processor.image_processor.do_image_splitting = (
+        size, size, False)
     turn = [dict(role="user", content=[dict(type="image"), dict(type="text", text="{question}")])]
-    prompt = processor.apply_chat_template(turn, add_generation_prompt=True) + " " if getattr(processor, "chat_template", None) else f"{processor.image_token} {{question}} "
+    prompt = (processor.apply_chat_template(turn, add_generation_prompt=True) + " "
+              if getattr(processor, "chat_template", None) else f"{processor.image_token} {{question}} ")
     return HuggingFaceScorer(inside.vlm, processor, prompt)
 
 def policy_scorer(policy: nn.Module, preprocessor=None, camera: str = "") -> Scorer:
     "The scorer of a LeRobot policy. Raises `ValueError` for one that cannot be asked in words, saying why."
     kinds = {c.__dict__.get("name") for c in type(base_policy(policy)).__mro__}
     if kinds & {"pi0", "pi05"}:
-        words = next((s.input_tokenizer for s in getattr(preprocessor, "steps", ()) if hasattr(s, "input_tokenizer")), None)
-        if words is None: raise ValueError(f"mcq: {base_policy(policy).config.type} keeps its tokenizer in its preprocessor: give that too")
+        words = next((s.input_tokenizer for s in getattr(preprocessor, "steps", ()) if hasattr(s, "input_tokenizer")),
+                     None)
+        if words is None:
+            raise ValueError(f"mcq: {base_policy(policy).config.type} keeps its tokenizer in its preprocessor: "
+                             "give that too")
         return PaliGemmaScorer(policy, words, camera)
     return smolvlm_scorer(policy) if "smolvla" in kinds else PolicyScorer(policy, camera)
 
@@ -287,13 +339,16 @@ def ask(
     file: str | Path | None = None,  # JSONL of samples
 ) -> dict:  # `mcq_summary`; with `other` also `other` and `mcnemar`
     "Ask one policy or two, and keep what each answered."
-    mine, theirs = score_questions(scorer, questions, batch_size), score_questions(other, questions, batch_size) if other else None
+    mine, theirs = (score_questions(scorer, questions, batch_size),
+                    score_questions(other, questions, batch_size) if other else None)
     if file is not None:
         with open(file, "w", encoding="utf-8") as f:
             for i, (q, s) in enumerate(zip(questions, mine)):
-                row = dict(line=q.line, image_path=str(q.image) if q.image else None, question=q.question, choices=q.choices, answer_index=q.answer) | s
+                row = dict(line=q.line, image_path=str(q.image) if q.image else None, question=q.question,
+                           choices=q.choices, answer_index=q.answer) | s
                 f.write(json.dumps(row | (dict(other=theirs[i]) if theirs else {}), ensure_ascii=False) + "\n")
-    return mcq_summary(mine) | (dict(other=mcq_summary(theirs), mcnemar=mcnemar([s["correct"] for s in mine], [s["correct"] for s in theirs])) if theirs else {})
+    return mcq_summary(mine) | (dict(other=mcq_summary(theirs), mcnemar=mcnemar(
+        [s["correct"] for s in mine], [s["correct"] for s in theirs])) if theirs else {})
 
 # %% ../nbs/10d_mcq.ipynb #4d1f0a66
 def build_question_cache(
@@ -308,19 +363,28 @@ def build_question_cache(
     manifest: dict | None = None,  # further fields of it: hashes, dataset, versions, extra
     **how,  # of `AnchorWriter`: shard_size, images
 ) -> dict:  # the manifest
-    "Anchors of pictures and questions, one each. Raises `ValueError` for a policy without a language-model head and for views that hold no answer."
-    if "logits" not in adapter_for(policy).gives: raise ValueError(f"mcq: {base_policy(policy).config.type} answers in actions; anchors of questions are of policies that answer in tokens, such as pi0_fast")
+    """Anchors of pictures and questions, one each. Raises `ValueError` for a policy without a language-model head and
+    for views that hold no answer."""
+    if "logits" not in adapter_for(policy).gives:
+        raise ValueError(f"mcq: {base_policy(policy).config.type} answers in actions; "
+                         "anchors of questions are of policies that answer in tokens, such as pi0_fast")
     scorer, chosen = PolicyScorer(policy, camera), make_views(list(views), layers=layers, top_k=top_k)
     check_views(scorer.adapter, policy, chosen)
-    if not any("predict_mask" in v.tensors for v in chosen.values()): raise ValueError(f"mcq: {', '.join(chosen)} holds nothing of an answer in words: expected action_logits or action_tokens among the views")
-    pictures, asked = ({x: i for i, x in enumerate(dict.fromkeys(getattr(q, k) for q in questions))} for k in ("image", "question"))
+    if not any("predict_mask" in v.tensors for v in chosen.values()):
+        raise ValueError(f"mcq: {', '.join(chosen)} holds nothing of an answer in words: "
+                         "expected action_logits or action_tokens among the views")
+    pictures, asked = ({x: i for i, x in enumerate(dict.fromkeys(getattr(q, k) for q in questions))}
+                       for k in ("image", "question"))
     hashes = {str(i): hashlib.sha256(f.read_bytes()).hexdigest()[:16] for f, i in pictures.items() if f}
-    about = dict(repo_id="questions", revision="", frames=len(questions), episodes=len(pictures), tasks={str(i): t for t, i in asked.items()}, episode_hashes=hashes, stills=True)
+    about = dict(repo_id="questions", revision="", frames=len(questions), episodes=len(pictures),
+                 tasks={str(i): t for t, i in asked.items()}, episode_hashes=hashes, stills=True)
     given = (manifest or {}) | dict(dataset=about | (manifest or {}).get("dataset", {}))
     plan = cache_plan(policy, chosen, dict(actions="teacher"), None, given, scorer.adapter)
     with eval_mode(policy), AnchorWriter(out_dir, len(questions), packed=PACKED, **plan, **how) as w:
         for lo, hi in list(w.ranges(batch_size)):
             some, anchors = questions[lo:hi], scorer.kept(questions[lo:hi])
-            index = dict(frame_index=range(lo, hi), episode_index=[pictures[q.image] for q in some], task_index=[asked[q.question] for q in some])
-            w.add(anchors | teacher_targets(policy, anchors, chosen, scorer.adapter) | {k: torch.tensor([*x]) for k, x in index.items()})
+            index = dict(frame_index=range(lo, hi), episode_index=[pictures[q.image] for q in some],
+                         task_index=[asked[q.question] for q in some])
+            w.add(anchors | teacher_targets(policy, anchors, chosen, scorer.adapter)
+                  | {k: torch.tensor([*x]) for k, x in index.items()})
     return read_manifest(out_dir)

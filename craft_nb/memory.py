@@ -24,8 +24,8 @@ from .step import StepParts
 
 # %% ../nbs/07f_memory.ipynb #a1543cad
 class PeakMemory(TorchDispatchMode):
-    """Inside the `with`: `live` and `peak` bytes of the storages that operations made, beside those that `known` tensors
-    hold already. What an allocator would have had to hold, on any device."""
+    """Inside the `with`: `live` and `peak` bytes of the storages that operations made, beside those that `known`
+    tensors hold already. What an allocator would have had to hold, on any device."""
 
     def __init__(self, *known: Tensor):
         super().__init__()
@@ -55,7 +55,9 @@ def pass_bytes(model: nn.Module, run: Callable[[], object]) -> int:
     with passing(model):
         try:
             if device.type != "cuda":
-                with PeakMemory(*model.parameters(), *model.buffers(), *(g for _, g in held if g is not None)) as memory: run()
+                with PeakMemory(*model.parameters(), *model.buffers(),
+                                *(g for _, g in held if g is not None)) as memory:
+                    run()
                 return memory.peak
             before = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -82,8 +84,8 @@ def nbytes(tensors: Iterable) -> int: return sum(t.numel() * t.element_size() fo
 
 # %% ../nbs/07f_memory.ipynb #2fe88667
 def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
-    """What training will need: weights, gradients, optimizer, the gradient that surgery adds, what the task and the anchor pass
-    hold beside the weights (each with its own gradient), and the peak of a step. Leaves no trace."""
+    """What training will need: weights, gradients, optimizer, the gradient that surgery adds, what the task and the
+    anchor pass hold beside the weights (each with its own gradient), and the peak of a step. Leaves no trace."""
     ret, acc, g = trainer.retention, trainer.accelerator, nbytes(trainer.params)
     out = dict(weights=nbytes([*trainer.policy.parameters(), *trainer.policy.buffers()]), gradients=g,
                optimizer=g * moments(trainer.optimizer), surgery=0, task_pass=g, anchor_pass=0)
@@ -95,10 +97,13 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
     if streams: out["surgery"] = max(nbytes(ret.surgery.params[i] for i in ids) for ids in ret.surgery.groups.values())
     elif ret and (ret.separate or not ret.one_pass(trainer)): out["surgery"] = g
     task = out["task_pass"] + (g if trainer.accumulate > 1 else 0)
-    anchor = out["anchor_pass"] and g + out["anchor_pass"] + (g if ret.config.anchor_micro_batch and out["surgery"] else 0)
-    step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)  # foreach: one temporary
+    anchor = (out["anchor_pass"]
+              and g + out["anchor_pass"] + (g if ret.config.anchor_micro_batch and out["surgery"] else 0))
+    # foreach: one temporary
+    step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)
     buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
-    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + out.get("teacher", 0) + buckets + max(task, 0 if streams else anchor, step)}
+    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + out.get("teacher", 0) + buckets
+                  + max(task, 0 if streams else anchor, step)}
 
 # %% ../nbs/07f_memory.ipynb #0beda662
 def ahead(trainer: StepParts) -> tuple[dict, dict | None]:
@@ -121,7 +126,8 @@ def measure_passes(trainer: StepParts, policy: nn.Module) -> dict[str, int]:
     out = {"task_pass": held + gradient_pass(policy, task)}
     if ret is None: return out
     n = ret.config.anchor_micro_batch or count_rows(anchors)
-    def retention(): return pressed(ret, anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
+    def retention():
+        return pressed(ret, anchor_losses(ret, policy, {k: v[:n] for k, v in anchors.items()}, trainer.autocast))
     with enough_memory(ret, n): out["anchor_pass"] = held + gradient_pass(policy, retention)
     if not ret.streams: return out
     def both():
@@ -138,7 +144,8 @@ class Memory(Callback):
         self.expected = said or estimate_memory(trainer)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
         else: self.start = resident(forget_peak=True) - self.expected["weights"] - self.expected.get("teacher", 0)
-        if not said: print("memory: " + ", ".join(f"{k.replace('_', ' ')} {_size(v)}" for k, v in self.expected.items()))
+        if not said:
+            print("memory: " + ", ".join(f"{k.replace('_', ' ')} {_size(v)}" for k, v in self.expected.items()))
 
     def on_event(self, trainer, row):
         if row["event"] in ("start", "resume"): trainer.event("memory", **self.expected)
@@ -152,10 +159,13 @@ class Memory(Callback):
 
 # %% ../nbs/07f_memory.ipynb #8f612f04
 def resident(what: str = "VmRSS", forget_peak: bool = False) -> int:
-    "Bytes of this process in memory, or at most so far (`VmHWM`); 0 where the system does not tell. `forget_peak`: begin anew, without what is freed already."
+    """Bytes of this process in memory, or at most so far (`VmHWM`); 0 where the system does not tell. `forget_peak`:
+    begin anew, without what is freed already."""
     try:
         if forget_peak:
-            getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)  # glibc keeps freed memory: a step that used it again would look free
+            # glibc keeps freed memory: a step that used it again would look free
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)
             with open("/proc/self/clear_refs", "w") as f: f.write("5")
-        with open("/proc/self/status") as f: return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) * 1024 for line in f if line.startswith(what))
     except (OSError, TypeError, StopIteration): return 0  # TypeError: Windows has no library of the process itself

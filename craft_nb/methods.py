@@ -26,8 +26,8 @@ from .features import pool
 from .losses import ActionLogitsView, PooledView, make_views
 from .policies import eval_mode
 from .surgery import Surgery
-from .trainer import (AnchorMethod, Method, Retention, across_ranks, anchor_losses, count_rows, endless, passing, pressed, retention_backward,
-                              stacked, surgery_row, unwrapped)
+from .trainer import (AnchorMethod, Method, Retention, across_ranks, anchor_losses, count_rows, endless,
+                              passing, pressed, retention_backward, stacked, surgery_row, unwrapped)
 
 # %% ../nbs/08a_methods.ipynb #00ad9486
 @dataclass
@@ -59,18 +59,22 @@ def find_method(name: str) -> type[Method]:
     if colon:
         if (here := os.getcwd()) not in sys.path: sys.path.append(here)  # a command's path begins where it is installed
         try: return getattr(importlib.import_module(module), attr)
-        except (ImportError, AttributeError) as e: raise ValueError(f"method: {name!r} cannot be loaded ({e}); expected package.module:Class") from e
+        except (ImportError, AttributeError) as e:
+            raise ValueError(f"method: {name!r} cannot be loaded ({e}); expected package.module:Class") from e
     raise ValueError(f"method: expected one of {', '.join(METHODS)}, or package.module:Class; found {name!r}")
 
 def read_options(cls: type[Method], text: str) -> dict:
-    "The options of a method: its defaults, and what `text` says otherwise. Raises `ValueError` for an unknown one, or one of another type."
+    """The options of a method: its defaults, and what `text` says otherwise. Raises `ValueError` for an unknown one, or
+    one of another type."""
     given, kinds = parse_options(text), {str: "text", int: "a whole number ≥ 0", float: "a number ≥ 0"}
     if unknown := set(given) - set(cls.options):
-        raise ValueError(f"method_options: {cls.name} takes {', '.join(cls.options) or 'none'}; found {', '.join(sorted(unknown))}")
+        raise ValueError(f"method_options: {cls.name} takes {', '.join(cls.options) or 'none'}; "
+                         f"found {', '.join(sorted(unknown))}")
     def read(name, kind):
         try: value = kind(given[name])
         except ValueError: value = math.nan
-        if kind is not str and not 0 <= value < math.inf: raise ValueError(f"method_options: expected {name} as {kinds[kind]}, found {given[name]!r}")
+        if kind is not str and not 0 <= value < math.inf:
+            raise ValueError(f"method_options: expected {name} as {kinds[kind]}, found {given[name]!r}")
         return value
     return {n: read(n, type(default)) if n in given else default for n, default in cls.options.items()}
 
@@ -88,7 +92,8 @@ class Craft(Retention):
     name, needs, options, forced = "craft", "anchors", {}, {}
     def __init__(self, parts: MethodParts):
         p, cfg = parts, replace(parts.config, **self.forced)
-        super().__init__(p.policy, p.anchors, p.views, p.adapter, cfg, p.steps, p.spreads, p.all_reduce, p.stream, p.teacher_dtype)
+        super().__init__(p.policy, p.anchors, p.views, p.adapter, cfg, p.steps, p.spreads, p.all_reduce, p.stream,
+                         p.teacher_dtype)
 
 @register_method
 class Constant(Craft):
@@ -154,15 +159,17 @@ class Retain(FromStart):
     def state_dict(self) -> dict: return {"merged": self.merged}
     def load_state_dict(self, state: dict): self.merged = state["merged"]
     def batch(self, trainer, batch: dict) -> dict:
-        if self.merged: raise ValueError("method: this run has merged its weights at its last step, and cannot be made longer; begin a new one")
+        if self.merged:
+            raise ValueError("method: this run has merged its weights at its last step, and cannot be made longer; "
+                             "begin a new one")
         return batch
 
 # %% ../nbs/08a_methods.ipynb #60d5b18c
 def sample_losses(trainer, batch: dict) -> Tensor:  # (b,)
     "The task loss of each sample by itself, with its graph."
     n = next(len(v) for v in batch.values() if isinstance(v, Tensor))
-    return torch.stack([trainer.policy({k: v[i : i + 1] if isinstance(v, (Tensor, list)) and len(v) == n else v for k, v in batch.items()})[0]
-                        for i in range(n)])
+    return torch.stack([trainer.policy({k: v[i : i + 1] if isinstance(v, (Tensor, list)) and len(v) == n else v
+                                        for k, v in batch.items()})[0] for i in range(n)])
 
 # %% ../nbs/08a_methods.ipynb #3ed9758e
 @register_method
@@ -221,7 +228,8 @@ class EWC(FromStart, OldData):
         self.fisher = [torch.zeros_like(p, dtype=torch.float32) for p in trainer.params]
 
     def setup(self, trainer):
-        policy, n = unwrapped(trainer), max(1, self.samples // (1 if trainer.alone else trainer.accelerator.num_processes))
+        policy, n = (unwrapped(trainer),
+                     max(1, self.samples // (1 if trainer.alone else trainer.accelerator.num_processes)))
         with passing(policy):
             for batch in itertools.islice(self.line, n):
                 with trainer.autocast(): loss = policy(batch)[0]
@@ -252,7 +260,8 @@ class SoftLogitsView(ActionLogitsView):
         super().__init__(**how)
         self.temperature = temperature
     def targets(self, f): return super().targets(replace(f, logits=f.logits.float() / self.temperature))
-    def per_row(self, f, anchors): return super().per_row(replace(f, logits=f.logits.float() / self.temperature), anchors)
+    def per_row(self, f, anchors):
+        return super().per_row(replace(f, logits=f.logits.float() / self.temperature), anchors)
 
 # %% ../nbs/08a_methods.ipynb #a3b7effd
 @register_method
@@ -260,9 +269,12 @@ class LwF(FromStart):
     "L_new + w L_KD on the new inputs."
     name, needs, options = "lwf", "teacher", dict(weight=1.0, temperature=2.0, top_k=32)
     def __init__(self, parts: MethodParts, weight: float, temperature: float, top_k: int):
-        if not temperature or not top_k: raise ValueError(f"method_options: expected temperature and top_k above 0, found {temperature:g} and {top_k}")
+        if not temperature or not top_k:
+            raise ValueError(f"method_options: expected temperature and top_k above 0, "
+                             f"found {temperature:g} and {top_k}")
         self.adapter, self.config, self.weight, self.shown = parts.adapter, parts.config, weight, []
-        self.views = {"action_logits": SoftLogitsView(temperature, top_k=top_k)} if "logits" in self.adapter.gives else make_views(["answer"])
+        self.views = ({"action_logits": SoftLogitsView(temperature, top_k=top_k)} if "logits" in self.adapter.gives
+                      else make_views(["answer"]))
         self.dtypes = {p.dtype for p in parts.policy.parameters() if p.dtype.is_floating_point}
         self.named = [(n, p) for n, p in parts.policy.named_parameters() if p.requires_grad]
 
@@ -287,7 +299,8 @@ class LwF(FromStart):
             with self.at_start(trainer) as policy:
                 n = next(len(v) for v in batch.values() if isinstance(v, Tensor))
                 first = (trainer.step * len(shown) + i) * n
-                anchors = anchor_batch_targets(policy, batch, self.views, "dataset", seeds=draw_seeds(0, range(first, first + n)), adapter=self.adapter)
+                anchors = anchor_batch_targets(policy, batch, self.views, "dataset",
+                                               seeds=draw_seeds(0, range(first, first + n)), adapter=self.adapter)
             loss = sum(anchor_losses(self, trainer.policy, anchors, trainer.autocast).values()) / len(shown)
             trainer.backward(self.weight * loss)
             total = total + loss.detach()
@@ -305,7 +318,8 @@ class LogitsView(ActionLogitsView):
 
 def require_view(method: type[Method], parts: MethodParts, view: str) -> CraftConfig:
     "The config with that view alone. Raises `ValueError` if the cache has it not."
-    if view not in parts.views: raise ValueError(f"method: {method.name} needs a cache with the view {view}; found {', '.join(parts.views)}")
+    if view not in parts.views:
+        raise ValueError(f"method: {method.name} needs a cache with the view {view}; found {', '.join(parts.views)}")
     return replace(parts.config, views=view)
 
 # %% ../nbs/08a_methods.ipynb #1714c8a5
@@ -315,7 +329,8 @@ class Der(AnchorMethod):
     name, needs, options = "der", "anchors", dict(alpha=0.03)
     def __init__(self, parts: MethodParts, alpha: float):
         config, self.alpha = require_view(type(self), parts, "action_logits"), alpha
-        super().__init__(parts.policy, parts.anchors, {"action_logits": LogitsView()}, parts.adapter, config, parts.teacher_dtype)
+        super().__init__(parts.policy, parts.anchors, {"action_logits": LogitsView()}, parts.adapter, config,
+                         parts.teacher_dtype)
 
     def terms(self, trainer, row: dict):
         loss = across_ranks(trainer, retention_backward(self, trainer, self.alpha)).item()
@@ -352,7 +367,8 @@ class Aegis(AGem):
     def __init__(self, parts: MethodParts):
         config = require_view(type(self), parts, "pooled")
         if config.anchor_micro_batch or config.anchor_batch_size < 2:
-            raise ValueError(f"method: aegis compares whole batches of anchors: expected anchor_micro_batch 0 and anchor_batch_size of 2 or more, "
+            raise ValueError(f"method: aegis compares whole batches of anchors: "
+                             "expected anchor_micro_batch 0 and anchor_batch_size of 2 or more, "
                              f"found {config.anchor_micro_batch} and {config.anchor_batch_size}")
         stored = parts.views["pooled"]
         super().__init__(replace(parts, config=config, views={"pooled": GaussianView(stored.layers, stored.pooling)}))
@@ -364,8 +380,11 @@ class EachAnchor:
     def __getattr__(self, name): return handed_on(self, "view", name)
     def loss(self, f, anchors):
         rows = self.view.per_row(f, anchors)
-        counts = [self.view.terms({t: anchors[t][i : i + 1] for t in self.view.tensors}) for i in range(len(anchors[self.view.tensors[0]]))]
-        if len(rows) != sum(counts): raise ValueError(f"method: mir scores each anchor by itself, and the view {self.view.name} has one loss for all")
+        counts = [self.view.terms({t: anchors[t][i : i + 1] for t in self.view.tensors})
+                  for i in range(len(anchors[self.view.tensors[0]]))]
+        if len(rows) != sum(counts):
+            raise ValueError(f"method: mir scores each anchor by itself, "
+                             f"and the view {self.view.name} has one loss for all")
         return torch.stack([x.sum() / max(x.numel(), 1) for x in rows.split(counts)])
 
 # %% ../nbs/08a_methods.ipynb #006398a6
@@ -374,7 +393,9 @@ class Mir(AnchorMethod):
     "L_task + w L_ret on the anchors that the step would harm most."
     name, needs, options, copies = "mir", "anchors", dict(among=2, every=1, weight=1.0, virtual_lr=0.0), 1
     def __init__(self, parts: MethodParts, among: int, every: int, weight: float, virtual_lr: float):
-        if among < 2 or every < 1: raise ValueError(f"method_options: expected among of 2 or more and every of 1 or more, found {among} and {every}")
+        if among < 2 or every < 1:
+            raise ValueError(f"method_options: expected among of 2 or more and every of 1 or more, "
+                             f"found {among} and {every}")
         super().__init__(parts.policy, parts.anchors, parts.views, parts.adapter, parts.config, parts.teacher_dtype)
         self.among, self.every, self.weight, self.virtual_lr = among, every, weight, virtual_lr
 
@@ -407,4 +428,5 @@ class Mir(AnchorMethod):
     def terms(self, trainer, row: dict):
         batch = self.choose(trainer) if trainer.step % self.every == 0 else None
         losses = across_ranks(trainer, retention_backward(self, trainer, self.weight, batch)).tolist()
-        row |= {"retention_loss": sum(w * x for w, x in zip(self.weights_of.values(), losses, strict=True)), "lambda": self.weight}
+        row |= {"retention_loss": sum(w * x for w, x in zip(self.weights_of.values(), losses, strict=True)),
+                "lambda": self.weight}

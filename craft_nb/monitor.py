@@ -31,7 +31,8 @@ class Controls:
         def knob(kind, text, wide, **kw):
             return kind(description=text, style=dict(description_width="initial"), layout=dict(width=f"{wide}px"), **kw)
         make = dict(
-            epsilon_scale=lambda x: knob(w.FloatLogSlider, "ε ×", 200, value=x, min=-2, max=1, step=.05, readout_format=".2f",
+            epsilon_scale=lambda x: knob(w.FloatLogSlider, "ε ×", 200, value=x, min=-2, max=1, step=.05,
+                                         readout_format=".2f",
                                          continuous_update=False, tooltip="Scales the budget ε(t)"),
             lambda_lr=lambda x: knob(w.BoundedFloatText, "λ_lr", 104, value=x, max=1e9, step=.01,
                                      tooltip="Step size of the multiplier"),
@@ -289,7 +290,8 @@ class CraftMonitor(Dashboard):
         finally: self.close(self.log and self.log.path.with_suffix(".png"))
 
     def on_error(self, trainer, exc):
-        with self.lock: self.runs[0].state, self.runs[0].error = "failed", "".join(traceback.format_exception(exc)[-4:]).strip()
+        with self.lock:
+            self.runs[0].state, self.runs[0].error = "failed", "".join(traceback.format_exception(exc)[-4:]).strip()
         try:
             if self.log: self.log.on_error(trainer, exc)
         except OSError as e: warnings.warn(str(e))
@@ -297,11 +299,13 @@ class CraftMonitor(Dashboard):
 
 # %% ../nbs/09_monitor.ipynb #ac6a7526
 def live_knobs(trainer)->dict: # {name: present value}
-    "What can be turned while `trainer` runs: the budget's scale, the multiplier's step and bound, the gate. {} without CRaFT."
+    """What can be turned while `trainer` runs: the budget's scale, the multiplier's step and bound, the gate. {}
+    without CRaFT."""
     r = trainer.retention
     if r is None: return {}
     dual = next(iter(r.duals.values()))
-    return {n: getattr(dual, n) for n in ("epsilon_scale", "lambda_lr", "lambda_max")} | dict(projection_gate=r.surgery.gate)
+    return ({n: getattr(dual, n) for n in ("epsilon_scale", "lambda_lr", "lambda_max")}
+            | dict(projection_gate=r.surgery.gate))
 
 def _state(self, history):
     "The run's state, with what the person asked of it."

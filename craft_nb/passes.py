@@ -28,9 +28,11 @@ class AnchorPass:
 
 # %% ../nbs/07b_passes.ipynb #f1ca9cab
 def route_forward(policy: nn.Module) -> nn.Module:
-    "Let `policy(AnchorPass)` run the pass; every other call goes to the policy's own forward. Do this before wrapping it."
+    """Let `policy(AnchorPass)` run the pass; every other call goes to the policy's own forward. Do this before wrapping
+    it."""
     own = policy.forward
-    policy.forward = lambda batch, *args, **kw: batch(policy) if isinstance(batch, AnchorPass) else own(batch, *args, **kw)
+    policy.forward = (lambda batch, *args, **kw: batch(policy) if isinstance(batch, AnchorPass)
+                      else own(batch, *args, **kw))
     policy.routes_anchors = True
     return policy
 
@@ -43,7 +45,8 @@ def unwrapped(trainer) -> nn.Module:
 
 @contextmanager
 def passing(model: nn.Module) -> Iterator[None]:
-    "Inside, `model` may be called as in training: random states and buffers are afterwards what they were, also after an error."
+    """Inside, `model` may be called as in training: random states and buffers are afterwards what they were, also after
+    an error."""
     device, buffers = next(model.parameters()).device, [(b, b.clone()) for b in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try: yield

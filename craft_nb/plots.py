@@ -41,7 +41,8 @@ def figure_png(fig, dpi: int = 80) -> bytes:
     return out.getvalue()
 
 def figure_svg(fig, label: str) -> str:
-    "The figure as an SVG element for a page: transparent, text in the page's colour and font, `label` for screen readers."
+    """The figure as an SVG element for a page: transparent, text in the page's colour and font, `label` for screen
+    readers."""
     import re
     from matplotlib import rc_context
     with rc_context({"svg.fonttype": "none"}):

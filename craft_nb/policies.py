@@ -23,16 +23,19 @@ from .tokens import PI0FastAdapter
 
 # %% ../nbs/06_policies.ipynb #983c6a62
 class AnchorAdapter(Protocol):
-    "What CRaFT needs to know about a policy type. Adapters hold no state; no method changes the policy's mode or weights."
+    """What CRaFT needs to know about a policy type. Adapters hold no state; no method changes the policy's mode or
+    weights."""
     gives: frozenset[str]  # out of hidden, actions, logits, answer: what views may ask for
     usual: str  # the view that is built where none is named
     def facts(self, policy: nn.Module) -> dict:
         "What a cache of this policy must agree with: `width` and `dtype`, and `extra`, a dict of further facts."
     def inputs(self, policy: nn.Module, batch: dict) -> dict[str, Tensor]:
         "Anchor inputs of a batch that has been through the policy's LeRobot preprocessor; tensors on the CPU."
-    def condition(self, policy: nn.Module, anchors: dict[str, Tensor], actions: str, seeds: Tensor) -> dict[str, Tensor]:
-        """The inputs with what the answer is conditioned on besides: actions, the policy's own (`actions="teacher"`) or the data set's
-        (`"dataset"`), and seeds (b, n) of `n` draws, where there is something to draw; without any of it for `""`, no answer being asked."""
+    def condition(self, policy: nn.Module, anchors: dict[str, Tensor], actions: str,
+                  seeds: Tensor) -> dict[str, Tensor]:
+        """The inputs with what the answer is conditioned on besides: actions, the policy's own (`actions="teacher"`) or
+        the data set's (`"dataset"`), and seeds (b, n) of `n` draws, where there is something to draw; without any of it
+        for `""`, no answer being asked."""
     def prepare(self, policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
         "Anchors as read from a cache, moved to the policy's device and brought into the form `features` takes."
     def features(self, policy: nn.Module, anchors: dict[str, Tensor], layers: Sequence[int], actions: bool,
@@ -47,14 +50,15 @@ def adapter_for(policy: nn.Module, capture: str = "") -> AnchorAdapter:
     """The adapter of a policy or of the nearest class it inherits from; with `capture` a `Door` at that module.
     Raises `TypeError` when none is registered, `ValueError` for a module that the policy does not have."""
     policy = base_policy(policy)
-    known = next((ADAPTERS[c.__dict__["name"]] for c in type(policy).__mro__ if c.__dict__.get("name") in ADAPTERS), None)
+    known = next((ADAPTERS[c.__dict__["name"]] for c in type(policy).__mro__ if c.__dict__.get("name") in ADAPTERS),
+                 None)
     if capture:
         submodule(policy, capture)
         return replace(known, capture=capture) if isinstance(known, Door) else Door(capture)
     if known is not None: return known
-    raise TypeError(f"no anchor adapter for {type(policy).__name__}: known policy types are {', '.join(ADAPTERS) or 'none'}. "
-                    f"Name the module whose output is the policy's answer, --craft.capture=MODULE{_candidates(policy)}; or put "
-                    "an adapter into craft_nb.policies.ADAPTERS")
+    raise TypeError(f"no anchor adapter for {type(policy).__name__}: known policy types are "
+                    f"{', '.join(ADAPTERS) or 'none'}. Name the module whose output is the policy's answer, "
+                    f"--craft.capture=MODULE{_candidates(policy)}; or put an adapter into craft_nb.policies.ADAPTERS")
 
 def check_views(adapter: AnchorAdapter, policy: nn.Module, views: dict[str, View]) -> None:
     "Raise `ValueError` for a view that a policy of this type cannot have, naming those that it can."
@@ -63,13 +67,15 @@ def check_views(adapter: AnchorAdapter, policy: nn.Module, views: dict[str, View
         return [k for k, needed in needs.items() if needed and k not in adapter.gives]
     if bad := {n: lacks(v) for n, v in views.items() if lacks(v)}:
         can = [n for n, v in VIEWS.items() if not lacks(v)]
-        what = dict(hidden="hidden states of a language model", actions="action tokens", logits="token logits", answer="action module")
-        raise ValueError("; ".join(f"view {n}: {base_policy(policy).config.type} has no {what[x[0]]}" for n, x in bad.items())
-                         + f". It can have: {', '.join(can)}")
+        what = dict(hidden="hidden states of a language model", actions="action tokens", logits="token logits",
+                    answer="action module")
+        raise ValueError("; ".join(f"view {n}: {base_policy(policy).config.type} has no {what[x[0]]}"
+                                   for n, x in bad.items()) + f". It can have: {', '.join(can)}")
 
 # %% ../nbs/06_policies.ipynb #15e1251d
 def decodable(policy: nn.Module, anchors: dict[str, Tensor], answer: dict[str, Tensor], adapter=None) -> Tensor:  # (b,) bool
-    "Which rows of a policy's `answer` to `anchors` could be acted on; the adapter's `decodable` says, else finite numbers count."
+    """Which rows of a policy's `answer` to `anchors` could be acted on; the adapter's `decodable` says, else finite
+    numbers count."""
     if check := getattr(adapter or adapter_for(policy), "decodable", None): return check(policy, anchors | answer)
     rows = torch.ones(len(next(iter(answer.values()))), dtype=torch.bool)
     for x in answer.values():
@@ -85,10 +91,12 @@ ADAPTERS |= {
     "pi0": Door("model.action_out_proj", **_GEMMA),
     "pi05": Door("model.action_out_proj", **_GEMMA),
     "smolvla": Door("model.action_out_proj", "velocity", "predict_action_chunk", "model.embed_prefix",
-                    "model.vlm_with_expert.vlm.model.text_model", tail=1, joint="model.vlm_with_expert", expert="model.vlm_with_expert.lm_expert",
+                    "model.vlm_with_expert.vlm.model.text_model", tail=1, joint="model.vlm_with_expert",
+                    expert="model.vlm_with_expert.lm_expert",
                     still=("model.embed_prefix", "model.embed_suffix", "model.vlm_with_expert.forward")),
     "act": Door("model.action_head", "action", None, still=("model.forward",)),
-    "diffusion": Door("diffusion.unet", "noise", "diffusion.conditional_sample", "diffusion._prepare_global_conditioning",
+    "diffusion": Door("diffusion.unet", "noise", "diffusion.conditional_sample",
+                      "diffusion._prepare_global_conditioning",
                       still=("diffusion._prepare_global_conditioning", "diffusion.unet.forward")),
 }
 
@@ -129,8 +137,8 @@ def check_loaded_weights(policy: nn.Module, folder: str | Path) -> int:
     if lost or wrong or absent:
         kinds = (("differ", wrong), ("unknown to the policy", lost), ("missing in the file", absent))
         some = "; ".join(f"{len(x)} {what} (first: {x[0]})" for what, x in kinds if x)
-        raise ValueError(f"{path}: the policy in memory is not the one in the file: {some}. Its weights were not loaded; "
-                         "check that the checkpoint belongs to this policy type and size")
+        raise ValueError(f"{path}: the policy in memory is not the one in the file: {some}. "
+                         "Its weights were not loaded; check that the checkpoint belongs to this policy type and size")
     return len(names)
 
 def _same(a, b): return a.shape == b.shape and torch.equal(a.to(b.dtype), b.cpu())

@@ -30,15 +30,18 @@ from .config import AnchorData, CraftConfig
 from .configs import ANCHORS
 from .data import several
 from .instructions import Heeded
-from .lerobot import (CraftTrainConfig, anchor_build, begun, builds_anchors, camera_findings, each_dataset, load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
+from .lerobot import (CraftTrainConfig, anchor_build, begun, builds_anchors, camera_findings, each_dataset,
+                              load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
                               require_fit, require_writable, rows_of, wanted_tasks)
 from .policies import adapter_for, base_policy
-from .trainer import CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows, unwrapped
+from .trainer import (CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows,
+                              unwrapped)
 
 # %% ../nbs/11d_preflight.ipynb #6cc50d3a
 SECTIONS = {  # section: kinds of findings that are shown there
-    "setup": (), "cameras": ("cameras", "no_pictures", "unused_cameras", "picture"), "numbers": ("nonfinite", "range", "statistics", "features"),
-    "instructions": ("instructions",), "tasks": ("split",), "times": ("timestamps", "fps", "chunk", "stream"), "anchors": ("anchors", "undecodable"),
+    "setup": (), "cameras": ("cameras", "no_pictures", "unused_cameras", "picture"),
+    "numbers": ("nonfinite", "range", "statistics", "features"), "instructions": ("instructions",), "tasks": ("split",),
+    "times": ("timestamps", "fps", "chunk", "stream"), "anchors": ("anchors", "undecodable"),
     "agreement": ("cache",), "memory": ("memory",), "time": ("time",), "disk": ("disk", "output")}
 MARKS = {"refuse": "✗", "warn": "!", "info": "·"}
 
@@ -60,22 +63,30 @@ class Report:
 
     def json(self) -> dict:
         verdict = "refused" if self.count("refuse") else "warnings" if self.count("warn") else "ok"
-        return dict(verdict=verdict, findings=[asdict(f) for f in self.findings], **self.facts, sheet=self.sheet and str(self.sheet))
+        return dict(verdict=verdict, findings=[asdict(f) for f in self.findings], **self.facts,
+                    sheet=self.sheet and str(self.sheet))
 
     def text(self, width: int = 150, most: int = 4, brief: bool = False) -> str:  # most: findings of a section
-        "The screen; `brief`: findings, and of facts one line a section, without those that only matter if something is wrong."
+        """The screen; `brief`: findings, and of facts one line a section, without those that only matter if something
+        is wrong."""
         n, w = self.count("refuse"), self.count("warn")
-        out = [", ".join(filter(None, [f"{n} refused" * bool(n), f"{w} warning{'s' * (w > 1)}" * bool(w)])) or "nothing speaks against it"]
+        out = [", ".join(filter(None, [f"{n} refused" * bool(n), f"{w} warning{'s' * (w > 1)}" * bool(w)]))
+               or "nothing speaks against it"]
         of = {what: s for s, kinds in SECTIONS.items() for what in kinds}
         for section in SECTIONS:
-            mine = sorted((f for f in self.findings if of.get(f.what, "setup") == section and f.level != "info"), key=lambda f: f.level != "refuse")
-            rows = [(MARKS[f.level], f.text) for f in mine[:most]] + [("", f"and {len(mine) - most} more, see --json")] * (len(mine) > most)
+            mine = sorted((f for f in self.findings if of.get(f.what, "setup") == section and f.level != "info"),
+                          key=lambda f: f.level != "refuse")
+            rows = ([(MARKS[f.level], f.text) for f in mine[:most]]
+                    + [("", f"and {len(mine) - most} more, see --json")] * (len(mine) > most))
             facts = self.lines.get(section, [])
-            if brief: facts = [textwrap.shorten(x, width - 15, placeholder=" …") for x in facts[:1] if section not in ("numbers", "times", "agreement")]
+            if brief:
+                facts = [textwrap.shorten(x, width - 15, placeholder=" …") for x in facts[:1]
+                         if section not in ("numbers", "times", "agreement")]
             rows += [(" ", t) for t in facts]
             for k, (mark, text) in enumerate(rows):
                 head = f"{section if not k else '':<13}{mark:<2}"
-                out += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 15, break_long_words=False, break_on_hyphens=False)
+                out += textwrap.wrap(text, width, initial_indent=head, subsequent_indent=" " * 15,
+                                     break_long_words=False, break_on_hyphens=False)
         return "\n".join([*out, *([f"{'pictures':<15}{self.sheet}"] if self.sheet else [])])
 
 # %% ../nbs/11d_preflight.ipynb #5e0c81ab
@@ -85,27 +96,34 @@ def keeping(craft: CraftConfig) -> str:
     if craft.method not in ("craft", "share", "constant"): return name
     name += " every step" if craft.retention_freq == 1 else f" every {craft.retention_freq} steps"
     if craft.method == "constant": return f"{name}, λ {craft.initial_lambda:g}"
-    end = f"{craft.epsilon_fraction:g} of a probe's drift" if craft.epsilon_unit == "auto" else f"{craft.epsilon_start:g} → {craft.epsilon_end:g}"
+    end = (f"{craft.epsilon_fraction:g} of a probe's drift" if craft.epsilon_unit == "auto"
+           else f"{craft.epsilon_start:g} → {craft.epsilon_end:g}")
     budget = f", budget {craft.budget:g}" * bool(craft.budget)
-    if "share" in (craft.method, craft.controller): return f"{name}, share {craft.share:g}" + (budget or f", ε {end}" * (craft.epsilon_unit == "auto"))
+    if "share" in (craft.method, craft.controller):
+        return f"{name}, share {craft.share:g}" + (budget or f", ε {end}" * (craft.epsilon_unit == "auto"))
     return f"{name}, {craft.controller}, ε {end}{budget}"
 
 # %% ../nbs/11d_preflight.ipynb #f3f08ab7
 def say_setup(r: Report, t: CraftTrainer, to_come: CraftConfig | None = None) -> None:  # to_come: of a run that builds its anchors first
     cfg, n = t.parts.cfg, sum(p.numel() for p in t.policy.parameters())
     trained, craft = sum(p.numel() for p in t.params), to_come or cfg.craft
-    kept = "without retention" if not (t.retention or to_come) and t.method.name in ("plain", "sft") else keeping(craft) if t.retention or to_come else f"method {t.method.name}"
+    kept = ("without retention" if not (t.retention or to_come) and t.method.name in ("plain", "sft")
+            else keeping(craft) if t.retention or to_come else f"method {t.method.name}")
     kept += ", once its anchors are built" * bool(to_come)
-    r.add("setup", f"{cfg.trainable_config.type} of {n / 1e6:,.3g} M parameters{f', {trained / n:.1%} of them trained' * (trained < n)}, {next(t.policy.parameters()).device}, "
-          f"{cfg.steps} steps of {cfg.batch_size} frames, {kept}", policy=cfg.trainable_config.type, parameters=n, trained=trained, steps=cfg.steps)
+    r.add("setup", f"{cfg.trainable_config.type} of {n / 1e6:,.3g} M "
+          f"parameters{f', {trained / n:.1%} of them trained' * (trained < n)}, {next(t.policy.parameters()).device}, "
+          f"{cfg.steps} steps of {cfg.batch_size} frames, {kept}", policy=cfg.trainable_config.type, parameters=n,
+          trained=trained, steps=cfg.steps)
 
 def say_cameras(r: Report, t: CraftTrainer) -> None:
     cfg, meta = t.parts.cfg, t.parts.dataset.meta
     wanted = {k: list(f.shape) for k, f in (base_policy(t.policy).config.image_features or {}).items()}
     place = {cfg.rename_map.get(c, c): c for c in meta.camera_keys}
-    rows = [dict(policy=k, data=place.get(k), made_for=s, shape=list(meta.features[place[k]]["shape"]) if k in place else None) for k, s in wanted.items()]
-    r.add("cameras", *(f"{x['policy']} ← {x['data'] or 'blank'}" + (f" {'×'.join(map(str, x['shape']))}" if x["shape"] else "") for x in rows), cameras=rows,
-          unused=sorted(set(place.values()) - {x["data"] for x in rows}))
+    rows = [dict(policy=k, data=place.get(k), made_for=s,
+                 shape=list(meta.features[place[k]]["shape"]) if k in place else None) for k, s in wanted.items()]
+    r.add("cameras",
+          *(f"{x['policy']} ← {x['data'] or 'blank'}" + (f" {'×'.join(map(str, x['shape']))}" if x["shape"] else "")
+            for x in rows), cameras=rows, unused=sorted(set(place.values()) - {x["data"] for x in rows}))
 
 def say_numbers(r: Report, found: list[Finding], few: int = 8) -> None:
     "Range of each dimension; of many dimensions only those that are conspicuous."
@@ -113,9 +131,11 @@ def say_numbers(r: Report, found: list[Finding], few: int = 8) -> None:
         r.add("numbers", f"{f.data['feature']}, {f.data['mode']}:", **{f.data["feature"]: f.data})
         dims = f.data["dimensions"]
         odd = [d for d in dims if len(dims) <= few or d["constant"] or d["non_finite"] or d["outside"] > 0]
-        r.add("numbers", *(f"  [{d['dimension']}] {d['name'] or '':<10} {d['seen'][0]:>10.4g} … {d['seen'][1]:<10.4g} known {d['known'][0]:.4g} … {d['known'][1]:.4g}"
-                           + f", {d['outside']:.1%} outside" * (d["outside"] > 0) + stillness(d) for d in odd[:3 * few]))
-        if rest := len(dims) - len(odd[:3 * few]): r.add("numbers", f"  {rest} more, in range" if len(odd) <= 3 * few else f"  {rest} more, see --json")
+        r.add("numbers", *(f"  [{d['dimension']}] {d['name'] or '':<10} {d['seen'][0]:>10.4g} … {d['seen'][1]:<10.4g} "
+                           f"known {d['known'][0]:.4g} … {d['known'][1]:.4g}" + f", {d['outside']:.1%} outside"
+                           * (d["outside"] > 0) + stillness(d) for d in odd[:3 * few]))
+        if rest := len(dims) - len(odd[:3 * few]):
+            r.add("numbers", f"  {rest} more, in range" if len(odd) <= 3 * few else f"  {rest} more, see --json")
 
 def stillness(d: dict) -> str:
     "Does a dimension move at all?"
@@ -126,39 +146,49 @@ def say_words(r: Report, found: list[Finding], few: int = 6) -> None:
     "Instructions and tasks."
     for f in (f for f in found if f.what == "instructions" and "limit" in f.data):
         d = f.data
-        r.add("instructions", f"{d['instructions']} in {d['where']}, the longest takes {d['longest']} of {d['limit']} tokens with its state: {d['text'][:60]!r}", **d)
+        r.add("instructions", f"{d['instructions']} in {d['where']}, the longest takes {d['longest']} of {d['limit']} "
+              f"tokens with its state: {d['text'][:60]!r}", **d)
     for f in (f for f in found if f.what == "split" and "train" in f.data and "task" not in f.data):
         none, tasks = dict(episodes=0, frames=0), list(dict.fromkeys([*f.data["train"], *f.data["held_out"]]))
         def line(k):
             a, b = (f.data[x].get(k, none) for x in ("train", "held_out"))
-            return f"{a['episodes']} episodes, {a['frames']} frames" + (f" + held out {b['episodes']}, {b['frames']}" if f.data["held_out"] else "") + f": {k[:70]!r}"
-        r.add("tasks", *map(line, tasks[:few]), *[f"{len(tasks) - few} more tasks, see --json"] * (len(tasks) > few), **f.data)
+            return (f"{a['episodes']} episodes, {a['frames']} frames"
+                    + (f" + held out {b['episodes']}, {b['frames']}" if f.data["held_out"] else "") + f": {k[:70]!r}")
+        r.add("tasks", *map(line, tasks[:few]), *[f"{len(tasks) - few} more tasks, see --json"] * (len(tasks) > few),
+              **f.data)
 
 # %% ../nbs/11d_preflight.ipynb #79d7ce2f
 def say_times(r: Report, t: CraftTrainer) -> None:
     d, f = t.parts.dataset, t.parts.dataset.meta.fps
     chunk = len((getattr(d, "delta_timestamps", None) or {}).get("action", [0]))
     bad = any(x.what == "timestamps" for x in r.findings)
-    r.add("times", f"{f:g} frames a second, {chunk} actions a chunk: {chunk / f:.3g} s" + "; rows, timestamps and videos fit" * (not bad), fps=f, chunk=chunk, chunk_seconds=chunk / f)
+    r.add("times", f"{f:g} frames a second, {chunk} actions a chunk: {chunk / f:.3g} s"
+          + "; rows, timestamps and videos fit" * (not bad), fps=f, chunk=chunk, chunk_seconds=chunk / f)
 
 def say_anchors(r: Report, t: CraftTrainer, few: int = 6) -> None:
     "What the anchors are from, and what their teacher could not answer."
     if (cache := t.parts.cache) is None: return
     m = cache.manifest
-    said, answers = Counter((cache.instructions() if hasattr(cache, "instructions") else None) or []), m.get("answers") or {}
+    said, answers = (Counter((cache.instructions() if hasattr(cache, "instructions") else None) or []),
+                     m.get("answers") or {})
     by = answers.get("by_instruction", {})
     views = list(m["views"] or cache.views)  # frames that a teacher answers store none
-    lines = [f"{k} anchors" + (f", {by[i]['undecodable']} of {by[i]['asked']} answers undecodable" if i in by else "") + f": {i[:70]!r}" for i, k in said.most_common()]
-    r.add("anchors", f"{m['num_anchors']} in {cache.dir}, views {', '.join(views)}, from {m['dataset'].get('repo_id', 'unknown data')}", *lines[:few],
-          *[f"{len(lines) - few} more instructions, see --json"] * (len(lines) > few), anchors=m["num_anchors"], views=views,
-          dataset={k: m["dataset"][k] for k in ("repo_id", "fps", "rename_map", "episodes", "frames") if k in m["dataset"]}, instructions=dict(said), answers=answers)
+    lines = [f"{k} anchors" + (f", {by[i]['undecodable']} of {by[i]['asked']} answers undecodable" if i in by else "")
+             + f": {i[:70]!r}" for i, k in said.most_common()]
+    r.add("anchors", f"{m['num_anchors']} in {cache.dir}, views {', '.join(views)}, "
+          f"from {m['dataset'].get('repo_id', 'unknown data')}", *lines[:few],
+          *[f"{len(lines) - few} more instructions, see --json"] * (len(lines) > few), anchors=m["num_anchors"],
+          views=views, dataset={k: m["dataset"][k] for k in ("repo_id", "fps", "rename_map", "episodes", "frames")
+                                if k in m["dataset"]}, instructions=dict(said), answers=answers)
     bad, asked = answers.get("undecodable", 0), answers.get("asked", 0)
     if asked and bad >= .05 * asked:
-        r.findings.append(Finding("warn", "undecodable", f"{bad} of the {asked} answers of the teacher ({bad / asked:.0%}) are no action chunk: the student would be held to them; "
-                                  "build the cache again with --undecodable=skip", dict(answers)))
+        r.findings.append(Finding("warn", "undecodable", f"{bad} of the {asked} answers of the teacher "
+                                  f"({bad / asked:.0%}) are no action chunk: the student would be held to them; "
+                                  f"build the cache again with --undecodable=skip", dict(answers)))
     if not any(f.what == "cache" for f in r.findings):
         waived = t.parts.cfg.craft.allow_mismatch
-        r.add("agreement", f"teacher, cache and policy agree in {', '.join(m['hashes']) or 'size and layers'}" + f"; waived: {waived}" * bool(waived), hashes=m["hashes"], waived=waived)
+        r.add("agreement", f"teacher, cache and policy agree in {', '.join(m['hashes']) or 'size and layers'}"
+              + f"; waived: {waived}" * bool(waived), hashes=m["hashes"], waived=waived)
 
 # %% ../nbs/11d_preflight.ipynb #ec8bad17
 def pass_seconds(t: CraftTrainer) -> dict[str, float] | None:  # None: the policy is in pieces (FSDP)
@@ -166,11 +196,14 @@ def pass_seconds(t: CraftTrainer) -> dict[str, float] | None:  # None: the polic
     if "FSDP" in str(getattr(t.accelerator, "distributed_type", "")): return None
     policy, start = unwrapped(t), time.perf_counter()
     (batch, anchors), device = ahead(t), next(t.policy.parameters()).device
-    out, params = dict(load=time.perf_counter() - start, task=0.0, retention=0.0), [p for p in policy.parameters() if p.requires_grad]
+    out, params = (dict(load=time.perf_counter() - start, task=0.0, retention=0.0),
+                   [p for p in policy.parameters() if p.requires_grad])
     def task():
         with t.autocast(): return policy(batch)[0]
     n = (t.retention.config.anchor_micro_batch or count_rows(anchors)) if anchors else 0
-    def retention(): return pressed(t.retention, anchor_losses(t.retention, policy, {k: v[:n] for k, v in anchors.items()}, t.autocast))
+    def retention():
+        return pressed(t.retention,
+                       anchor_losses(t.retention, policy, {k: v[:n] for k, v in anchors.items()}, t.autocast))
     def timed(loss: Callable) -> float:
         start = time.perf_counter()
         torch.autograd.grad(loss(), params, allow_unused=True)
@@ -189,8 +222,12 @@ def duration(seconds: float) -> str:
 
 def available(device: torch.device) -> int:  # bytes; 0: unknown
     "Memory that a run can have, what it holds already left out."
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try: return next(int(x.split()[1]) * 1024 for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    try:
+        return next(int(x.split()[1]) * 1024 for x in Path("/proc/meminfo").read_text().splitlines()
+                    if x.startswith("MemAvailable"))
     except (OSError, StopIteration): return 0
 
 # %% ../nbs/11d_preflight.ipynb #4d6c6549
@@ -200,15 +237,20 @@ def say_costs(r: Report, t: CraftTrainer) -> None:
     if m := attempt("memory", estimate_memory, t):
         t.expected = m
         has = available(device) + m["weights"]
-        r.add("memory", f"{_size(m['peak'])} at the peak of a step ({', '.join(f'{k.replace(chr(95), chr(32))} {_size(v)}' for k, v in m.items() if v and k != 'peak')}), "
+        r.add("memory", f"{_size(m['peak'])} at the peak of a step "
+              f"({', '.join(f'{k.replace(chr(95), chr(32))} {_size(v)}' for k, v in m.items() if v and k != 'peak')}), "
               f"{device} has {_size(has)}", available=has, **m)
-        if m["peak"] > .95 * has > 0: r.findings.append(Finding("warn", "memory", f"a step needs {_size(m['peak'])} of {device}'s {_size(has)}: lower --batch_size (now {cfg.batch_size}) "
-                                                               f"or --craft.anchor_batch_size (now {cfg.craft.anchor_batch_size}), or set --craft.anchor_micro_batch", m))
+        if m["peak"] > .95 * has > 0:
+            r.findings.append(Finding("warn", "memory", f"a step needs {_size(m['peak'])} of {device}'s {_size(has)}: "
+                                      f"lower --batch_size (now {cfg.batch_size}) or --craft.anchor_batch_size (now "
+                                      f"{cfg.craft.anchor_batch_size}), or set --craft.anchor_micro_batch", m))
     if s := attempt("time", pass_seconds, t):
         each = s["task"] + s["retention"] / (cfg.craft.retention_freq if t.retention else 1)
         waits = max(each, s["load"] / max(1, cfg.num_workers)) if cfg.num_workers else each + s["load"]
-        r.add("time", f"{duration(each)} a step ({duration(s['task'])} the task" + f", {duration(s['retention'])} the anchors, every {f'{k} steps' if (k := cfg.craft.retention_freq) > 1 else 'step'}" * bool(t.retention)
-              + f"), {duration(s['load'])} to load a batch: about {duration(waits * (cfg.steps - t.step))} for {cfg.steps - t.step} steps", step=each, total=waits * (cfg.steps - t.step), **s)
+        r.add("time", f"{duration(each)} a step ({duration(s['task'])} the task" + f", {duration(s['retention'])} the "
+              f"anchors, every {f'{k} steps' if (k := cfg.craft.retention_freq) > 1 else 'step'}" * bool(t.retention)
+              + f"), {duration(s['load'])} to load a batch: about {duration(waits * (cfg.steps - t.step))} for "
+              f"{cfg.steps - t.step} steps", step=each, total=waits * (cfg.steps - t.step), **s)
     say_disk(r, t, m["optimizer"] if m else 0)
 
 def say_disk(r: Report, t: CraftTrainer, optimizer: int) -> None:
@@ -220,15 +262,17 @@ def say_disk(r: Report, t: CraftTrainer, optimizer: int) -> None:
     number = max(1, -(-left // cfg.save_freq)) if cfg.save_freq > 0 else 1
     folder = Path(r.facts.get("setup", {}).get("output_dir") or cfg.output_dir).absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-    r.add("disk", f"{number} checkpoint{'s' * (number > 1)} of {_size(size)}: {_size(number * size)} of {_size(free)} that are free", checkpoints=number, bytes=size, needed=number * size, free=free)
+    r.add("disk", f"{number} checkpoint{'s' * (number > 1)} of {_size(size)}: {_size(number * size)} of {_size(free)} "
+          f"that are free", checkpoints=number, bytes=size, needed=number * size, free=free)
     if number * size > free:
-        r.findings.append(Finding("warn", "disk", f"{number} checkpoints of {_size(size)} need {_size(number * size)}, {_size(free)} are free at {folder}: make room, give another "
-                                  f"--output_dir, or raise --save_freq (now {cfg.save_freq})", dict(needed=number * size, free=free)))
+        r.findings.append(Finding("warn", "disk", f"{number} checkpoints of {_size(size)} need {_size(number * size)}, "
+                                  f"{_size(free)} are free at {folder}: make room, give another --output_dir, "
+                                  f"or raise --save_freq (now {cfg.save_freq})", dict(needed=number * size, free=free)))
 
 # %% ../nbs/11d_preflight.ipynb #6a99f10c
 def policy_sees(t: CraftTrainer, rows: list[int]) -> tuple[list[str], torch.Tensor, torch.Tensor, list[str]]:
-    """Names of cameras, pictures (n, cams, 3, h, w) uint8, which of them are there (n, cams), and instructions of frames of the data.
-    The policy's cameras come first, then those of the data that it does not see."""
+    """Names of cameras, pictures (n, cams, 3, h, w) uint8, which of them are there (n, cams), and instructions of
+    frames of the data. The policy's cameras come first, then those of the data that it does not see."""
     d, policy, cfg = t.parts.dataset, base_policy(t.policy), t.parts.cfg
     raw = torch.utils.data.default_collate([d[i] for i in rows])
     words, names = list(raw.get("task", [""] * len(rows))), list(policy.config.image_features or {})
@@ -236,8 +280,9 @@ def policy_sees(t: CraftTrainer, rows: list[int]) -> tuple[list[str], torch.Tens
     order = [k for k in names if k in batch] + [k for k in names if k not in batch]
     try: seen = adapter_for(policy).inputs(policy, batch) if any(k in batch for k in names) else {}
     except TypeError: seen = {}  # a policy without an adapter: as its preprocessor leaves them
-    if "pixel_values" in seen: seen = dict(zip(order, seen["pixel_values"].unbind(1))) if seen.get("image_mask") is None else {
-        k: x for k, x, m in zip(order, seen["pixel_values"].unbind(1), seen["image_mask"].unbind(1)) if m.any()}
+    if "pixel_values" in seen:
+        seen = dict(zip(order, seen["pixel_values"].unbind(1))) if seen.get("image_mask") is None else {
+k: x for k, x, m in zip(order, seen["pixel_values"].unbind(1), seen["image_mask"].unbind(1)) if m.any()}
     else: seen = {k: as_bytes(batch[k]) for k in order if k in batch}
     lost = [c for c in t.parts.cameras if cfg.rename_map.get(c, c) not in names]
     seen |= {f"{c} (not seen)": as_bytes(raw[c]) for c in lost}
@@ -260,24 +305,33 @@ def contact_sheet(t: CraftTrainer, path: Path, n: int = 4, wide: int = 128) -> P
     blocks = [("new data", data, there, words)]
     if (cache := t.parts.cache) is not None and "pixel_values" in cache.names:
         at = torch.linspace(0, len(cache) - 1, min(n, len(cache))).long().tolist()
-        x, said = cache.batch(at), (cache.instructions() if hasattr(cache, "instructions") else None) or [""] * len(cache)
+        x, said = (cache.batch(at),
+                   (cache.instructions() if hasattr(cache, "instructions") else None) or [""] * len(cache))
         px = x["pixel_values"] if x["pixel_values"].ndim == 5 else x["pixel_values"][:, None]
         if px.dtype != torch.uint8: px = ((px.float() + 1) * 127.5).clamp(0, 255).byte()
-        blocks.append(("anchors", px, x.get("image_mask", torch.ones(px.shape[:2], dtype=torch.bool)).bool(), [said[i] for i in at]))
+        blocks.append(("anchors", px, x.get("image_mask", torch.ones(px.shape[:2], dtype=torch.bool)).bool(),
+                       [said[i] for i in at]))
     cams, left = max(len(names), *(b[1].shape[1] for b in blocks)), 150
     tall = wide * data.shape[-2] // data.shape[-1]
-    sheet = Image.new("RGB", (left + sum(len(b[1]) for b in blocks) * wide + 12 * len(blocks), 16 + cams * (tall + 2) + 42), "white")
+    sheet = Image.new("RGB", (left + sum(len(b[1]) for b in blocks) * wide + 12 * len(blocks),
+                              16 + cams * (tall + 2) + 42), "white")
     draw, x = ImageDraw.Draw(sheet), left
-    for c, name in enumerate(names): draw.text((4, 20 + c * (tall + 2)), name.replace("observation.", "").replace("images.", "")[:24], fill="red" if name.endswith("(not seen)") else "black")
+    for c, name in enumerate(names):
+        draw.text((4, 20 + c * (tall + 2)), name.replace("observation.", "").replace("images.", "")[:24],
+                  fill="red" if name.endswith("(not seen)") else "black")
     for title, px, here, said in blocks:
         draw.text((x + 2, 2), title, fill="black")
         for i in range(len(px)):
             for c in range(px.shape[1]):
                 y = 16 + c * (tall + 2)
-                picture = Image.frombytes("RGB", (px.shape[-1], px.shape[-2]), bytes(_bytes(px[i, c].permute(1, 2, 0).contiguous())))
+                picture = Image.frombytes("RGB", (px.shape[-1], px.shape[-2]),
+                                          bytes(_bytes(px[i, c].permute(1, 2, 0).contiguous())))
                 if here[i, c]: sheet.paste(picture.resize((wide, tall)), (x, y))
-                else: draw.rectangle((x, y, x + wide - 2, y + tall), outline="red"); draw.text((x + 8, y + tall // 2 - 6), "no picture", fill="red")
-            for j, line in enumerate(textwrap.wrap(said[i], wide // 6)[:3]): draw.text((x + 2, 18 + cams * (tall + 2) + 13 * j), line, fill="black")
+                else:
+                    draw.rectangle((x, y, x + wide - 2, y + tall), outline="red")
+                    draw.text((x + 8, y + tall // 2 - 6), "no picture", fill="red")
+            for j, line in enumerate(textwrap.wrap(said[i], wide // 6)[:3]):
+                draw.text((x + 2, 18 + cams * (tall + 2) + 13 * j), line, fill="black")
             x += wide
         x += 12
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,9 +339,10 @@ def contact_sheet(t: CraftTrainer, path: Path, n: int = 4, wide: int = 128) -> P
     return path
 
 # %% ../nbs/11d_preflight.ipynb #4df5a3ad
-def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = True, sheet: Path | None = None, output_dir: Path | None = None,
-              to_come: CraftConfig | None = None) -> Report:
-    "The report of a trainer and of what was found when it was made; `slow`: costs and pictures too; `to_come`: the settings of a run whose anchors are yet to be built."
+def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = True, sheet: Path | None = None,
+              output_dir: Path | None = None, to_come: CraftConfig | None = None) -> Report:
+    """The report of a trainer and of what was found when it was made; `slow`: costs and pictures too; `to_come`: the
+    settings of a run whose anchors are yet to be built."""
     r = Report(list({f.text: f for f in found}.values()))
     if output_dir: r.add("setup", output_dir=str(output_dir))
     say_numbers(r, found); say_words(r, found)
@@ -297,9 +352,12 @@ def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = T
     if not slow: return r
     with gathered() as more:
         say_costs(r, trainer)
-        if sheet and (trainer.parts.cameras or base_policy(trainer.policy).config.image_features): r.sheet = attempt("picture", contact_sheet, trainer, Path(sheet))
+        if sheet and (trainer.parts.cameras or base_policy(trainer.policy).config.image_features):
+            r.sheet = attempt("picture", contact_sheet, trainer, Path(sheet))
     if r.count("refuse"):  # what is refused may be why it could not be measured
-        for f in more: r.add(f.what if f.what in SECTIONS else "cameras", "not measured, mend what is refused first", why=f.text.splitlines()[0])
+        for f in more:
+            r.add(f.what if f.what in SECTIONS else "cameras", "not measured, mend what is refused first",
+                  why=f.text.splitlines()[0])
     else: r.findings += more
     return r
 
@@ -307,7 +365,9 @@ def free_folder(cfg: CraftTrainConfig) -> None:
     "Would the run have its output folder?"
     if cfg.output_dir and not cfg.resume and Path(cfg.output_dir).is_dir():
         if begun(cfg): return
-        raise FileExistsError(f"{cfg.output_dir} exists: give another --output_dir, or go on with --resume=true --config_path={Path(cfg.output_dir) / 'checkpoints/last/pretrained_model/train_config.json'}")
+        raise FileExistsError(
+            f"{cfg.output_dir} exists: give another --output_dir, or go on with --resume=true "
+            f"--config_path={Path(cfg.output_dir) / 'checkpoints/last/pretrained_model/train_config.json'}")
     if cfg.output_dir: require_writable(Path(cfg.output_dir))
 
 def anchors_to_build(cfg: CraftTrainConfig) -> str:
@@ -319,11 +379,13 @@ def anchors_to_build(cfg: CraftTrainConfig) -> str:
     for d, wanted in zip(given, wanted_tasks(given, build.tasks), strict=True):
         data = load_dataset(d, build.policy, wanted)
         rename = {a: b for a, b in build.rename_map.items() if a in data.meta.features or len(given) == 1}
-        require_fit(camera_findings(build.policy, data.meta, rename_of(build.policy, rename, data.meta.features)), build.allow_mismatch)
+        require_fit(camera_findings(build.policy, data.meta, rename_of(build.policy, rename, data.meta.features)),
+                    build.allow_mismatch)
         frames += len(rows_of(data, wanted)[0])
     number = parse_count(build.num_anchors or str(min(1000, frames)))
-    return (f"{frames if number == 'all' else number} to be built first, from the {frames} frames of {', '.join(d.repo_id for d in given)}"
-            + f" with {', '.join(map(repr, several(build.tasks)))}" * bool(build.tasks) + "; memory and time are those without them")
+    return (f"{frames if number == 'all' else number} to be built first, from the {frames} frames of "
+            f"{', '.join(d.repo_id for d in given)}" + f" with {', '.join(map(repr, several(build.tasks)))}"
+            * bool(build.tasks) + "; memory and time are those without them")
 
 def take_built(cfg: CraftTrainConfig, where: Path) -> bool:
     "Let a run have the anchors that an earlier call built for it in its own folder. Raises if they are others."
@@ -335,7 +397,8 @@ def take_built(cfg: CraftTrainConfig, where: Path) -> bool:
 def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = None) -> Report:
     "Make the trainer of `cfg`, look at it, and throw it away. Raises nothing that a user can mend."
     cfg = copy.deepcopy(cfg)
-    with gathered() as found, tempfile.TemporaryDirectory(prefix="craft-check-") as tmp, contextlib.redirect_stdout(io.StringIO()):
+    with (gathered() as found, tempfile.TemporaryDirectory(prefix="craft-check-") as tmp,
+          contextlib.redirect_stdout(io.StringIO())):
         attempt("output", free_folder, cfg)
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, 0
@@ -344,14 +407,18 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
         if to_build := not (cfg.resume or own) and builds_anchors(cfg):
             words, coming = attempt("anchors", anchors_to_build, cfg), copy.deepcopy(cfg.craft)
             c = cfg.craft  # the rest as it would be without them, but with the teacher's statistics
-            cfg.craft = CraftConfig(method="sft", allow_mismatch=c.allow_mismatch, long_instructions=c.long_instructions, gradient_accumulation_steps=c.gradient_accumulation_steps)
+            cfg.craft = CraftConfig(method="sft", allow_mismatch=c.allow_mismatch,
+                                    long_instructions=c.long_instructions,
+                                    gradient_accumulation_steps=c.gradient_accumulation_steps)
         trainer = attempt("setup", make_trainer, cfg, quiet=True)
         if out: found[:] = [replace(f, text=f.text.replace(str(cfg.output_dir), str(out))) for f in found]
-        if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found): attempt("cache", open_cache, cfg.craft)
+        if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found):
+            attempt("cache", open_cache, cfg.craft)
         try:
             if trainer is not None:
                 trainer.parts.cfg.num_workers, pre = workers, trainer.parts.pre
-                if isinstance(pre.to_transition, Heeded) and any(f.level == "refuse" for f in found): pre.to_transition = pre.to_transition.to_transition
+                if isinstance(pre.to_transition, Heeded) and any(f.level == "refuse" for f in found):
+                    pre.to_transition = pre.to_transition.to_transition
             r = report_of(trainer, found, slow, sheet, out, coming if to_build else None)
             if to_build and words: r.add("anchors", words)
             return r

@@ -227,7 +227,8 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
         return self.store.column(name) if name in self.store.names else None
 
     def instructions(self) -> list[str] | None:  # n texts
-        "What the policy was told in each row: the prompt dealt to it, else its task; None where the cache does not say."
+        """What the policy was told in each row: the prompt dealt to it, else its task; None where the cache does not
+        say."""
         prompt, task, texts = self.column('prompt_index'), self.column('task_index'), self.manifest['prompts']
         tasks = self.manifest['dataset'].get('tasks', {})
         if prompt is None and task is None: return None
@@ -236,7 +237,8 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
         return [text(p, t) for p, t in zip(*(none if x is None else x.tolist() for x in (prompt, task)))]
 
     def check_headers(self):
-        "Open each shard once and hold its header against the manifest; rows are checked as they are read. Raises `AnchorCacheError`."
+        """Open each shard once and hold its header against the manifest; rows are checked as they are read. Raises
+        `AnchorCacheError`."""
         for k in range(len(self.manifest.get('shards', []))): self.store.open(k)   # old caches were read whole
 
     def spread(self, view: str) -> float:  # in squared units of the hidden states
@@ -248,7 +250,8 @@ class AnchorCacheDataset(torch.utils.data.Dataset):
             for i in range(0, len(self), 64): s.update(self.store.batch(range(i, min(i + 64, len(self))), [key])[key])
             v.update(s.result(False))
         if v.get('spread') is None:
-            raise AnchorCacheError(f'{self.dir}: view {view!r} has no spread (pooled hidden states of ≥ 2 anchors have one): set --craft.epsilon_unit=raw or auto')
+            raise AnchorCacheError(f'{self.dir}: view {view!r} has no spread (pooled hidden states of ≥ 2 anchors have '
+                                   'one): set --craft.epsilon_unit=raw or auto')
         return v['spread']
 
 # %% ../nbs/04d_reading.ipynb #34732fff
@@ -281,7 +284,8 @@ def _bundle(batch: dict) -> tuple:  # (bytes,) block and where each tensor lies 
         layout.append((name, x.dtype, list(x.shape), end))
         end += -(-x.nbytes // 64) * 64
     block = torch.zeros(end, dtype=torch.uint8)
-    for (*_, at), x in zip(layout, batch.values(), strict=True): block[at:at + x.nbytes] = x.reshape(-1).view(torch.uint8)
+    for (*_, at), x in zip(layout, batch.values(), strict=True):
+        block[at:at + x.nbytes] = x.reshape(-1).view(torch.uint8)
     return block, layout
 
 def _by_value(batch: dict) -> tuple:
@@ -294,7 +298,8 @@ def _give_way(worker: int):  # the training step has the right of way: its threa
 def _unbundle(bundle) -> dict:
     block, layout = bundle
     block = torch.as_tensor(block)
-    return {name: block[at:at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape) for name, dtype, shape, at in layout}
+    return {name: block[at:at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for name, dtype, shape, at in layout}
 
 class _Batches:
     "Lists of row numbers, for a `DataLoader`; without a length, since there may be no end."
@@ -308,8 +313,8 @@ def _decoded(ds: AnchorCacheDataset, batches, how: dict):  # yields batches
     loader = torch.utils.data.DataLoader(ds, batch_sampler=_Batches(batches), **how)
     if not work: yield from loader
     else:
-        yield from map(_unbundle, Watched(loader, 'an anchor worker', f'anchor_num_workers (now {how["num_workers"]}; 0 decodes in the training '
-                                          'process) or anchor_batch_size'))
+        yield from map(_unbundle, Watched(loader, 'an anchor worker', f'anchor_num_workers (now {how["num_workers"]}; '
+                                          '0 decodes in the training process) or anchor_batch_size'))
 
 # %% ../nbs/04d_reading.ipynb #0d844165
 class _Turns:
@@ -353,7 +358,8 @@ class AnchorLoader:
         def asked(step):
             rows, first = anchor_batch(step, n, *mine), (step * self.world_size + self.rank) * self.batch_size
             return [(r, (first + i) // n) for i, r in enumerate(rows)] if anew else rows
-        for batch in _decoded(_Turns(self.dataset) if anew else self.dataset, map(asked, itertools.count(self.step)), self.how):
+        for batch in _decoded(_Turns(self.dataset) if anew else self.dataset, map(asked, itertools.count(self.step)),
+                              self.how):
             self.step += 1
             yield batch
 

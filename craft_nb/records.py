@@ -36,7 +36,7 @@ class RecordLog:
         self.path, self.fd, self.size, self.error, self.pending = as_path(path), None, 0, None, deque()
 
     def open(self,
-             step:int=0): # 0: a new log, an earlier file is kept as `NAME.1.jsonl`; n: go on after step n, dropping later rows
+             step:int=0):  # 0: a new log, an earlier file is kept as `NAME.1.jsonl`; n: go on after step n, dropping later rows
         "Open the file for writing and return self; appended rows land at its end."
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and step: os.truncate(self.path, _end_of(self.path, step))
@@ -56,7 +56,8 @@ class RecordLog:
         self.flush()
 
     def flush(self):
-        "Write what waits. On failure the file keeps whole lines only, `error` holds the reason, a warning is given once."
+        """Write what waits. On failure the file keeps whole lines only, `error` holds the reason, a warning is given
+        once."""
         while self.pending:
             try:
                 if os.write(self.fd, self.pending[0]) < len(self.pending[0]):
@@ -71,11 +72,13 @@ class RecordLog:
         self.error = None
 
     def close(self):
-        "Close the file. Raises OSError if records are still waiting: they stay in `pending`, and `flush` can be tried again."
+        """Close the file. Raises OSError if records are still waiting: they stay in `pending`, and `flush` can be tried
+        again."""
         if self.fd is None: return
         self.flush()
-        if self.pending: raise OSError(self.error.errno, f"{len(self.pending)} records could not be written "
-                                       f"({self.error.strerror}). Free some space, then call close() again", str(self.path))
+        if self.pending:
+            raise OSError(self.error.errno, f"{len(self.pending)} records could not be written "
+                          f"({self.error.strerror}). Free some space, then call close() again", str(self.path))
         os.close(self.fd)
         self.fd = None
 
@@ -85,7 +88,8 @@ class RecordLog:
     def on_event(self, trainer, row): self.append(row)
     def after_fit(self, trainer): self.close()
     def on_error(self, trainer, exc):
-        if self.fd is not None: self.append(dict(event="error", step=trainer.step, error=f"{type(exc).__name__}: {exc}"))
+        if self.fd is not None:
+            self.append(dict(event="error", step=trainer.step, error=f"{type(exc).__name__}: {exc}"))
         self.close()
 
 # %% ../nbs/08c_records.ipynb #34bbf79f
@@ -125,10 +129,12 @@ class Tail:
     def _parse(self, line):
         self.lines += 1
         try: return json.loads(line)
-        except ValueError as e: raise ValueError(f"{self.path}:{self.lines}: expected one JSON record a line, "
-                                                 f"found {line[:60]!r} ({e}). Remove that line to read the rest.") from None
+        except ValueError as e:
+            raise ValueError(f"{self.path}:{self.lines}: expected one JSON record a line, "
+                             f"found {line[:60]!r} ({e}). Remove that line to read the rest.") from None
 
 def read_records(path)->list: # all whole rows of the log, oldest first
     "Read a log; a torn last line is left out. Raises FileNotFoundError, or ValueError on a broken line."
-    if not as_path(path).exists(): raise FileNotFoundError(f"no record log at {path}: expected the metrics.jsonl of a run")
+    if not as_path(path).exists():
+        raise FileNotFoundError(f"no record log at {path}: expected the metrics.jsonl of a run")
     return Tail(path).poll()

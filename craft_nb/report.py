@@ -31,7 +31,8 @@ def flags_as_code(text: str) -> str: return re.sub(r"--[a-z][\w.]*(=[\w.]+)?", l
 def plus(m: dict | None, digits: int = 4) -> str: return "–" if m is None else num(m["mean"], digits)
 def gigabytes(x: float | None) -> str: return "–" if x is None else f"{x / 2**30:.3g} GiB"
 
-RUN_HEAD = ["run", "keeps by", "steps", "task loss", "L_ret", "held-out L_ret", "kept of the old", "step", "memory", "projected", "clipped", "skipped"]
+RUN_HEAD = ["run", "keeps by", "steps", "task loss", "L_ret", "held-out L_ret", "kept of the old", "step", "memory",
+            "projected", "clipped", "skipped"]
 
 def run_rows(found: dict[str, dict], shares: dict[str, dict]) -> list[list[str]]:  # cells of HTML
     "A row a run: what it came to."
@@ -39,16 +40,23 @@ def run_rows(found: dict[str, dict], shares: dict[str, dict]) -> list[list[str]]
         c = f["certificate"]
         if c is None or c["held_out"] is None: return "–"
         half = f" ± {c['half_width']:.2g}" if c["half_width"] is not None else ""
-        told = "" if c["budget"] is None else f"<small>budget {num(c['budget'])}: {'met' if c['met'] else 'not met'}</small>"
+        told = ("" if c["budget"]
+                is None else f"<small>budget {num(c['budget'])}: {'met' if c['met'] else 'not met'}</small>")
         return f"{num(c['held_out'])}{half} {told}"
-    def kept_of(n): return f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – {percent(shares[n]['high'])}</small>" if n in shares else "–"
-    def steps(f): return f"{f['steps']}" + (f" of {f['steps_asked']}" if f["steps_asked"] and f["steps_asked"] != f["steps"] else "") + f"<small>{esc(f['state'][:60])}{', last line torn' * f['torn']}</small>"
-    return [[esc(n), esc(f["method"]), steps(f), plus(f["task_loss"]), plus(f["retention_loss"], 3), certificate(f), kept_of(n), f"{num(f['step_seconds'])} s" if f["step_seconds"] else "–",
-             gigabytes(f["memory"]), percent(f["projected"]), percent(f["clipped"]), str(f["skipped"])] for n, f in found.items()]
+    def kept_of(n):
+        return (f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – "
+                f"{percent(shares[n]['high'])}</small>" if n in shares else "–")
+    def steps(f):
+        return f"{f['steps']}" + (f" of {f['steps_asked']}" if f["steps_asked"] and f["steps_asked"] != f["steps"]
+                                  else "") + f"<small>{esc(f['state'][:60])}{', last line torn' * f['torn']}</small>"
+    return [[esc(n), esc(f["method"]), steps(f), plus(f["task_loss"]), plus(f["retention_loss"], 3), certificate(f),
+             kept_of(n), f"{num(f['step_seconds'])} s" if f["step_seconds"] else "–", gigabytes(f["memory"]),
+             percent(f["projected"]), percent(f["clipped"]), str(f["skipped"])] for n, f in found.items()]
 
 def runs_section(found: dict[str, dict], shares: dict[str, dict]) -> str:
-    text = ("Losses are means over the last tenth of a run. The held-out L_ret is that of the certificate, on anchors that were not trained on. Steps are medians; "
-            "the share of projected steps is of those with anchors, that of clipped ones of all.")
+    text = ("Losses are means over the last tenth of a run. The held-out L_ret is that of the certificate, on anchors "
+            "that were not trained on. Steps are medians; the share of projected steps is of those with anchors, "
+            "that of clipped ones of all.")
     return section("What each run came to", text, table_html(RUN_HEAD, run_rows(found, shares)))
 
 def success_table(evals: dict, tasks: dict, shares: dict, names: Sequence[str]) -> str:
@@ -56,8 +64,11 @@ def success_table(evals: dict, tasks: dict, shares: dict, names: Sequence[str]) 
     if not have: return ""
     every = [*tasks["old"], *tasks["new"]] or list(dict.fromkeys(t for n in have for t in evals[n]["success"]))
     def kind(t): return "old" if t in tasks["old"] else "new" if t in tasks["new"] else "no teacher to compare with"
-    def row(n): return [esc(n), *(cell_html(evals[n]["success"][t]) if t in evals[n]["success"] else "–" for t in every), percent(shares[n]["ratio"]) if n in shares else "–"]
-    return section("Success", "Share of episodes that succeeded, with Wilson's 95 % interval. What was kept is the success on the old tasks together over the teacher's.",
+    def row(n):
+        return [esc(n), *(cell_html(evals[n]["success"][t]) if t in evals[n]["success"] else "–" for t in every),
+                percent(shares[n]["ratio"]) if n in shares else "–"]
+    return section("Success", "Share of episodes that succeeded, with Wilson's 95 % interval. "
+                   "What was kept is the success on the old tasks together over the teacher's.",
                    table_html(["", *(f"{esc(t)}<br>({kind(t)})" for t in every), "kept of the old"], map(row, have)))
 
 # %% ../nbs/11f_report.ipynb #ebfd3b10
@@ -74,30 +85,37 @@ def drift_tables(evals: dict, found: dict, names: Sequence[str], where: dict[str
     have = {n: evals[n]["drift"] for n in names if evals.get(n, {}).get("drift")}
     if not have: return ""
     views = list(dict.fromkeys(v for d in have.values() for v in d.get("losses", {})))
-    rows = [[esc(n), *(num(d.get("losses", {}).get(v)) for v in views), plus(found[n]["retention_loss"], 3), str(d.get("anchors", d.get("n", "–")))] for n, d in have.items()]
+    rows = [[esc(n), *(num(d.get("losses", {}).get(v)) for v in views), plus(found[n]["retention_loss"], 3),
+             str(d.get("anchors", d.get("n", "–")))] for n, d in have.items()]
     parts = [table_html(["run", *(f"L_ret, {esc(v)}" for v in views), "L_ret in training", "anchors"], rows)]
     if deep := {n: d for n, d in have.items() if d.get("relative_l2")}:
         first = next(iter(deep.values()))
         head = ["run, layer", *map(esc, first["vectors"])]
         same = {n: d for n, d in deep.items() if d["vectors"] == first["vectors"]}
         top = max(x for d in same.values() for r in d["relative_l2"] for x in r)
-        parts.append(heat_table(head, [f"{n}, layer {i}" for n, d in same.items() for i in d["layers"]], [r for d in same.values() for r in d["relative_l2"]], top))
+        parts.append(heat_table(head, [f"{n}, layer {i}" for n, d in same.items() for i in d["layers"]],
+                                [r for d in same.values() for r in d["relative_l2"]], top))
     texts = list(dict.fromkeys(t for d in have.values() for t in d.get("by_instruction", {})))
     view = views[0] if views else None
     if texts and view and all("by_instruction" in d for d in have.values()):
-        at = [[d["by_instruction"][t]["losses"].get(view, math.nan) if t in d["by_instruction"] else math.nan for d in have.values()] for t in texts[:60]]
+        at = [[d["by_instruction"][t]["losses"].get(view, math.nan) if t in d["by_instruction"] else math.nan
+               for d in have.values()] for t in texts[:60]]
         if all(math.isfinite(x) for r in at for x in r):
-            parts.append(heat_table([f"instruction: L_ret, {esc(view)}", *map(esc, have)], texts[:60], at, max(map(max, at))))
+            parts.append(heat_table([f"instruction: L_ret, {esc(view)}", *map(esc, have)], texts[:60], at,
+                                    max(map(max, at))))
     note = " ".join(dict.fromkeys(where[n] for n in have if where.get(n)))
-    return section("Where the network moved", f"Measured on anchors of a cache. By layer: mean ‖h′−h‖ / ‖h‖ of pooled hidden states against the teacher's. {esc(note)}", *parts)
+    return section("Where the network moved", f"Measured on anchors of a cache. By layer: "
+                   f"mean ‖h′−h‖ / ‖h‖ of pooled hidden states against the teacher's. {esc(note)}", *parts)
 
 # %% ../nbs/11f_report.ipynb #509f54e1
 def task_loss_table(evals: dict, names: Sequence[str]) -> str:
     have = {n: evals[n]["task_loss"] for n in ("teacher", *names) if evals.get(n, {}).get("task_loss")}
     if not have: return ""
     tasks = list(dict.fromkeys(t for x in have.values() for t in x.get("tasks", {})))
-    rows = [[esc(n), num(x["loss"], 4), str(x["frames"]), *(num(x.get("tasks", {}).get(t, {}).get("loss"), 4) for t in tasks)] for n, x in have.items()]
-    return section("Task loss on a data set", "What craft-eval measured, on frames spread over it; by task.", table_html(["", "all", "frames", *map(esc, tasks)], rows))
+    rows = [[esc(n), num(x["loss"], 4), str(x["frames"]),
+             *(num(x.get("tasks", {}).get(t, {}).get("loss"), 4) for t in tasks)] for n, x in have.items()]
+    return section("Task loss on a data set", "What craft-eval measured, on frames spread over it; by task.",
+                   table_html(["", "all", "frames", *map(esc, tasks)], rows))
 
 def action_table(evals: dict, names: Sequence[str]) -> str:
     "Open-loop error of actions of teacher and students, by task beside their drift by instruction, and by joint."
@@ -106,20 +124,29 @@ def action_table(evals: dict, names: Sequence[str]) -> str:
     tasks, joints = (list(dict.fromkeys(t for x in have.values() for t in x[k])) for k in ("tasks", "joints"))
     drift = {n: d["by_instruction"] for n in have if (d := evals[n].get("drift")) and d.get("by_instruction")}
     view = next((v for d in drift.values() for x in d.values() for v in x["losses"]), None)
-    def cell(x): return "–" if x is None else num(x["mae"]) + f"<small>{x['undecodable']} of {x['frames']} undecodable</small>" * bool(x["undecodable"])
+    def cell(x):
+        return "–" if x is None else num(
+            x["mae"]) + f"<small>{x['undecodable']} of {x['frames']} undecodable</small>" * bool(x["undecodable"])
     def moved(n, t): return num(drift[n][t]["losses"].get(view)) if t in drift[n] else "–"
-    by_task = [["<b>all</b>", *map(cell, have.values()), *("" for _ in drift)], *([esc(t), *(cell(x["tasks"].get(t)) for x in have.values()), *(moved(n, t) for n in drift)] for t in tasks)]
+    by_task = [["<b>all</b>", *map(cell, have.values()), *("" for _ in drift)], *(
+        [esc(t), *(cell(x["tasks"].get(t)) for x in have.values()), *(moved(n, t) for n in drift)] for t in tasks)]
     spread = {j: next(x["joints"][j]["spread"] for x in have.values() if j in x["joints"]) for j in joints}
-    by_joint = [[esc(j), *(num((x["joints"].get(j) or {}).get("mae")) for x in have.values()), num(spread[j])] for j in joints]
-    return section("Open-loop error of actions", "What each policy would do at frames of demonstrations against what was done: mean absolute error in the action's own units. Where an answer is no chunk of actions "
-                   "it is counted as undecodable and has no error. The spread is the standard deviation of the demonstrations: never looking errs by about as much.",
-                   table_html(["task", *map(esc, have), *(f"{esc(n)}: L_ret, {esc(view)}" for n in drift)], by_task), table_html(["joint", *map(esc, have), "spread"], by_joint))
+    by_joint = [[esc(j), *(num((x["joints"].get(j) or {}).get("mae")) for x in have.values()), num(spread[j])]
+                for j in joints]
+    return section("Open-loop error of actions", "What each policy would do at frames of demonstrations against what "
+                   "was done: mean absolute error in the action's own units. "
+                   "Where an answer is no chunk of actions it is counted as undecodable and has no error. "
+                   "The spread is the standard deviation of the demonstrations: never looking errs by about as much.",
+                   table_html(["task", *map(esc, have), *(f"{esc(n)}: L_ret, {esc(view)}" for n in drift)], by_task),
+                   table_html(["joint", *map(esc, have), "spread"], by_joint))
 
 def mcq_table(evals: dict, names: Sequence[str]) -> str:
     have = {n: evals[n]["mcq"] for n in ("teacher", *names) if evals.get(n, {}).get("mcq")}
     if not have: return ""
-    rows = [[esc(n), cell_html(dict(rate=x["accuracy"], **{k: x[k] for k in ("low", "high", "n")})), num(x["margin"])] for n, x in have.items()]
-    return section("Questions about pictures", "Share of questions whose right choice is the likeliest, with Wilson's 95 % interval; the margin is its log-likelihood above that of the best wrong one, in nats.",
+    rows = [[esc(n), cell_html(dict(rate=x["accuracy"], **{k: x[k] for k in ("low", "high", "n")})), num(x["margin"])]
+            for n, x in have.items()]
+    return section("Questions about pictures", "Share of questions whose right choice is the likeliest, with Wilson's "
+                   "95 % interval; the margin is its log-likelihood above that of the best wrong one, in nats.",
                    table_html(["", "right", "mean margin"], rows))
 
 def setting(x) -> str:
@@ -127,38 +154,56 @@ def setting(x) -> str:
     if x is None or x in ("", {}): return "not set"
     if isinstance(x, bool): return "yes" if x else "no"
     if isinstance(x, (list, tuple)): return ", ".join(map(setting, x)) or "none"
-    return ", ".join(f"{k}: {setting(v)}" for k, v in x.items()) if isinstance(x, dict) else f"{x:g}" if isinstance(x, float) else str(x)
+    return (", ".join(f"{k}: {setting(v)}" for k, v in x.items()) if isinstance(x, dict) else f"{x:g}"
+            if isinstance(x, float) else str(x))
 
 def foretold_table(found: dict, shares: dict) -> str:
     "Old success as the study's curve foretells it, beside what was measured."
     have = {n: x for n, f in found.items() if (x := foretold(f))}
     if not have: return ""
-    def seen(n): return f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – {percent(shares[n]['high'])}</small>" if n in shares else "not measured"
-    rows = [[esc(n), num(x["drift"]), f"{percent(x['ratio'])} <small>{percent(x['low'])} – {percent(x['high'])}{', no run of the study near it' * (not x['near'])}</small>", seen(n)] for n, x in have.items()]
-    return section("Old success, predicted", "A prediction, not a measurement: the share of the teacher's success on old tasks that runs of the study kept at such a drift on held-out anchors (view action_logits, two "
-                   "Meta-World tasks, a small pi0_fast, twenty fine-tunes; 95 % interval). Another robot has another curve: measure success where you can.",
+    def seen(n):
+        return (f"{percent(shares[n]['ratio'])} <small>{percent(shares[n]['low'])} – "
+                f"{percent(shares[n]['high'])}</small>" if n in shares else "not measured")
+    rows = [[esc(n), num(x["drift"]), f"{percent(x['ratio'])} <small>{percent(x['low'])} – "
+             f"{percent(x['high'])}{', no run of the study near it' * (not x['near'])}</small>", seen(n)]
+            for n, x in have.items()]
+    return section("Old success, predicted", "A prediction, not a measurement: "
+                   "the share of the teacher's success on old tasks that runs of the study kept at such a drift on "
+                   "held-out anchors (view action_logits, two Meta-World tasks, a small pi0_fast, twenty fine-tunes; "
+                   "95 % interval). Another robot has another curve: measure success where you can.",
                    table_html(["run", "held-out drift", "predicted", "measured"], rows))
 
 def settings_section(differ: dict[str, dict], names: Sequence[str]) -> str:
     if len(names) < 2: return ""
-    if not differ: return section("Settings that differ", "None: these runs have the same settings as far as they are known.")
+    if not differ:
+        return section("Settings that differ", "None: these runs have the same settings as far as they are known.")
     rows = [[esc(k), *(esc(setting(v[n])) if n in v else "–" for n in names)] for k, v in differ.items()]
-    return section("Settings that differ", "All others that two of the runs have are the same; – where a run does not know of a setting.", table_html(["setting", *map(esc, names)], rows))
+    return section("Settings that differ", "All others that two of the runs have are the same; "
+                   "– where a run does not know of a setting.", table_html(["setting", *map(esc, names)], rows))
 
 def missing_section(found: dict, evals: dict, names: Sequence[str]) -> str:
     "What nobody measured, and how to."
     out = []
-    if not any(evals.get(n, {}).get("success") for n in names): out.append("Success: craft-eval --policy.path=CHECKPOINT --env.type=…, of the teacher and of each run, then --eval=JSON.")
-    if not any(evals.get(n, {}).get("drift") for n in names): out.append("Drift by layer and instruction: --cache=HELD_OUT, a cache of episodes that no run has seen.")
-    if not any(evals.get(n, {}).get("action_error") for n in names): out.append("Open-loop error of actions: craft-eval --policy.path=CHECKPOINT --dataset.repo_id=…, of the teacher and of each run, then --eval=JSON.")
-    if any(f["retains"] and not f["certificate"] for f in found.values()): out.append("The budget on held-out anchors: --craft.heldout_fraction=.1 when training.")
-    return section("What was not measured", "", "<ul>" + "".join(f"<li>{flags_as_code(esc(x))}</li>" for x in out) + "</ul>") if out else ""
+    if not any(evals.get(n, {}).get("success") for n in names):
+        out.append("Success: craft-eval --policy.path=CHECKPOINT --env.type=…, of the teacher and of each run, "
+                   "then --eval=JSON.")
+    if not any(evals.get(n, {}).get("drift") for n in names):
+        out.append("Drift by layer and instruction: --cache=HELD_OUT, a cache of episodes that no run has seen.")
+    if not any(evals.get(n, {}).get("action_error") for n in names):
+        out.append("Open-loop error of actions: craft-eval --policy.path=CHECKPOINT --dataset.repo_id=…, "
+                   "of the teacher and of each run, then --eval=JSON.")
+    if any(f["retains"] and not f["certificate"] for f in found.values()):
+        out.append("The budget on held-out anchors: --craft.heldout_fraction=.1 when training.")
+    return section("What was not measured", "",
+                   "<ul>" + "".join(f"<li>{flags_as_code(esc(x))}</li>" for x in out) + "</ul>") if out else ""
 
 # %% ../nbs/11f_report.ipynb #02bd4cca
 def measure(run: Recorded, cache: str | Path) -> dict:
     "Drift of a run's last checkpoint on a cache, as `craft-eval --anchors` measures it."
     at = Path(follow(run.folder / "checkpoints" / "last")) / "pretrained_model"
-    if not at.is_dir(): raise FileNotFoundError(f"--cache: {run.name} has no checkpoint at {at}, so its drift cannot be measured; leave --cache out, or leave out that run")
+    if not at.is_dir():
+        raise FileNotFoundError(f"--cache: {run.name} has no checkpoint at {at}, so its drift cannot be measured; "
+                                "leave --cache out, or leave out that run")
     from lerobot.configs.policies import PreTrainedConfig
     import craft_nb.small, craft_nb.zoo  # noqa: F401, E401  they register the small policies
     from craft_nb.lerobot import CraftEvalConfig, evaluate
@@ -170,8 +215,10 @@ def measure(run: Recorded, cache: str | Path) -> dict:
 
 def anchors_of(name: str, drift: dict, now: bool) -> str:
     "On what a run's drift was measured."
-    if not drift.get("held_out", True): return f"{name} was trained on anchors of this cache: for it, this is no held-out drift."
-    return f"Measured now on {drift['cache']}." if now else f"{name}: on {drift['cache']}." if drift.get("cache") else ""
+    if not drift.get("held_out", True):
+        return f"{name} was trained on anchors of this cache: for it, this is no held-out drift."
+    return (f"Measured now on {drift['cache']}." if now else f"{name}: on {drift['cache']}." if drift.get("cache")
+            else "")
 
 # %% ../nbs/11f_report.ipynb #c1330cc0
 class Report:
@@ -195,7 +242,8 @@ class Report:
 
     def measure(self, cache):
         "Drift of each run's last checkpoint on a cache."
-        if twice := [n for n in self.names if "drift" in self.evals.get(n, {})]: raise ValueError(f"--cache: the drift of {twice[0]} is in an --eval already; give one of the two")
+        if twice := [n for n in self.names if "drift" in self.evals.get(n, {})]:
+            raise ValueError(f"--cache: the drift of {twice[0]} is in an --eval already; give one of the two")
         if not as_path(cache).is_dir(): raise FileNotFoundError(f"--cache: there is no folder {cache}")
         for r in self.runs:
             self.evals.setdefault(r.name, {})["drift"] = d = measure(r, as_path(cache))
@@ -211,7 +259,8 @@ def value(self, name: str, run: str):  # number, bool, or None: not measured
     if name in ("kept", "new"): return share.get("ratio") if name == "kept" else (share.get("new") or {}).get("rate")
     if name == "drift":
         cells = [x for r in e.get("drift", {}).get("relative_l2", []) for x in r]
-        return statistics.fmean(cells) if cells and e["drift"].get("held_out", True) else None  # on its own anchors it says nothing
+        # on its own anchors it says nothing
+        return statistics.fmean(cells) if cells and e["drift"].get("held_out", True) else None
     if name == "task_loss": return (f["task_loss"] or {}).get("mean")
     if name == "mcq": return e.get("mcq", {}).get("accuracy")
     return e.get("action_error", {}).get("mae") if name == "action_error" else f[name]
@@ -220,13 +269,15 @@ Report.value = value
 
 # %% ../nbs/11f_report.ipynb #4f0619cb
 def gate(self, text: str) -> bool:
-    "Whether the runs that retain (or all, if none does) meet all conditions; `judged` says how each came out. Raises `ValueError` for what was not measured."
+    """Whether the runs that retain (or all, if none does) meet all conditions; `judged` says how each came out. Raises
+    `ValueError` for what was not measured."""
     conditions = parse_gate(text)
     runs = [n for n in self.names if self.facts[n]["retains"]] or self.names
     found = {(n, r): self.value(n, r) for n, *_ in conditions for r in runs}
     if gone := [f"{n} of {r} ({GATES[n]})" for (n, r), x in found.items() if x is None]:
         raise ValueError(f"--gate: not measured, so neither passed nor failed: {'; '.join(gone)}")
-    self.judged = {f"{r}: {n}{sign}{f'{bound:g}' if sign else ''}": dict(value=x, passed=bool(SIGNS[sign](x, bound)) if sign else bool(x))
+    self.judged = {f"{r}: {n}{sign}{f'{bound:g}' if sign else ''}": dict(
+        value=x, passed=bool(SIGNS[sign](x, bound)) if sign else bool(x))
                    for n, sign, bound in conditions for r in runs for x in [found[n, r]]}
     return all(j["passed"] for j in self.judged.values())
 
@@ -237,8 +288,11 @@ def gate_lines(self) -> list[str]:
 
 def as_json(self) -> dict:
     "Everything on the page but the records."
-    return dict(made_by="craft-report", verdict=self.verdict, runs=self.facts, policy=next((r.policy for r in self.runs if r.policy), None),
-                folders={r.name: str(r.folder) for r in self.runs}, measured=self.evals, tasks=self.tasks, kept=self.shares, predicted={n: x for n, f in self.facts.items() if (x := foretold(f))}, settings=self.differ, gate=self.judged)
+    return dict(made_by="craft-report", verdict=self.verdict, runs=self.facts,
+                policy=next((r.policy for r in self.runs if r.policy), None),
+                folders={r.name: str(r.folder) for r in self.runs}, measured=self.evals, tasks=self.tasks,
+                kept=self.shares, predicted={n: x for n, f in self.facts.items() if (x := foretold(f))},
+                settings=self.differ, gate=self.judged)
 
 def text(self) -> str:
     "The verdict and a line a run, for a terminal."
@@ -246,7 +300,8 @@ def text(self) -> str:
         c = f["certificate"]
         held = f", held-out {num(c['held_out'])}" if c else ""
         share = f", kept {percent(self.shares[n]['ratio'])}" if n in self.shares else ""
-        return f"  {n} ({f['method']}): {f['state']} at step {f['steps']}, task loss {plus(f['task_loss'])}{held}{share}" + ", the last line of its log is torn and left out" * f["torn"]
+        return (f"  {n} ({f['method']}): {f['state']} at step {f['steps']}, task loss "
+                f"{plus(f['task_loss'])}{held}{share}" + ", the last line of its log is torn and left out" * f["torn"])
     return "\n".join([*self.verdict, *(line(n, f) for n, f in self.facts.items()), *self.gate_lines()])
 
 Report.gate, Report.gate_lines, Report.json, Report.text = gate, gate_lines, as_json, text
@@ -256,13 +311,20 @@ Report.__repr__ = text
 def page(self) -> str:
     "The page: one file, no address of another host."
     data = [tables(r) for r in self.runs]
-    inside = json.dumps(dict(runs=[dict(name=n, tables=t) for n, t in zip(self.names, data)], charts=chart_specs(data)), ensure_ascii=False).replace("<", "\\u003c")
-    gates = "".join(f'<div><b style="--c:var(--{"k2" if j["passed"] else "k1"})">{"pass" if j["passed"] else "fail"}</b> {esc(k)}, found {said(j["value"])}</div>' for k, j in self.judged.items())
-    parts = [runs_section(self.facts, self.shares), success_table(self.evals, self.tasks, self.shares, self.names), foretold_table(self.facts, self.shares), action_table(self.evals, self.names), mcq_table(self.evals, self.names),
-             drift_tables(self.evals, self.facts, self.names, self.where), task_loss_table(self.evals, self.names), settings_section(self.differ, self.names),
+    inside = json.dumps(dict(runs=[dict(name=n, tables=t) for n, t in zip(self.names, data)], charts=chart_specs(data)),
+                        ensure_ascii=False).replace("<", "\\u003c")
+    gates = "".join(
+        f'<div><b style="--c:var(--{"k2" if j["passed"] else "k1"})">{"pass" if j["passed"] else "fail"}</b> {esc(k)}, '
+        f'found {said(j["value"])}</div>' for k, j in self.judged.items())
+    parts = [runs_section(self.facts, self.shares), success_table(self.evals, self.tasks, self.shares, self.names),
+             foretold_table(self.facts, self.shares), action_table(self.evals, self.names),
+             mcq_table(self.evals, self.names), drift_tables(self.evals, self.facts, self.names, self.where),
+             task_loss_table(self.evals, self.names), settings_section(self.differ, self.names),
              missing_section(self.facts, self.evals, self.names)]
-    curves = ('<section><h2>Curves</h2><p>Hover reads all runs at a step; a drag across a chart zooms all of them, a double click shows the whole again. '
-              'With a chart in focus: arrows, + − and 0.</p><noscript><p>The curves need JavaScript; the tables do not.</p></noscript><div id="bar"></div><div id="charts"></div></section>')
+    curves = ('<section><h2>Curves</h2><p>Hover reads all runs at a step; a drag across a chart zooms all of them, '
+              'a double click shows the whole again. With a chart in focus: arrows, '
+              '+ − and 0.</p><noscript><p>The curves need JavaScript; '
+              'the tables do not.</p></noscript><div id="bar"></div><div id="charts"></div></section>')
     title, policy = esc(", ".join(self.names)), next((r.policy for r in self.runs if r.policy), None)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><meta name="generator" content="craft-report">
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{PAGE_CSS}</style></head><body>
@@ -274,7 +336,9 @@ def page(self) -> str:
 
 def show(self) -> str:
     "In a frame of its own, whose script and style touch nothing of the notebook."
-    return (f'<iframe title="craft-report" sandbox="allow-scripts allow-downloads" style="width:100%;height:52rem;border:1px solid #8886;border-radius:6px" srcdoc="{html.escape(self.html())}"></iframe>')
+    return (f'<iframe title="craft-report" sandbox="allow-scripts allow-downloads" '
+            'style="width:100%;height:52rem;border:1px solid #8886;border-radius:6px" '
+            f'srcdoc="{html.escape(self.html())}"></iframe>')
 
 Report.html, Report._repr_html_ = page, show
 
@@ -282,10 +346,12 @@ Report.html, Report._repr_html_ = page, show
 def write(self, out: str | Path) -> Path:  # the page; the JSON lies beside it
     "Write FILE.html and FILE.json. Raises `ValueError` or `OSError` before anything is written."
     page = as_path(out)
-    if page.suffix.lower() not in (".html", ".htm"): raise ValueError(f"--out: expected a name that ends in .html, found {out}")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out: expected a name that ends in .html, found {out}")
     ours = {page: 'content="craft-report"', page.with_suffix(".json"): '"made_by": "craft-report"'}
     for p, mark in ours.items():
-        if p.is_dir() or p.exists() and mark not in p.read_text(errors="replace")[:2000]: raise FileExistsError(f"{p} exists and is not of craft-report: give another --out")
+        if p.is_dir() or p.exists() and mark not in p.read_text(errors="replace")[:2000]:
+            raise FileExistsError(f"{p} exists and is not of craft-report: give another --out")
     page.parent.mkdir(parents=True, exist_ok=True)
     for p, text in zip(ours, (self.html(), json.dumps(self.json(), indent=1, ensure_ascii=False) + "\n")):
         (fresh := p.with_name(f".{p.name}.new")).write_text(text, encoding="utf-8")
@@ -297,10 +363,14 @@ Report.write = write
 def card_table(run: str | Path) -> str:  # Markdown
     "What a run came to, as its page says it, for the model card of its checkpoint."
     r = Report(run)
-    def words(cell): return html.unescape(re.sub("<[^>]*>", "", re.sub(r"\s*<small>(.*?)</small>", r" (\1)", cell))).replace("|", "/")
+    def words(cell):
+        return html.unescape(re.sub("<[^>]*>", "", re.sub(r"\s*<small>(.*?)</small>", r" (\1)", cell))).replace("|",
+                                                                                                                "/")
     rows = [(k, words(x)) for k, x in zip(RUN_HEAD, run_rows(r.facts, r.shares)[0], strict=True) if x != "–"]
     if x := foretold(next(iter(r.facts.values()))):
-        rows.append(("old success, predicted, not measured", f"{percent(x['ratio'])} ({percent(x['low'])} – {percent(x['high'])}) of the teacher's, by the drift of the study's runs" + ", none of which is near it" * (not x["near"])))
+        rows.append(("old success, predicted, not measured",
+                     f"{percent(x['ratio'])} ({percent(x['low'])} – {percent(x['high'])}) of the teacher's, "
+                     f"by the drift of the study's runs" + ", none of which is near it" * (not x["near"])))
     return "\n".join(["| | |", "|---|---|", *(f"| {k} | {x} |" for k, x in rows)]) + "\n"
 
 # %% ../nbs/11f_report.ipynb #9d2d3014
@@ -327,7 +397,8 @@ def report_main(argv: list[str]) -> int:  # exit code
         if not equals and (not rest or rest[0].startswith("--")): raise ValueError(f"{name}: expected {name}=VALUE")
         value = value if equals else rest.pop(0)
         if not value: raise ValueError(f"{name}: expected {name}=VALUE, found nothing behind the =")
-        if name == "--eval": given[name] += [value] if as_path(value.partition("=")[2] or value).exists() else value.split(",")
+        if name == "--eval":
+            given[name] += [value] if as_path(value.partition("=")[2] or value).exists() else value.split(",")
         elif name in given: raise ValueError(f"{name} is given twice")
         else: given[name] = value
     if "--gate" in given: parse_gate(given["--gate"])

@@ -55,13 +55,15 @@ class AnchorMethod(Method):
         self.dtypes = {d for d in dtypes if d.is_floating_point}
         self.line = endless(anchors)
         self.weights_of = parse_weights(config.views) or dict.fromkeys(views, 1.0)
-        if not any(self.weights_of.values()): raise ValueError(f"views: expected a weight above 0, found {config.views}")
+        if not any(self.weights_of.values()):
+            raise ValueError(f"views: expected a weight above 0, found {config.views}")
         if set(self.weights_of) != set(views):
             raise ValueError(f"views: the config names {', '.join(self.weights_of)}, given are {', '.join(views)}")
         self.named = [(n.removeprefix("module.").replace("_fsdp_wrapped_module.", ""), p)
                       for n, p in policy.named_parameters() if p.requires_grad]
 
-    def pressures(self) -> list[float]: return list(self.weights_of.values())  # what each view's loss is multiplied with
+    # what each view's loss is multiplied with
+    def pressures(self) -> list[float]: return list(self.weights_of.values())
 
     def state_dict(self) -> dict:
         return {"anchors": self.anchors.state_dict()} if hasattr(self.anchors, "state_dict") else {}
@@ -91,15 +93,16 @@ class Constraint(AnchorMethod):
         teacher_dtype: str = "",  # see `AnchorMethod`
     ):
         super().__init__(policy, anchors, views, adapter, config, teacher_dtype)
-        if config.epsilon_unit == "relative" and (odd := {n: v.distance for n, v in views.items() if v.distance != "mse"}):
+        if (config.epsilon_unit == "relative"
+            and (odd := {n: v.distance for n, v in views.items() if v.distance != "mse"})):
             able = all("mse" in views[n].distances for n in odd)
-            raise ValueError(f"epsilon_unit=relative counts in the teacher's variance, the unit of the distance mse; found "
-                             f"{', '.join(f'{n} with {d}' for n, d in odd.items())}: set --craft.epsilon_unit=raw or auto"
-                             + ", or --craft.distance=mse" * able)
+            raise ValueError(f"epsilon_unit=relative counts in the teacher's variance, the unit of the distance mse; "
+                             f"found {', '.join(f'{n} with {d}' for n, d in odd.items())}: "
+                             f"set --craft.epsilon_unit=raw or auto" + ", or --craft.distance=mse" * able)
         self.duals = make_duals(config, steps, self.weights_of, spreads or {})
         how = dict(gate=config.projection_gate, conflict_threshold=config.conflict_threshold,
-                   use_projection=config.use_grad_projection,
-                   mode=config.projection_mode if config.shared_lambda or config.projection_mode == "equal" else "weighted")
+                   use_projection=config.use_grad_projection, mode=config.projection_mode
+                   if config.shared_lambda or config.projection_mode == "equal" else "weighted")
         self.surgery = (StreamingSurgery(policy, self.named, **how) if stream
                         else Surgery(self.named, scope=config.projection_scope, all_reduce=all_reduce, **how))
 
@@ -121,7 +124,8 @@ class Constraint(AnchorMethod):
         return [w * press(self.duals[n]) for n, w in self.weights_of.items()]
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"duals": {n: d.state_dict() for n, d in self.duals.items()}, "gate": self.surgery.gate}
+        return super().state_dict() | {"duals": {n: d.state_dict() for n, d in self.duals.items()},
+                                       "gate": self.surgery.gate}
 
     def load_state_dict(self, state: dict):
         super().load_state_dict(state)
@@ -135,7 +139,8 @@ def anchor_error(ret: "AnchorMethod", autocast: Callable = nullcontext) -> float
     with autocast():
         if torch.is_autocast_enabled(device): dtypes.add(torch.get_autocast_dtype(device))
     if device == "cuda":  # TF32 has as many bits as float16
-        dtypes.add({"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}[torch.get_float32_matmul_precision()])
+        dtypes.add({"highest": torch.float32, "high": torch.float16,
+                    "medium": torch.bfloat16}[torch.get_float32_matmul_precision()])
     return rounding_error(*dtypes)
 
 def rounding_losses(ret: "AnchorMethod", anchors: dict, autocast: Callable = nullcontext) -> list[Tensor]:  # scalars, of the views
@@ -147,13 +152,16 @@ def rounding_losses(ret: "AnchorMethod", anchors: dict, autocast: Callable = nul
     return [of(v) for v in ret.views.values()]
 
 # %% ../nbs/07d_retention.ipynb #ecac41c6
-def anchor_losses(ret: AnchorMethod, policy: nn.Module, anchors: dict, autocast: Callable = nullcontext) -> dict[str, Tensor]:
+def anchor_losses(ret: AnchorMethod, policy: nn.Module, anchors: dict,
+                  autocast: Callable = nullcontext) -> dict[str, Tensor]:
     """One anchor forward pass → view → loss, 0 where it is rounding; a wrapped policy goes through its own `forward`.
     Running out of memory says what to lower."""
     anchor_pass = AnchorPass(ret.adapter, ret.views, {k: v for k, v in anchors.items() if isinstance(v, Tensor)})
     with enough_memory(ret, count_rows(anchors)), autocast():
-        losses = policy(anchor_pass) if hasattr(policy, "routes_anchors") or hasattr(policy, "module") else anchor_pass(policy)
-    return {n: x * (x.detach() > limit.to(x.device)) for (n, x), limit in zip(losses.items(), rounding_losses(ret, anchors, autocast))}
+        losses = (policy(anchor_pass) if hasattr(policy, "routes_anchors") or hasattr(policy, "module")
+                  else anchor_pass(policy))
+    return {n: x * (x.detach() > limit.to(x.device))
+            for (n, x), limit in zip(losses.items(), rounding_losses(ret, anchors, autocast))}
 
 @contextmanager
 def enough_memory(ret: AnchorMethod, n: int) -> Iterator[None]:
@@ -166,8 +174,8 @@ def enough_memory(ret: AnchorMethod, n: int) -> Iterator[None]:
                            f"or set --craft.anchor_micro_batch to a divisor of it ({str(e).splitlines()[0]})") from e
 
 def retention_backward(ret: AnchorMethod, trainer, weight: float = 1.0, batch: dict | None = None) -> Tensor:  # (views,)
-    """Accumulate the gradient of `weight` times the pressed retention losses of `batch`, or of the next anchor batch, into `.grad`.
-    → the losses, detached."""
+    """Accumulate the gradient of `weight` times the pressed retention losses of `batch`, or of the next anchor batch,
+    into `.grad`. → the losses, detached."""
     batch, total = next(ret.line) if batch is None else batch, 0.0
     n = count_rows(batch)
     size = min(ret.config.anchor_micro_batch or n, n)
@@ -183,7 +191,8 @@ def retention_backward(ret: AnchorMethod, trainer, weight: float = 1.0, batch: d
 
 def pressed(ret: AnchorMethod, losses: dict) -> Tensor:
     return sum(p * losses[v] for p, v in zip(ret.pressures(), ret.weights_of, strict=True))
-def stacked(ret: AnchorMethod, losses: dict) -> Tensor: return torch.stack([losses[v].detach().float() for v in ret.weights_of])
+def stacked(ret: AnchorMethod, losses: dict) -> Tensor:
+    return torch.stack([losses[v].detach().float() for v in ret.weights_of])
 
 # %% ../nbs/07d_retention.ipynb #579d8f92
 def violations(ret: Constraint, losses: list[float], step: int) -> dict:
@@ -199,7 +208,8 @@ def merge_weight(ret: Constraint) -> float: return ret.duals["shared"].weight if
 
 def surgery_row(out) -> dict:
     "A `SurgeryResult` in the words of the record."
-    return dict(dot=out.dot, cosine=None if math.isnan(out.cosine) else out.cosine, conflict=out.conflict, projected=out.projected, grad_norm_task=out.norm_task,
+    return dict(dot=out.dot, cosine=None if math.isnan(out.cosine) else out.cosine, conflict=out.conflict,
+                projected=out.projected, grad_norm_task=out.norm_task,
                 grad_norm_retain=out.norm_retain, grad_norm=out.merged_norm, clipped=out.clipped, finite=out.finite)
 
 def update_multipliers(ret: Constraint, step: int, row: dict) -> None:
@@ -235,7 +245,8 @@ def retention_taken(ret: Constraint, trainer) -> tuple[Tensor, list]:
     "The losses, and r out of `.grad`, stored as the config says."
     half = ret.config.retain_dtype == "bfloat16"
     at_once = half and ret.one_pass(trainer)  # else several gradients are added up first
-    with moved_gradients(trainer.params, torch.bfloat16) if at_once else nullcontext() as r: losses = retention_backward(ret, trainer)
+    with moved_gradients(trainer.params, torch.bfloat16) if at_once else nullcontext() as r:
+        losses = retention_backward(ret, trainer)
     if not at_once: r = trainer.take_grads()
     if half:
         for i, x in enumerate(r): r[i] = x if x is None else x.bfloat16()
@@ -244,8 +255,9 @@ def retention_taken(ret: Constraint, trainer) -> tuple[Tensor, list]:
 def refuse_pieces(ret: Constraint, trainer) -> None:
     "Raise `ValueError` if a streamed step would have to work on several micro-batches."
     if isinstance(ret.surgery, StreamingSurgery) and (trainer.accumulate > 1 or ret.config.anchor_micro_batch):
-        raise ValueError(f"streamed surgery merges during one backward pass: expected accumulate=1 and anchor_micro_batch=0, "
-                         f"found {trainer.accumulate} and {ret.config.anchor_micro_batch}; use Retention(stream=False)")
+        raise ValueError(f"streamed surgery merges during one backward pass: expected accumulate=1 and "
+                         f"anchor_micro_batch=0, found {trainer.accumulate} and {ret.config.anchor_micro_batch}; "
+                         "use Retention(stream=False)")
 
 # %% ../nbs/07d_retention.ipynb #15a675f3
 PROBE_BATCHES = 4  # of anchors, to measure the drift on
@@ -265,7 +277,8 @@ def calibrate_budget(trainer: StepParts) -> dict[str, float]:
             trainer.optimizer.zero_grad()
             if trainer.scheduler is not None: trainer.scheduler.step()
         with torch.no_grad():
-            losses = sum(stacked(ret, anchor_losses(ret, trainer.policy, b, trainer.autocast)) for b in shown) / len(shown)
+            losses = (sum(stacked(ret, anchor_losses(ret, trainer.policy, b, trainer.autocast)) for b in shown)
+                      / len(shown))
     trainer.batches = itertools.chain(used, batches)
     if place is None: ret.line = itertools.chain(shown, ret.line)
     else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
@@ -290,9 +303,11 @@ class Retention(Constraint):
         n = step // self.config.retention_freq
         return n < FIRST_MEASURED or n % self.config.measure_every == 0
 
-    def remainder(self, trainer) -> float: return anchor_error(self, trainer.autocast) / 8  # `rounding` of surgery: u, in float32 8 u
+    # `rounding` of surgery: u, in float32 8 u
+    def remainder(self, trainer) -> float: return anchor_error(self, trainer.autocast) / 8
 
-    def one_pass(self, trainer) -> bool: return trainer.alone and not self.config.anchor_micro_batch  # is r whole as it comes?
+    # is r whole as it comes?
+    def one_pass(self, trainer) -> bool: return trainer.alone and not self.config.anchor_micro_batch
 
     def apart(self, trainer) -> bool:
         if not self.due(trainer.step) or self.streams: return False
@@ -307,7 +322,9 @@ class Retention(Constraint):
         with self.surgery.record(): losses = anchor_losses(self, trainer.policy, anchors, trainer.autocast)
         row |= violations(self, stacked(self, losses).tolist(), trainer.step)
         clip = trainer.grad_clip_norm or None
-        with self.surgery.merge_(pressed(self, losses), merge_weight(self), row["violation"] > 0, clip, self.remainder(trainer)) as out: yield
+        with self.surgery.merge_(pressed(self, losses), merge_weight(self), row["violation"] > 0, clip,
+                                 self.remainder(trainer)) as out:
+            yield
         row |= surgery_row(out)
 
     def terms(self, trainer, row: dict) -> list | None:
@@ -316,25 +333,28 @@ class Retention(Constraint):
         if self.apart(trainer): losses, r = retention_taken(self, trainer)
         elif self.measured(trainer.step):
             with added_gradients(trainer.params, weight) as found: losses = retention_backward(self, trainer)
-            row |= found | {"conflict": found["cosine"] is not None and found["cosine"] < self.config.conflict_threshold}
+            row |= (found
+                    | {"conflict": found["cosine"] is not None and found["cosine"] < self.config.conflict_threshold})
         else: losses = retention_backward(self, trainer, weight)
         row |= violations(self, across_ranks(trainer, losses).tolist(), trainer.step)
         return r
 
     def merge(self, trainer, g: list, r: list, row: dict):
-        row |= surgery_row(self.surgery.merge_(g, r, merge_weight(self), row["violation"] > 0, trainer.grad_clip_norm or None,
-                                               self.remainder(trainer)))
+        row |= surgery_row(self.surgery.merge_(g, r, merge_weight(self), row["violation"] > 0,
+                                               trainer.grad_clip_norm or None, self.remainder(trainer)))
 
     def update(self, trainer, row: dict):
         if row.get("grad_norm_task"):
-            row["share"] = merge_weight(self) * row["grad_norm_retain"] / row["grad_norm_task"] / self.config.retention_freq
+            row["share"] = (merge_weight(self) * row["grad_norm_retain"] / row["grad_norm_task"]
+                            / self.config.retention_freq)
         if self.due(trainer.step): update_multipliers(self, trainer.step, row)
 
     def see_held_out(self, loss: float):
         for d in self.duals.values(): see_held_out(d, loss)
 
     @property
-    def steers(self) -> bool: return self.config.controller == "share" and (self.config.budget > 0 or self.config.epsilon_unit == "auto")
+    def steers(self) -> bool:
+        return self.config.controller == "share" and (self.config.budget > 0 or self.config.epsilon_unit == "auto")
 
     def see_parts(self, losses: list[float | None]):
         for d in self.duals.values(): see_parts(d, losses)

@@ -40,9 +40,12 @@ def read_log(path: Path) -> tuple[list[dict], bool]:  # rows and events in order
             if not isinstance(row, dict) or type(row.get("step")) is not int: raise ValueError("no step in it")
         except ValueError as e:
             if i == len(lines): return rows, True
-            raise ValueError(f"{path}:{i}: expected one JSON record a line, found {line[:50]!r} ({e}); remove that line to read the rest") from None
+            raise ValueError(f"{path}:{i}: expected one JSON record a line, found {line[:50]!r} ({e}); "
+                             f"remove that line to read the rest") from None
         if "event" not in row:
-            if row["step"] <= step: raise ValueError(f"{path}:{i}: step {row['step']} came after step {step}; are these two logs in one file?")
+            if row["step"] <= step:
+                raise ValueError(f"{path}:{i}: step {row['step']} came after step {step}; "
+                                 "are these two logs in one file?")
             step = row["step"]
         rows.append(row)
     return rows, False
@@ -55,25 +58,31 @@ def read_json(path: Path, what: str) -> dict:
 
 # %% ../nbs/10l_runs.ipynb #4baa52ce
 def begun_from(folder: Path, config: dict) -> dict:
-    "Settings with the policy that the run started from; a run that was resumed names one of its own checkpoints instead."
+    """Settings with the policy that the run started from; a run that was resumed names one of its own checkpoints
+    instead."""
     def own(c):
         parts = Path(str((c.get("policy") or {}).get("pretrained_path") or "")).parts
-        return len(parts) > 3 and parts[-3] == "checkpoints" and (Path(*parts).resolve().is_relative_to(folder.resolve()) or parts[-4] == folder.resolve().name and not Path(*parts).exists())
+        return len(parts) > 3 and parts[-3] == "checkpoints" and (Path(*parts).resolve().is_relative_to(
+            folder.resolve()) or parts[-4] == folder.resolve().name and not Path(*parts).exists())
     if not own(config): return config
-    earlier = (read_json(f, "the settings of a run") for f in sorted(folder.glob("checkpoints/*/pretrained_model/train_config.json")))
+    earlier = (read_json(f, "the settings of a run")
+               for f in sorted(folder.glob("checkpoints/*/pretrained_model/train_config.json")))
     first = next((c["policy"]["pretrained_path"] for c in earlier if not own(c) and c.get("policy")), None)
-    return config | dict(policy={k: v for k, v in config["policy"].items() if k != "pretrained_path"} | (dict(pretrained_path=first) if first else {}))
+    return config | dict(policy={k: v for k, v in config["policy"].items() if k != "pretrained_path"}
+                         | (dict(pretrained_path=first) if first else {}))
 
 def read_run(folder: str | Path, name: str = "") -> Recorded:
     "A run's folder: the `--output_dir` of craft-train. Raises `FileNotFoundError` or `ValueError` where it is none."
     p = as_path(folder)
     if p.name == "metrics.jsonl": p = p.parent
-    if not p.exists(): raise FileNotFoundError(f"{folder}: there is no such folder; give the --output_dir of a craft-train run")
+    if not p.exists():
+        raise FileNotFoundError(f"{folder}: there is no such folder; give the --output_dir of a craft-train run")
     if not p.is_dir(): raise ValueError(f"{folder} is a file; give the --output_dir of a craft-train run")
     log = p / "metrics.jsonl"
     if not log.exists():
         inside = sorted(str(x.parent) for pattern in ("*", "*/*") for x in p.glob(f"{pattern}/metrics.jsonl"))
-        raise FileNotFoundError(f"{folder} is no run: there is no metrics.jsonl in it, which craft-train writes at its first step"
+        raise FileNotFoundError(f"{folder} is no run: there is no metrics.jsonl in it, "
+                                "which craft-train writes at its first step"
                                 + (f". There are runs below it, give those: {' '.join(inside[:8])}" if inside else ""))
     rows, torn = read_log(log)
     steps = [r for r in rows if "event" not in r]
@@ -81,48 +90,63 @@ def read_run(folder: str | Path, name: str = "") -> Recorded:
     last = Path(follow(p / "checkpoints" / "last")) / "pretrained_model" / "train_config.json"
     config = begun_from(p, read_json(last, "the settings of a run")) if last.is_file() else {}
     kind = (config.get("policy") or {}).get("type")
-    if not kind and (p / "check.json").is_file(): kind = (read_json(p / "check.json", "what craft-check found").get("setup") or {}).get("policy")
+    if not kind and (p / "check.json").is_file():
+        kind = (read_json(p / "check.json", "what craft-check found").get("setup") or {}).get("policy")
     return Recorded(name or p.resolve().name, p, steps, [r for r in rows if "event" in r], config, kind, torn)
 
 def read_runs(folders: Sequence[str | Path]) -> list[Recorded]:
     "Several runs of one policy, named by their folders as shortly as tells them apart."
     if not folders: raise ValueError("no run: give the --output_dir of one craft-train run or of several")
     places = [as_path(f).resolve() for f in folders]
-    if twice := [str(f) for i, f in enumerate(folders) if places[i] in places[:i]]: raise ValueError(f"{twice[0]} is given twice")
+    if twice := [str(f) for i, f in enumerate(folders) if places[i] in places[:i]]:
+        raise ValueError(f"{twice[0]} is given twice")
     depth = next(n for n in range(1, 99) if len({p.parts[-n:] for p in places}) == len(places))
     runs = [read_run(f, "/".join(p.parts[-depth:])) for f, p in zip(folders, places)]
     kinds = {r.policy: r.name for r in runs if r.policy}
     if len(kinds) > 1:
-        raise ValueError("runs of different policies do not compare: " + ", ".join(f"{n} is {k}" for k, n in kinds.items()) + "; report them apart")
-    if "teacher" in (r.name for r in runs): raise ValueError("a run's folder is named teacher, which here is the policy before fine-tuning: rename it")
+        raise ValueError("runs of different policies do not compare: "
+                         + ", ".join(f"{n} is {k}" for k, n in kinds.items()) + "; report them apart")
+    if "teacher" in (r.name for r in runs):
+        raise ValueError("a run's folder is named teacher, which here is the policy before fine-tuning: rename it")
     return runs
 
 # %% ../nbs/10l_runs.ipynb #2a51e5c9
 def example_row(step: int, i: int = 0, **kw) -> dict:
     "A record as the trainer writes it; `i` draws another run."
     x = random.Random(step + 1000*i)
-    return dict(step=step, task_loss=2/step**.5 + .05*x.random(), retention_loss=.04 + .02*x.random(), retention_losses={"action_logits": .05}, epsilon=.05,
-                violation=0., cosine=x.uniform(-.4, .2), conflict=step % 3 == 0, projected=step % 6 == 0, share=.3, held_out=.06 if step % 10 == 0 else None,
-                grad_norm=1 + x.random(), clipped=step % 2 == 0, lr=1e-4, seconds=.3 + .01*x.random(), cache_type="hidden", retention=True, skipped=None,
-                nonfinite=0) | {"lambda": 1 - step/100} | kw
+    return dict(step=step, task_loss=2/step**.5 + .05*x.random(), retention_loss=.04 + .02*x.random(),
+                retention_losses={"action_logits": .05}, epsilon=.05, violation=0., cosine=x.uniform(-.4, .2),
+                conflict=step % 3 == 0, projected=step % 6 == 0, share=.3, held_out=.06 if step % 10 == 0 else None,
+                grad_norm=1 + x.random(), clipped=step % 2 == 0, lr=1e-4, seconds=.3 + .01*x.random(),
+                cache_type="hidden", retention=True, skipped=None, nonfinite=0) | {"lambda": 1 - step/100} | kw
 
-def example_run(folder: Path, steps: int = 40, cert: float | None = None, plain: bool = False, i: int = 0, kind: str = "pi0_fast") -> Path:
+def example_run(folder: Path, steps: int = 40, cert: float | None = None, plain: bool = False, i: int = 0,
+                kind: str = "pi0_fast") -> Path:
     "A run's folder with a log and the settings beside a checkpoint, for demonstrations; `cert` is its held-out drift."
     (last := folder/"checkpoints/last/pretrained_model").mkdir(parents=True)
-    none = dict(retention_loss=None, epsilon=None, cosine=None, share=None, held_out=None, retention=False, retention_losses=None) | {"lambda": None}
-    craft = dict(method="craft", controller="landing", lambda_max=100., anchor_cache_dir=str(folder.parent/"cache"), epsilon_end=.05)
-    rows = [dict(event="start", step=0, steps=steps, craft=None if plain else craft), dict(event="memory", step=0, peak=2.5e9),
-            *(example_row(s, i, **(none if plain else {})) for s in range(1, steps + 1)), dict(event="memory_used", step=steps, used=2e9, expected=2.5e9)]
-    if cert: rows.append(dict(event="certificate", step=steps, views=dict(action_logits=cert), held_out=cert, half_width=.004, budget=.05, met=cert <= .05,
-                              unit="nats per action token", of="shared", anchors=128, episodes=16, seconds=1.))
-    (folder/"metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, dict(event="end", step=steps, reason="done")]))
-    settings = dict(policy=dict(type=kind, pretrained_path=str(folder.parent/"base")), batch_size=8, seed=i, output_dir=str(folder), optimizer=dict(lr=1e-4 if plain else 2e-4))
+    none = dict(retention_loss=None, epsilon=None, cosine=None, share=None, held_out=None, retention=False,
+                retention_losses=None) | {"lambda": None}
+    craft = dict(method="craft", controller="landing", lambda_max=100., anchor_cache_dir=str(folder.parent/"cache"),
+                 epsilon_end=.05)
+    rows = [dict(event="start", step=0, steps=steps, craft=None if plain else craft),
+            dict(event="memory", step=0, peak=2.5e9),
+            *(example_row(s, i, **(none if plain else {})) for s in range(1, steps + 1)),
+            dict(event="memory_used", step=steps, used=2e9, expected=2.5e9)]
+    if cert:
+        rows.append(dict(event="certificate", step=steps, views=dict(action_logits=cert), held_out=cert,
+                         half_width=.004, budget=.05, met=cert <= .05,
+                         unit="nats per action token", of="shared", anchors=128, episodes=16, seconds=1.))
+    ((folder/"metrics.jsonl")
+     .write_text("".join(json.dumps(r) + "\n" for r in [*rows, dict(event="end", step=steps, reason="done")])))
+    settings = dict(policy=dict(type=kind, pretrained_path=str(folder.parent/"base")), batch_size=8, seed=i,
+                    output_dir=str(folder), optimizer=dict(lr=1e-4 if plain else 2e-4))
     (last/"train_config.json").write_text(json.dumps(settings))
     return folder
 
 # %% ../nbs/10l_runs.ipynb #bc79c7d0
 def tail(rows: Sequence[dict], key: str) -> dict | None:  # {mean, se, n}; None if no row has it
-    "Mean of `key` over the last tenth of the rows that have it, with the standard error of that mean as if rows were independent."
+    """Mean of `key` over the last tenth of the rows that have it, with the standard error of that mean as if rows were
+    independent."""
     x = [r[key] for r in rows if isinstance(r.get(key), (int, float)) and math.isfinite(r[key])]
     if not x: return None
     x = x[-max(1, len(x) // 10):]
@@ -133,7 +157,8 @@ def share_of(rows: Sequence[dict], key: str) -> float | None:  # None: not recor
 
 def state_of(run: Recorded) -> str:
     "finished | stopped … | failed … | unfinished"
-    last = next((e for e in reversed(run.events) if e["event"] in ("start", "resume", "end", "error")), {"event": "start"})
+    last = next((e for e in reversed(run.events) if e["event"] in ("start", "resume", "end", "error")),
+                {"event": "start"})
     if last["event"] == "end": return "finished" if last.get("reason") == "done" else f"stopped: {last.get('reason')}"
     return f"failed: {last.get('error')}"[:200] if last["event"] == "error" else "unfinished"
 
@@ -141,18 +166,21 @@ def facts(run: Recorded) -> dict:  # JSON-able
     "What the records of one run say."
     def latest(kind): return next((e for e in reversed(run.events) if e["event"] == kind), None)
     begun = next((e for e in reversed(run.events) if e["event"] in ("start", "resume")), {})
-    craft, steps, kept = begun.get("craft") or {}, run.rows[-1]["step"], [r for r in run.rows if r.get("retention_loss") is not None]
+    craft, steps, kept = (begun.get("craft") or {}, run.rows[-1]["step"],
+                          [r for r in run.rows if r.get("retention_loss") is not None])
     retains = bool(kept) or craft.get("method", "sft" if not craft else "craft") != "sft" and craft.get("enabled", True)
     cert = latest("certificate")
     if cert and cert["step"] < steps: cert = None
     used, method = latest("memory_used"), craft.get("method", "craft") if retains else "sft"
     return dict(
-        method=f"craft, {craft.get('controller', 'ascent')}" if method == "craft" else method, retains=retains, state=state_of(run), steps=steps,
-        steps_asked=begun.get("steps"), task_loss=tail(run.rows, "task_loss"), retention_loss=tail(kept, "retention_loss"), epsilon=tail(kept, "epsilon"),
-        multiplier=tail(run.rows, "lambda"), lambda_max=craft.get("lambda_max"), certificate=cert and {k: v for k, v in cert.items() if k not in ("event", "step")},
-        step_seconds=statistics.median(s) if (s := [r["seconds"] for r in run.rows if r.get("seconds") is not None]) else None,
-        memory=used["used"] if used and used["used"] else None, projected=share_of(kept, "projected"), clipped=share_of(run.rows, "clipped"),
-        skipped=sum(bool(r.get("skipped")) for r in run.rows), torn=run.torn)
+        method=f"craft, {craft.get('controller', 'ascent')}" if method == "craft" else method, retains=retains,
+        state=state_of(run), steps=steps, steps_asked=begun.get("steps"), task_loss=tail(run.rows, "task_loss"),
+        retention_loss=tail(kept, "retention_loss"), epsilon=tail(kept, "epsilon"),
+        multiplier=tail(run.rows, "lambda"), lambda_max=craft.get("lambda_max"),
+        certificate=cert and {k: v for k, v in cert.items() if k not in ("event", "step")},
+        step_seconds=statistics.median(s) if (s := [r["seconds"] for r in run.rows if r.get("seconds") is not None])
+        else None, memory=used["used"] if used and used["used"] else None, projected=share_of(kept, "projected"),
+        clipped=share_of(run.rows, "clipped"), skipped=sum(bool(r.get("skipped")) for r in run.rows), torn=run.torn)
 
 # %% ../nbs/10l_runs.ipynb #00492a5d
 MEASURES = ("success", "drift", "task_loss", "action_error", "mcq")
@@ -161,32 +189,43 @@ def check_measured(found: dict, path: Path) -> None:
     "Raise `ValueError` where what was measured has not the form that craft-eval gives it."
     def numbers(x, *keys): return isinstance(x, dict) and all(isinstance(x.get(k), (int, float)) for k in keys)
     for m in MEASURES:
-        if found.get(m) is not None and not isinstance(found[m], dict): raise ValueError(f"{path}: {m}: expected what craft-eval writes, found {str(found[m])[:60]!r}")
+        if found.get(m) is not None and not isinstance(found[m], dict):
+            raise ValueError(f"{path}: {m}: expected what craft-eval writes, found {str(found[m])[:60]!r}")
     for t, c in (found.get("success") or {}).items():
         if not numbers(c, "rate", "n", "low", "high") or not 0 <= c["low"] <= c["rate"] <= c["high"] <= 1 or c["n"] < 1:
-            raise ValueError(f"{path}: success of {t}: expected 0 ≤ low ≤ rate ≤ high ≤ 1 and n ≥ 1, found {str(c)[:80]}")
-    if found.get("task_loss") and not numbers(found["task_loss"], "loss", "frames"): raise ValueError(f"{path}: task_loss: expected loss and frames, found {str(found['task_loss'])[:80]}")
+            raise ValueError(f"{path}: success of {t}: expected 0 ≤ low ≤ rate ≤ high ≤ 1 and n ≥ 1, "
+                             f"found {str(c)[:80]}")
+    if found.get("task_loss") and not numbers(found["task_loss"], "loss", "frames"):
+        raise ValueError(f"{path}: task_loss: expected loss and frames, found {str(found['task_loss'])[:80]}")
     if a := found.get("action_error"):
-        cell = lambda x: isinstance(x, dict) and numbers(x, "frames", "undecodable") and (x.get("mae", "") is None or numbers(x, "mae")) and isinstance(x.get("joints"), dict)
-        if not cell(a) or not isinstance(a.get("tasks"), dict) or not all(map(cell, a["tasks"].values())) or not all(numbers(j, "spread") for j in a["joints"].values()):
-            raise ValueError(f"{path}: action_error: expected mae, frames, undecodable, joints and tasks, found {str(a)[:80]}")
-    if (q := found.get("mcq")) and not numbers(q, "accuracy", "n", "low", "high", "margin"): raise ValueError(f"{path}: mcq: expected accuracy, n, low, high and margin, found {str(q)[:80]}")
-    if (d := found.get("drift")) and "relative_l2" in d and not (len(d["relative_l2"]) == len(d.get("layers", ())) and all(len(r) == len(d.get("vectors", ())) for r in d["relative_l2"])):
+        cell = (lambda x: isinstance(x, dict) and numbers(x, "frames", "undecodable")
+                and (x.get("mae", "") is None or numbers(x, "mae")) and isinstance(x.get("joints"), dict))
+        if (not cell(a) or not isinstance(a.get("tasks"), dict) or not all(map(cell, a["tasks"].values()))
+            or not all(numbers(j, "spread") for j in a["joints"].values())):
+            raise ValueError(f"{path}: action_error: expected mae, frames, undecodable, joints and tasks, "
+                             f"found {str(a)[:80]}")
+    if (q := found.get("mcq")) and not numbers(q, "accuracy", "n", "low", "high", "margin"):
+        raise ValueError(f"{path}: mcq: expected accuracy, n, low, high and margin, found {str(q)[:80]}")
+    if (d := found.get("drift")) and "relative_l2" in d and not (len(d["relative_l2"]) == len(
+            d.get("layers", ())) and all(len(r) == len(d.get("vectors", ())) for r in d["relative_l2"])):
         raise ValueError(f"{path}: drift: expected relative_l2 by layers and vectors, found {str(d)[:80]}")
 
 # %% ../nbs/10l_runs.ipynb #5b18fc80
 def teacher_of(runs: Sequence[Recorded]) -> set[str]:
-    "Paths of the policies that the runs started from, as their settings say; one that went on from its own checkpoint does not know."
+    """Paths of the policies that the runs started from, as their settings say; one that went on from its own checkpoint
+    does not know."""
     paths = {str((r.config.get("policy") or {}).get("pretrained_path") or "") for r in runs} - {""}
     return {p for p in paths if not any(Path(p).resolve().is_relative_to(r.folder.resolve()) for r in runs)}
 
 def pooled_loss(parts: Sequence[dict]) -> dict:
     "Task losses on several data sets as if they were one."
-    def pool(cells): return dict(loss=sum(c["loss"] * c["frames"] for c in cells) / (n := sum(c["frames"] for c in cells)), frames=n)
+    def pool(cells):
+        return dict(loss=sum(c["loss"] * c["frames"] for c in cells) / (n := sum(c["frames"] for c in cells)), frames=n)
     tasks = dict.fromkeys(t for p in parts for t in p.get("tasks", {}))
     return pool(parts) | dict(tasks={t: pool([p["tasks"][t] for p in parts if t in p.get("tasks", {})]) for t in tasks})
 
-POOLED = {"task_loss": pooled_loss, "action_error": pooled_error}  # measured on data: on old demonstrations and on new ones, say
+# measured on data: on old demonstrations and on new ones, say
+POOLED = {"task_loss": pooled_loss, "action_error": pooled_error}
 
 def owner(policy: str, runs: Sequence[Recorded]) -> str | None:  # name of a run, "teacher", or None
     "Whose checkpoint a path is."
@@ -194,30 +233,37 @@ def owner(policy: str, runs: Sequence[Recorded]) -> str | None:  # name of a run
     if near := [r.name for r in runs if p.is_relative_to(r.folder.resolve())]: return near[0]
     if any(p == Path(t).resolve() for t in teacher_of(runs)): return "teacher"
     parts = Path(policy).parts
-    moved = [r.name for r in runs if "checkpoints" in parts and r.folder.resolve().name == parts[parts.index("checkpoints") - 1]]
+    moved = [r.name for r in runs
+             if "checkpoints" in parts and r.folder.resolve().name == parts[parts.index("checkpoints") - 1]]
     return moved[0] if len(moved) == 1 else None
 
 def read_evals(given: Iterable[str | Path], runs: Sequence[Recorded]) -> dict[str, dict]:  # name of a run or "teacher" → what was measured
-    "The `eval.json` of some policies, each by the run it belongs to. Raises `ValueError` where that is not known, or a thing was measured twice."
+    """The `eval.json` of some policies, each by the run it belongs to. Raises `ValueError` where that is not known, or
+    a thing was measured twice."""
     out, parts, names = {}, {}, [*(r.name for r in runs), "teacher"]
     for text in map(str, given):
         name, equals, file = text.partition("=")
         name, file = (name, file) if equals and name in names else (None, text)
         path = as_path(file)
         path = path / "eval.json" if path.is_dir() else path
-        if not path.exists(): raise FileNotFoundError(f"{text}: there is no such file; give the eval.json that craft-eval wrote, or NAME=FILE with NAME one of {', '.join(names)}")
+        if not path.exists():
+            raise FileNotFoundError(f"{text}: there is no such file; give the eval.json that craft-eval wrote, "
+                                    f"or NAME=FILE with NAME one of {', '.join(names)}")
         found = read_json(path, "the eval.json of craft-eval")
-        if not any(found.get(m) for m in MEASURES): raise ValueError(f"{path} holds none of {', '.join(MEASURES)}: give the eval.json that craft-eval wrote")
+        if not any(found.get(m) for m in MEASURES):
+            raise ValueError(f"{path} holds none of {', '.join(MEASURES)}: give the eval.json that craft-eval wrote")
         check_measured(found, path)
         name = name or owner(str(found.get("policy", "")), runs)
         if name is None:
-            raise ValueError(f"{path} is of {found.get('policy', 'an unnamed policy')}, which is no checkpoint of {', '.join(names[:-1])} and not known as their "
-                             f"teacher: say whose it is with --eval=NAME={path}, NAME one of {', '.join(names)}")
+            raise ValueError(f"{path} is of {found.get('policy', 'an unnamed policy')}, "
+                             f"which is no checkpoint of {', '.join(names[:-1])} and not known as their teacher: "
+                             f"say whose it is with --eval=NAME={path}, NAME one of {', '.join(names)}")
         for m in MEASURES:
             if not found.get(m): continue
             seen = parts.setdefault((name, m), [])
             data = json.dumps(found.get("data"))
-            if seen and (m not in POOLED or "null" == data or data in dict(seen)): raise ValueError(f"{path}: {m} of {name} was measured twice; give one of the two")
+            if seen and (m not in POOLED or "null" == data or data in dict(seen)):
+                raise ValueError(f"{path}: {m} of {name} was measured twice; give one of the two")
             seen.append((data, found[m]))
             try: out.setdefault(name, {})[m] = found[m] if len(seen) == 1 else POOLED[m]([x for _, x in seen])
             except ValueError as e: raise ValueError(f"{path}: {e}") from None
@@ -230,39 +276,50 @@ def example_eval(file: Path, **what) -> Path:
     return file
 
 def example_evals(a: Path, b: Path) -> tuple[Path, Path, Path]:
-    "Of the teacher of two runs of `example_run`, and of the two: the first kept what the teacher could, the second learned the same and kept nothing."
+    """Of the teacher of two runs of `example_run`, and of the two: the first kept what the teacher could, the second
+    learned the same and kept nothing."""
     from torch import zeros
     d = hidden_drift(zeros(8, 2, 2, 4) + 1.1, zeros(8, 2, 2, 4) + 1, [-2, -1], ["vision_token_mean", "text_token_last"])
     d = d | dict(anchors=8, losses=dict(action_logits=.05), by_instruction={
         t: d | dict(anchors=4, losses=dict(action_logits=x)) for t, x in (("press <it>", .04), ("open it", .06))})
     def success(*good): return {t: rate(k, 20) for t, k in zip(("drawer", "press", "window"), good)}
     return (example_eval(a.parent/"base_eval.json", policy=str(a.parent/"base"), success=success(19, 18, 1)),
-            example_eval(a.parent/"a.json", policy=str(a/"checkpoints/000040/pretrained_model"), drift=d, success=success(18, 17, 16)),
-            example_eval(a.parent/"b.json", policy=f"/far/{b.name}/checkpoints/last/pretrained_model", success=success(2, 1, 17)))
+            example_eval(a.parent/"a.json", policy=str(a/"checkpoints/000040/pretrained_model"), drift=d,
+                         success=success(18, 17, 16)),
+            example_eval(a.parent/"b.json", policy=f"/far/{b.name}/checkpoints/last/pretrained_model",
+                         success=success(2, 1, 17)))
 
 def example_measured(task: str, mae: float, frames: int = 8, bad: int = 0, loss: float = 1.0) -> dict:
     "What craft-eval measures on demonstrations of one task."
     cell = dict(mae=mae, first=mae, frames=frames, undecodable=bad)
-    error = cell | dict(joints=dict(grip=dict(mae=mae, spread=.5)), tasks={task: cell | dict(joints=dict(grip=mae))}, undecodable_frames=[])
-    return dict(task_loss=dict(loss=loss, frames=frames, tasks={task: dict(loss=loss, frames=frames)}), data=dict(repo_id=f"me/{task}", episodes=None), action_error=error)
+    error = cell | dict(joints=dict(grip=dict(mae=mae, spread=.5)), tasks={task: cell | dict(joints=dict(grip=mae))},
+                        undecodable_frames=[])
+    return dict(task_loss=dict(loss=loss, frames=frames, tasks={task: dict(loss=loss, frames=frames)}),
+                data=dict(repo_id=f"me/{task}", episodes=None), action_error=error)
 
 # %% ../nbs/10l_runs.ipynb #94517daf
 def split_tasks(evals: dict[str, dict], new: Sequence[str] = ()) -> dict[str, list[str]]:  # {old, new}
     "Tasks whose success was measured of the teacher. Raises `ValueError` for a name in `new` that was not measured."
     cells = {n: e["success"] for n, e in evals.items() if e.get("success")}
     all_tasks = dict.fromkeys(t for s in cells.values() for t in s)
-    if wrong := [t for t in new if t not in all_tasks]: raise ValueError(f"--new: {wrong[0]!r} was not measured; measured: {', '.join(all_tasks) or 'no success at all'}")
+    if wrong := [t for t in new if t not in all_tasks]:
+        raise ValueError(f"--new: {wrong[0]!r} was not measured; measured: "
+                         f"{', '.join(all_tasks) or 'no success at all'}")
     before = cells.get("teacher", {})
-    def learned(t): return before[t]["rate"] == 0 or any(s[t]["low"] > before[t]["high"] for s in cells.values() if t in s)
+    def learned(t):
+        return before[t]["rate"] == 0 or any(s[t]["low"] > before[t]["high"] for s in cells.values() if t in s)
     fresh = [t for t in before if (t in new if new else learned(t))]
     return dict(old=[t for t in before if t not in fresh], new=fresh)
 
 def kept(evals: dict[str, dict], name: str, tasks: dict[str, list[str]]) -> dict | None:  # {ratio, low, high, old: cell, new: cell}; None: not measured
     "Success of a run on the old tasks over that of the teacher."
     mine, before = (evals.get(n, {}).get("success", {}) for n in (name, "teacher"))
-    def pooled(cells, which): return pooled_rate(cells[t] for t in tasks[which]) if tasks[which] and all(t in cells for t in tasks[which]) else None
+    def pooled(cells, which):
+        return (pooled_rate(cells[t] for t in tasks[which]) if tasks[which] and all(t in cells for t in tasks[which])
+                else None)
     now, then = pooled(mine, "old"), pooled(before, "old")
-    return retention_ratio(then, now) | dict(old=now, new=pooled(mine, "new")) if now and then and then["rate"] else None
+    return (retention_ratio(then, now) | dict(old=now, new=pooled(mine, "new")) if now and then and then["rate"]
+            else None)
 
 # %% ../nbs/10l_runs.ipynb #e0bc8449
 def flat(x: dict, prefix: str = "") -> dict:
@@ -278,8 +335,11 @@ def differing(runs: Sequence[Recorded]) -> dict[str, dict]:  # setting → {name
     said = {}
     for r in runs:
         begun = next((e for e in reversed(r.events) if e["event"] in ("start", "resume")), {})
-        said[r.name] = flat({k: v for k, v in r.config.items() if k not in (*NOT_SETTINGS, "craft", "wandb")} | dict(craft=begun.get("craft") or {}, steps=begun.get("steps")))
+        said[r.name] = flat({k: v for k, v in r.config.items() if k not in (*NOT_SETTINGS, "craft", "wandb")}
+                            | dict(craft=begun.get("craft") or {}, steps=begun.get("steps")))
     names, empty = dict.fromkeys(k for s in said.values() for k in s), (None, {}, [])
-    def off(s, k): return k not in s and any(s.get(k[:i], "") in empty for i, x in enumerate(k) if x == "." and k[:i] != "craft")  # peft: null, where another run has peft.r
+    # peft: null, where another run has peft.r
+    def off(s, k):
+        return k not in s and any(s.get(k[:i], "") in empty for i, x in enumerate(k) if x == "." and k[:i] != "craft")
     table = {k: {n: s.get(k) for n, s in said.items() if k in s or off(s, k)} for k in names}
     return {k: v for k, v in table.items() if len({json.dumps(x, sort_keys=True, default=str) for x in v.values()}) > 1}

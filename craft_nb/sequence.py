@@ -23,14 +23,18 @@ from .evaluate import CSS, gem_metrics, libero_metrics, section, table_html, tab
 VIEW = "action_logits"
 ARMS = {
     "sft": dict(enabled=False),
-    "constant": dict(method="constant", views=VIEW, initial_lambda=1.0, retention_freq=1, epsilon_start=0.0, epsilon_end=0.0, heldout_fraction=0.0),
+    "constant": dict(method="constant", views=VIEW, initial_lambda=1.0, retention_freq=1, epsilon_start=0.0,
+                     epsilon_end=0.0, heldout_fraction=0.0),
     "share": dict(method="share", views=VIEW, share=0.3, retention_freq=1, heldout_fraction=0.0),
     "replay": dict(method="replay"),
 }
 
 def sequence_settings(s: demo.Settings, tasks: list[str]) -> demo.Settings:
-    "The demo's settings for a sequence: the first task is the old one. Raises `ValueError` for fewer than two tasks, or one twice."
-    if len(tasks) < 2 or len({*tasks}) < len(tasks) or not all(tasks): raise ValueError(f"sequence: expected at least two different tasks with commas between, found {','.join(tasks)!r}")
+    """The demo's settings for a sequence: the first task is the old one. Raises `ValueError` for fewer than two tasks,
+    or one twice."""
+    if len(tasks) < 2 or len({*tasks}) < len(tasks) or not all(tasks):
+        raise ValueError(f"sequence: expected at least two different tasks with commas between, "
+                         f"found {','.join(tasks)!r}")
     return demo.replace(s, old=tasks[0], new=",".join(tasks[1:]))
 
 # %% ../nbs/13a_sequence.ipynb #83437dce
@@ -49,14 +53,17 @@ def fitting(episodes: list[list[int]], length, frames: float) -> list[int]:
     return sorted(out)
 
 # %% ../nbs/13a_sequence.ipynb #56f28fce
-def size_of(cache) -> int: return sum(s["bytes"] for s in json.loads((Path(cache) / "anchors.json").read_text())["shards"])  # bytes
+# bytes
+def size_of(cache) -> int:
+    return sum(s["bytes"] for s in json.loads((Path(cache) / "anchors.json").read_text())["shards"])
 
 def split(run: demo.Run, task: str) -> tuple[list[int], list[int]]:  # episodes to train on, and those that nothing is trained on
     found = demo.workload(run).episodes(task)
     last = max(1, len(found) // 7)
     return found[:-last], found[-last:]
 
-def remember(run: demo.Run, policy: Path, task: str, learned: int, before: Path | None, out: Path, room: int = 0) -> Path:  # the cache
+def remember(run: demo.Run, policy: Path, task: str, learned: int, before: Path | None, out: Path,
+             room: int = 0) -> Path:  # the cache
     "Anchors of the task just learned, behind thinned ones of the earlier. `room`: bytes; 0: as many as they take."
     from lerobot.configs import PreTrainedConfig
     from lerobot.configs.default import DatasetConfig
@@ -69,11 +76,14 @@ def remember(run: demo.Run, policy: Path, task: str, learned: int, before: Path 
     cfg.pretrained_path = policy
     if before: thin_cache(before, thinned, old, s.seed)
     frames = sum(work.meta.episodes[e]["length"] for e in train)
-    build_cache(BuildCacheConfig(DatasetConfig(work.repo_id, root=str(work.root), episodes=train), cfg, out_dir=str(out), num_anchors=min(new, frames), views=VIEW, batch_size=32, seed=s.seed,
-                                 allow_undecodable=s.teacher_steps < 200, append=str(thinned) if before else "", allow_mismatch="weights"), progress=False)
+    build_cache(BuildCacheConfig(DatasetConfig(work.repo_id, root=str(work.root), episodes=train), cfg,
+                                 out_dir=str(out), num_anchors=min(new, frames), views=VIEW, batch_size=32, seed=s.seed,
+                                 allow_undecodable=s.teacher_steps < 200, append=str(thinned) if before else "",
+                                 allow_mismatch="weights"), progress=False)
     while room and size_of(out) > room:  # pictures differ in how well they compress
         whole = out.rename(out.with_name(out.name + "-whole"))
-        thin_cache(whole, out, max(1, min(len(open_whole(whole)) - 1, int(len(open_whole(whole)) * room / size_of(whole)))), s.seed)
+        thin_cache(whole, out,
+                   max(1, min(len(open_whole(whole)) - 1, int(len(open_whole(whole)) * room / size_of(whole)))), s.seed)
         shutil.rmtree(whole)
     shutil.rmtree(thinned, ignore_errors=True)
     return out
@@ -88,17 +98,21 @@ def fit(cfg, to: Path):
     for x in (to, cfg.output_dir): shutil.rmtree(x, ignore_errors=True)
     trainer = make_trainer(cfg, quiet=True)
     trainer.fit()
-    if trainer.ended != "done": raise RuntimeError(f"{to}: training ended at step {trainer.step} ({trainer.ended}), so there is nothing to measure")
+    if trainer.ended != "done":
+        raise RuntimeError(f"{to}: training ended at step {trainer.step} ({trainer.ended}), "
+                           "so there is nothing to measure")
     save_checkpoint_folder(unwrapped(trainer), trainer.parts.pre, trainer.parts.post, to)
 
 def measured(run: demo.Run, path: Path, episodes: int, policy=None) -> dict:  # {loss: {task: loss}, success: {task: [k, n]}}
-    "What the policy of a checkpoint folder, or `policy` with that folder's processors, does on every task of the sequence."
+    """What the policy of a checkpoint folder, or `policy` with that folder's processors, does on every task of the
+    sequence."""
     from lerobot.configs.default import DatasetConfig
     from craft_nb.lerobot import load_dataset, task_loss
     work, s, door = demo.workload(run), run.settings, demo.door(run.settings)
     policy, processors, out = (policy or work.policy(path)).eval(), work.processors(path), dict(loss={}, success={})
     for task in s.tasks:
-        data = load_dataset(DatasetConfig(work.repo_id, root=str(work.root), episodes=split(run, task)[1]), policy.config)
+        data = load_dataset(DatasetConfig(work.repo_id, root=str(work.root), episodes=split(run, task)[1]),
+                            policy.config)
         out["loss"][task] = task_loss(policy, processors[0], data, 32, 4 * s.held_out)["loss"]
         if not episodes: continue
         env = door.open(s, task, episodes)
@@ -131,7 +145,8 @@ def first_job(run_args, episodes: int) -> None:
         cfg.dataset.episodes = split(run, s.old)[0]
         fit(cfg, out / "first-new")
         (out / "first-new").rename(out / "first")
-    if not (out / "first-anchors/anchors.json").exists(): remember(run, out / "first", s.old, 1, None, out / "first-anchors")
+    if not (out / "first-anchors/anchors.json").exists():
+        remember(run, out / "first", s.old, 1, None, out / "first-anchors")
     from lerobot.policies.factory import make_policy
     untrained = measured(run, out / "first", episodes, make_policy(work.config(), ds_meta=work.meta))
     leave(out / "first.json", dict(k=0, task=s.old, untrained=untrained) | measured(run, out / "first", episodes))
@@ -143,17 +158,21 @@ def stage_config(run: demo.Run, arm: str, k: int, seed: int, teacher: Path, memo
     cfg, policy = demo.train_config(run, "teacher"), PreTrainedConfig.from_pretrained(teacher)
     policy.pretrained_path, policy.optimizer_lr, policy.scheduler_decay_lr = teacher, s.lr, s.lr / 100
     policy.scheduler_warmup_steps, policy.scheduler_decay_steps = 20, s.steps
-    cfg.policy, cfg.steps, cfg.save_freq, cfg.num_workers, cfg.seed, cfg.dataset.episodes = policy, s.steps, s.steps, 0, seed, split(run, s.tasks[k])[0]
+    cfg.policy, cfg.steps, cfg.save_freq, cfg.num_workers, cfg.seed, cfg.dataset.episodes = (
+        policy, s.steps, s.steps, 0, seed, split(run, s.tasks[k])[0])
     if how.get("views"):
         there = json.loads((memory / "anchors.json").read_text())["num_anchors"]
-        cfg.craft = CraftConfig(**how, anchor_cache_dir=str(memory), anchor_batch_size=min(CraftConfig().anchor_batch_size, there))
+        cfg.craft = CraftConfig(**how, anchor_cache_dir=str(memory),
+                                anchor_batch_size=min(CraftConfig().anchor_batch_size, there))
         return cfg, size_of(memory)
     if arm != "replay": return cfg, 0
     inputs = cache_info(memory)
-    frame = inputs["bytes_per_anchor"] - inputs["views"][VIEW]["bytes_per_anchor"] + 4 * cfg.policy.chunk_size * work.meta.features["action"]["shape"][0]
+    frame = (inputs["bytes_per_anchor"] - inputs["views"][VIEW]["bytes_per_anchor"]
+             + 4 * cfg.policy.chunk_size * work.meta.features["action"]["shape"][0])
     length = lambda e: work.meta.episodes[e]["length"]
     old = fitting([split(run, t)[0] for t in s.tasks[:k]], length, room / frame)
-    cfg.craft = CraftConfig(**how, method_options=f"episodes:{','.join(map(str, old))},batch_size:{max(1, cfg.batch_size // 2)}")
+    cfg.craft = CraftConfig(
+        **how, method_options=f"episodes:{','.join(map(str, old))},batch_size:{max(1, cfg.batch_size // 2)}")
     return cfg, round(frame * sum(map(length, old)))
 
 # %% ../nbs/13a_sequence.ipynb #885c64eb
@@ -172,34 +191,42 @@ def chain_job(run_args, arm: str, seed: int, episodes: int) -> None:
                 remember(run, teacher, tasks[k - 1], k, before, memory, room)
                 whole.touch()
         if not done(file, episodes):
-            start, (cfg, used) = time.time(), stage_config(run, arm, k, seed, teacher, memory if ARMS[arm].get("views") else out / "first-anchors", room)
+            start, (cfg, used) = time.time(), stage_config(run, arm, k, seed, teacher, memory if ARMS[arm].get("views")
+                                                           else out / "first-anchors", room)
             if not student.exists():
                 fit(cfg, student.with_name(f"new-{k}"))
                 student.with_name(f"new-{k}").rename(student)
-            leave(file, dict(arm=arm, seed=seed, k=k, task=tasks[k], bytes=used, room=room, seconds=time.time() - start) | measured(run, student, episodes))
+            leave(file, dict(arm=arm, seed=seed, k=k, task=tasks[k], bytes=used, room=room, seconds=time.time() - start)
+                  | measured(run, student, episodes))
         teacher = student
 
 # %% ../nbs/13a_sequence.ipynb #118b14ce
 def summary(rows: list[dict], what: str) -> dict | None:  # {average, nbt, bwt, fwt, matrix}; rows of stages, the first with `untrained`
-    "Metrics of one chain; `what`: loss or success. None where not every stage has it, and for a number that needs a task which was not rolled out."
+    """Metrics of one chain; `what`: loss or success. None where not every stage has it, and for a number that needs a
+    task which was not rolled out."""
     tasks = list(rows[0]["loss"])
     if len(rows) != len(tasks) or not all(r[what] for r in rows): return None
-    def values(found): return [math.nan if t not in found else found[t] if what == "loss" else found[t][0] / found[t][1] for t in tasks]
+    def values(found):
+        return [math.nan if t not in found else found[t] if what == "loss" else found[t][0] / found[t][1]
+                for t in tasks]
     matrix, sign = [values(r[what]) for r in rows], -1 if what == "loss" else 1
     score = sign * torch.tensor(matrix, dtype=torch.float64)
     gem = gem_metrics(score, sign * torch.tensor(values(rows[0]["untrained"][what]), dtype=torch.float64))
     def known(x): return None if math.isnan(x) else x
-    return {k: known(x) for k, x in dict(average=sign * gem["average"], nbt=libero_metrics(score)["nbt"], bwt=gem["bwt"], fwt=gem["fwt"]).items()} | dict(
-        matrix=[[known(x) for x in row] for row in matrix])
+    return {k: known(x) for k, x in dict(average=sign * gem["average"], nbt=libero_metrics(score)["nbt"],
+                                         bwt=gem["bwt"], fwt=gem["fwt"]).items()} | dict(
+                                             matrix=[[known(x) for x in row] for row in matrix])
 
 def collect(folder) -> dict:  # {arm: {seed: {loss, success, bytes, room}}}
     "Every chain of a folder that has ended."
     out, found = Path(folder) / "sequence", {}
     first = json.loads((out / "first.json").read_text())
     for last in sorted(out.glob(f"*/stage-{len(first['loss']) - 1}.json")):
-        rows = [first, *(json.loads((last.parent / f"stage-{k}.json").read_text()) for k in range(1, len(first["loss"])))]
-        found.setdefault(rows[-1]["arm"], {})[str(rows[-1]["seed"])] = {w: summary(rows, w) for w in ("loss", "success")} | dict(
-            bytes=[r["bytes"] for r in rows[1:]], room=rows[-1]["room"])
+        rows = [first,
+                *(json.loads((last.parent / f"stage-{k}.json").read_text()) for k in range(1, len(first["loss"])))]
+        found.setdefault(rows[-1]["arm"],
+                         {})[str(rows[-1]["seed"])] = {w: summary(rows, w) for w in ("loss", "success")} | dict(
+                             bytes=[r["bytes"] for r in rows[1:]], room=rows[-1]["room"])
     return dict(tasks=list(first["loss"]), arms=found)
 
 # %% ../nbs/13a_sequence.ipynb #c4c57684
@@ -214,14 +241,19 @@ def summary_rows(found: dict, what: str) -> list[list[str]]:
     for arm, by in found["arms"].items():
         some = [r[what] for r in by.values() if r[what]]
         most, room = max(max(r["bytes"]) for r in by.values()), max(r["room"] for r in by.values())
-        memory = f"{most:,}" + f", more than the {room:,} allowed" * (most > room)  # replay keeps an episode a task, whatever it takes
-        if some: rows.append([arm, str(len(some)), *(mean_of(x[k] for x in some) for k in ("average", "nbt", "bwt", "fwt")), memory])
+        # replay keeps an episode a task, whatever it takes
+        memory = f"{most:,}" + f", more than the {room:,} allowed" * (most > room)
+        if some:
+            rows.append([arm, str(len(some)), *(mean_of(x[k] for x in some) for k in ("average", "nbt", "bwt", "fwt")),
+                         memory])
     return rows
 
 def matrix_rows(found: dict, arm: str, what: str) -> list[list[str]]:
     "A stage a row, a task a column; mean over seeds."
-    some = [torch.tensor([[math.nan if x is None else x for x in row] for row in r[what]["matrix"]], dtype=torch.float64) for r in found["arms"][arm].values() if r[what]]
-    return [[f"{i}: {t}", *("–" if math.isnan(x) else f"{x:.3f}" for x in row)] for i, (t, row) in enumerate(zip(found["tasks"], torch.stack(some).mean(0).tolist()))] if some else []
+    some = [torch.tensor([[math.nan if x is None else x for x in row] for row in r[what]["matrix"]],
+                         dtype=torch.float64) for r in found["arms"][arm].values() if r[what]]
+    return [[f"{i}: {t}", *("–" if math.isnan(x) else f"{x:.3f}" for x in row)]
+            for i, (t, row) in enumerate(zip(found["tasks"], torch.stack(some).mean(0).tolist()))] if some else []
 
 def sequence_report(folder) -> Path:  # the page
     "`sequence.json`, `sequence.md` and `sequence.html`. Raises `ValueError` if no chain has ended."
@@ -230,20 +262,28 @@ def sequence_report(folder) -> Path:  # the page
     for what, says in (("loss", "loss on held-out episodes"), ("success", "success")):
         head = ["arm", "seeds", f"average {what}", "NBT", "BWT (GEM)", "FWT (GEM)", "memory, bytes"]
         if not (rows := summary_rows(found, what)): continue
-        tables = [(head, rows), *((["after stage", *found["tasks"]], [[f"{arm}, {r[0]}", *r[1:]] for r in matrix_rows(found, arm, what)]) for arm in found["arms"])]
+        tables = [(head, rows),
+                  *((["after stage", *found["tasks"]],
+                     [[f"{arm}, {r[0]}", *r[1:]] for r in matrix_rows(found, arm, what)]) for arm in found["arms"])]
         texts += [f"By {says}:", *(table_markdown(*t) for t in tables)]
         def cells(t): return [html.escape(x) for x in t[0]], [[html.escape(x) for x in r] for r in t[1]]
-        parts.append(section(says.capitalize(), "NBT above 0: forgotten. BWT and FWT are GEM's; of losses all signs are turned, so that higher is better.", *(table_html(*cells(t)) for t in tables)))
+        parts.append(section(says.capitalize(), "NBT above 0: forgotten. BWT and FWT are GEM's; of losses all signs "
+                             "are turned, so that higher is better.", *(table_html(*cells(t)) for t in tables)))
     folder = Path(folder)
     (folder / "sequence.json").write_text(json.dumps(found, indent=1) + "\n")
     (folder / "sequence.md").write_text("\n\n".join(texts) + "\n")
-    (folder / "sequence.html").write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sequence</title><style>{CSS}</style></head><body><h1>Task after task</h1>{"".join(parts)}</body></html>\n', encoding="utf-8")
+    (folder
+     / "sequence.html").write_text(f'<!doctype html><html lang="en"><head><meta '
+                                   f'charset="utf-8"><title>Sequence</title><style>{CSS}</style></head><body><h1>Task '
+                                   f'after task</h1>{"".join(parts)}</body></html>\n', encoding="utf-8")
     return folder / "sequence.html"
 
 # %% ../nbs/13a_sequence.ipynb #91bee169
-def sequence(folder: Path, settings: demo.Settings, arms: list[str], seeds: list[int], episodes: int = 0, workers: int = 2) -> Path:
+def sequence(folder: Path, settings: demo.Settings, arms: list[str], seeds: list[int], episodes: int = 0,
+             workers: int = 2) -> Path:
     "Run what is missing; write and name the page. Raises `ValueError` for an unknown arm."
-    if strange := [a for a in arms if a not in ARMS]: raise ValueError(f"unknown arm {', '.join(strange)}: a sequence has {', '.join(ARMS)}")
+    if strange := [a for a in arms if a not in ARMS]:
+        raise ValueError(f"unknown arm {', '.join(strange)}: a sequence has {', '.join(ARMS)}")
     run = demo.Run(folder, settings, workers)
     try:
         for name in ("record", "tokenizers"): run.stage(name)

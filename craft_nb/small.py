@@ -138,8 +138,10 @@ class SmallActionTokenizerStep(ActionTokenizerProcessorStep):
 def make_pi0_fast_small_pre_post_processors(config:PI0FastSmallConfig, dataset_stats=None):
     "pi0_fast's processors, with the action-tokenizer step that can be saved and loaded."
     pre, post = make_pi0_fast_pre_post_processors(config, dataset_stats)
-    pre.steps = [SmallActionTokenizerStep(**{k: getattr(s, k) for k in ("action_tokenizer_name", "max_action_tokens",
-        "fast_skip_tokens", "paligemma_tokenizer_name")}) if type(s) is ActionTokenizerProcessorStep else s for s in pre.steps]
+    pre.steps = [
+        SmallActionTokenizerStep(**{k: getattr(s, k) for k in ("action_tokenizer_name", "max_action_tokens",
+                                                               "fast_skip_tokens", "paligemma_tokenizer_name")})
+        if type(s) is ActionTokenizerProcessorStep else s for s in pre.steps]
     return pre, post
 
 # %% ../nbs/11b_small.ipynb #a9745a4f
@@ -148,9 +150,9 @@ def pick_gl():  # "egl" or "osmesa"
     if "MUJOCO_GL" not in os.environ:
         found = [gl for gl, lib in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(lib)]
         if not found:
-            raise RuntimeError("Meta-World needs a renderer without a screen, and neither libEGL nor libOSMesa was found. "
-                               "Install one: apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgbm1   "
-                               "(or libosmesa6)")
+            raise RuntimeError("Meta-World needs a renderer without a screen, "
+                               "and neither libEGL nor libOSMesa was found. Install one: "
+                               "apt-get install libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libgbm1   (or libosmesa6)")
         os.environ["MUJOCO_GL"] = found[0]
     return os.environ["MUJOCO_GL"]
 
@@ -175,7 +177,8 @@ def small_env_class():
     class SmallMetaworld(lerobot_metaworld().MetaworldEnv):
         def __init__(self, task, size=64, episode_length=150, render_every=1, spread=1.0, shadows=False, **kw):
             super().__init__(task, observation_width=size, observation_height=size, **kw)
-            self._max_episode_steps, self.render_every, self.spread, self.shadows = episode_length, render_every, spread, shadows
+            self._max_episode_steps, self.render_every, self.spread, self.shadows = (episode_length, render_every,
+                                                                                     spread, shadows)
             self.count, self.raw = 0, None
 
         def _ensure_env(self):
@@ -223,14 +226,15 @@ class MetaworldSmallEnv(MetaworldEnv):
     size: int = 64              # pixels a side
     episode_length: int = 150   # steps; the experts need 31 to 93
     render_every: int = 1       # steps between images; n_action_steps is exact for open-loop chunks
-    spread: float = 1.0         # start positions left to right within this multiple of Meta-World's own range, around its middle
+    spread: float = 1.0  # start positions left to right within this multiple of Meta-World's own range, around its middle
 
     def __post_init__(self):
         super().__post_init__()
         if self.obs_type != "pixels_agent_pos":
             raise ValueError(f"metaworld_small needs obs_type=pixels_agent_pos, got {self.obs_type!r}")
         require_tasks(map(str.strip, self.task.split(",")))
-        if not self.spread > 0: raise ValueError(f"spread: expected a number above 0, found {self.spread}; 1 is Meta-World's own range")
+        if not self.spread > 0:
+            raise ValueError(f"spread: expected a number above 0, found {self.spread}; 1 is Meta-World's own range")
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.size, self.size, 3))
 
     @property
@@ -252,7 +256,8 @@ def vector_env(task:str, n:int, episode_length:int=150, render_every:int=10, **k
 
 
 def roll_out(policy, processors, env, seeds): # success: n bools, actions: n lists of (steps, 4) numbers
-    "One episode from each seed by LeRobot's `rollout`. ValueError if images are drawn less often than the policy looks."
+    """One episode from each seed by LeRobot's `rollout`. ValueError if images are drawn less often than the policy
+    looks."""
     from lerobot.scripts.lerobot_eval import rollout
     every, steps = env.get_attr("render_every")[0], policy.config.n_action_steps
     if steps % every:
@@ -330,8 +335,9 @@ def record_episodes(
         for e in batch:
             if e["success"]: yield e; continue
             failed[e["task"]] += 1
-            if failed[e["task"]] > episodes/3: raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: "
-                "raise episode_length, lower noise or choose another task")
+            if failed[e["task"]] > episodes/3:
+                raise RuntimeError(f"the expert of {e['task']} failed {failed[e['task']]} times: "
+"raise episode_length, lower noise or choose another task")
 
 # %% ../nbs/11b_small.ipynb #f6dd20e8
 def write_dataset(
@@ -342,20 +348,23 @@ def write_dataset(
     texts=None, # {task: instruction}; Meta-World's descriptions
     names=None, # {array of an episode: feature}; pictures are (n, size, size, 3) uint8, the others (n, numbers)
 ):  # path of the dataset
-    "Write episodes into one LeRobotDataset with the features `observation.image`, `observation.state` and `action`, or those that `names` says."
+    """Write episodes into one LeRobotDataset with the features `observation.image`, `observation.state` and `action`,
+    or those that `names` says."""
     import datasets
     datasets.disable_progress_bars()  # one a row group would drown ours
-    root, names = as_path(root), names or {"image": "observation.image", "state": "observation.state", "action": "action"}
+    root, names = (as_path(root),
+                   names or {"image": "observation.image", "state": "observation.state", "action": "action"})
     part = root.with_name(root.name + ".part")
     if root.exists(): raise FileExistsError(f"{root} exists: remove it or choose another folder")
     texts, ds = texts or task_texts(), None
     for e in episodes:
         if ds is None:
-            feats = {f: dict(dtype="image", shape=e[k].shape[1:], names=["height", "width", "channels"]) if e[k].ndim == 4 else
-                        dict(dtype="float32", shape=e[k].shape[1:], names=None) for k, f in names.items()}
+            feats = {f: dict(dtype="image", shape=e[k].shape[1:], names=["height", "width", "channels"]) if e[k].ndim
+                     == 4 else dict(dtype="float32", shape=e[k].shape[1:], names=None) for k, f in names.items()}
             shutil.rmtree(part, ignore_errors=True)
             ds = LeRobotDataset.create(repo_id, fps, feats, root=part, use_videos=False)
-        for row in zip(*(e[k] for k in names)): ds.add_frame(dict(zip(names.values(), row)) | {"task": texts[e["task"]]})
+        for row in zip(*(e[k] for k in names)):
+            ds.add_frame(dict(zip(names.values(), row)) | {"task": texts[e["task"]]})
         ds.save_episode()
     ds.finalize()
     part.rename(root)
@@ -376,9 +385,11 @@ def action_chunks(dataset:LeRobotDataset, chunk_size:int=10, normalise:bool=True
 
 def save_tokenizers(dataset:LeRobotDataset, folder, chunk_size:int=10, vocab_size:int=256, scale:float=5.0,
                     sentences=None, normalise:bool=True):  # the two folders
-    "Fit and save the tokenizers of a data set: `folder/action` (FAST) and `folder/text` (words of `sentences`; of all Meta-World tasks)."
+    """Fit and save the tokenizers of a data set: `folder/action` (FAST) and `folder/text` (words of `sentences`; of all
+    Meta-World tasks)."""
     folder = as_path(folder).resolve()
-    fit_action_tokenizer(action_chunks(dataset, chunk_size, normalise), scale, vocab_size).save_pretrained(folder/"action")
+    fit_action_tokenizer(action_chunks(dataset, chunk_size, normalise), scale,
+                         vocab_size).save_pretrained(folder/"action")
     make_text_tokenizer(sentences or task_texts().values(), vocab_size).save_pretrained(folder/"text")
     return folder/"text", folder/"action"
 

@@ -51,7 +51,8 @@ class Settings:
         try: found = [float(x) for x in self.spread.split(",")]
         except ValueError: found = []
         if len(found) not in (1, len(self.tasks)) or not all(0 < x < float("inf") for x in found):
-            raise ValueError(f"spread: expected one number above 0, or one for each of {', '.join(self.tasks)}; found {self.spread!r}")
+            raise ValueError(f"spread: expected one number above 0, or one for each of {', '.join(self.tasks)}; "
+                             f"found {self.spread!r}")
         return dict(zip(self.tasks, found*len(self.tasks)))
     @property
     def arm_names(self): return self.arms.split(",")
@@ -75,7 +76,8 @@ ARMS = {
     "sft": None,
     "origin": dict(views="pooled", projection_gate="always", retention_freq=5),
     "replay": dict(method="replay"),
-    "constant": dict(method="constant", views=OWN, initial_lambda=1.0, retention_freq=1, epsilon_start=0.0, epsilon_end=0.0),
+    "constant": dict(method="constant", views=OWN, initial_lambda=1.0, retention_freq=1, epsilon_start=0.0,
+                     epsilon_end=0.0),
     **{f"craft:{v}": keep(v) for v in ("action_logits", "answer", "action_tokens", "tokens")},
 }
 
@@ -112,9 +114,12 @@ def zoo(kind, **sizes): # of `Kind.make`
 
 VELOCITY = "the squared distance of the velocity at stored noise and time from the teacher's, per action dimension"
 POLICIES = dict(
-    pi0_fast=Kind(("action_logits", "action_tokens", "tokens", "pooled"), "the Kullback–Leibler divergence from the teacher's action probabilities, in nats per action token", fast, sees_grey=True),
-    act=Kind(("answer",), "the squared distance of the chunk of actions from the teacher's, per action dimension", zoo("act"), dict(teacher_steps=1500, steps=400)),
-    smolvla=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("smolvla", freeze_vision_encoder=False), dict(teacher_steps=2500)),
+    pi0_fast=Kind(("action_logits", "action_tokens", "tokens", "pooled"), "the Kullback–Leibler divergence from the "
+                  "teacher's action probabilities, in nats per action token", fast, sees_grey=True),
+    act=Kind(("answer",), "the squared distance of the chunk of actions from the teacher's, per action dimension",
+             zoo("act"), dict(teacher_steps=1500, steps=400)),
+    smolvla=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("smolvla", freeze_vision_encoder=False),
+                 dict(teacher_steps=2500)),
     pi0=Kind(("answer", "action_tokens", "tokens", "pooled"), VELOCITY, zoo("pi0")),
 )
 DEFAULT = f"craft:{POLICIES[Settings.policy].answer}"  # of pi0_fast
@@ -122,11 +127,13 @@ DEFAULT = f"craft:{POLICIES[Settings.policy].answer}"  # of pi0_fast
 def sized(workload:str, policy:str, size:str)->Settings: # settings of a policy on a workload
     sizes, kind = WORKLOADS[workload].sizes, POLICIES[policy]
     if policy == Settings.policy: return sizes[size]
-    return replace(sizes[size], policy=policy, arms=f"sft,replay,constant,craft:{kind.answer}", **(kind.settings if size == "full" else {}))
+    return replace(sizes[size], policy=policy, arms=f"sft,replay,constant,craft:{kind.answer}",
+                   **(kind.settings if size == "full" else {}))
 
 # %% ../nbs/11h_stages.ipynb #bf68e1e3
 def end_with_parent():
-    "Let this worker process end when its parent does, even if that was killed: the standard pool's would wait for work for ever."
+    """Let this worker process end when its parent does, even if that was killed: the standard pool's would wait for
+    work for ever."""
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 def each_text(x, change:Callable): # what was decoded from JSON, with every text in it changed
@@ -140,14 +147,16 @@ class Run:
     "A demo folder, its settings and its worker processes."
 
     def __init__(self, folder, settings:Settings=Settings(), workers:int=2, say=print):
-        self.folder, self.settings, self.workers, self.say, self._pool = as_path(folder).resolve(), settings, workers, say, None
+        self.folder, self.settings, self.workers, self.say, self._pool = (as_path(folder).resolve(), settings, workers,
+                                                                          say, None)
         self.lock = Lock(self.folder, "--folder")
 
     @property
     def pool(self):
         "Processes that import LeRobot once and then serve every stage; one thread each."
         if self._pool is None:
-            os.environ |= dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", LP_NUM_THREADS="1")
+            os.environ |= dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
+                               LP_NUM_THREADS="1")
             self._pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"), initializer=end_with_parent)
             for _ in range(self.workers): self._pool.submit(register)  # importing takes seconds: begin at once
         return self._pool
@@ -163,22 +172,27 @@ class Run:
         "What a finished stage returned. FileNotFoundError naming the stage if it has not run."
         if not self.marker(name).exists():
             raise FileNotFoundError(f"{self.folder}: stage {name!r} has not finished; run craft-demo {name} first")
-        return each_text(json.loads(self.marker(name).read_text())["result"], lambda x: str(self.folder/x[2:]) if x.startswith("./") else x)
+        return each_text(json.loads(self.marker(name).read_text())["result"],
+                         lambda x: str(self.folder/x[2:]) if x.startswith("./") else x)
 
     def settle(self):
-        "Where the folder was moved or copied, let its files name the place where it is: checkpoints of LeRobot name tokenizers and data by whole paths."
+        """Where the folder was moved or copied, let its files name the place where it is: checkpoints of LeRobot name
+        tokenizers and data by whole paths."""
         found = {f: json.loads(f.read_text()) for f in sorted((self.folder/"stages").glob("*.json"))}
         homes = {m["folder"] for m in found.values() if "folder" in m}
         if self.marker("teacher") in found and not homes: # of an older demo, whose markers name whole paths
             home, there, _ = str(found[self.marker("teacher")]["result"]["path"]).partition("/runs/teacher/")
             if there: homes.add(home)
         for home in homes - {str(self.folder)}:
-            old, new = (json.dumps(f"{x}/")[:-1] for x in (home, self.folder)) # with the quote before it: a path, not the end of one
-            files = [f for part in ("runs", "stages") for f in sorted((self.folder/part).rglob("*.json")) if old in f.read_text()]
+            # with the quote before it: a path, not the end of one
+            old, new = (json.dumps(f"{x}/")[:-1] for x in (home, self.folder))
+            files = [f for part in ("runs", "stages") for f in sorted((self.folder/part).rglob("*.json"))
+                     if old in f.read_text()]
             for f in files:
                 f.with_name(f".{f.name}.new").write_text(f.read_text().replace(old, new))
                 f.with_name(f".{f.name}.new").rename(f)
-            for f in (f for f, m in found.items() if m.get("folder") == home): f.write_text(json.dumps(json.loads(f.read_text()) | dict(folder=str(self.folder)), indent=1))
+            for f in (f for f, m in found.items() if m.get("folder") == home):
+                f.write_text(json.dumps(json.loads(f.read_text()) | dict(folder=str(self.folder)), indent=1))
             self.say(f"the folder was at {home}: {len(files)} of its files name {self.folder} now")
 
     def stage(self, name):
@@ -192,7 +206,8 @@ class Run:
 
     def _stage(self, name):
         func, needs = STAGES[name]
-        used, start, path = {k: getattr(self.settings, k) for k in (*needs, *door(self.settings).fields)}, time.time(), self.marker(name)
+        used, start, path = ({k: getattr(self.settings, k) for k in (*needs, *door(self.settings).fields)}, time.time(),
+                             self.marker(name))
         if path.exists():
             old = dict(policy=Settings.policy) | json.loads(path.read_text())["settings"]  # older demos had one policy
             if differ := [f"{k}: {old.get(k)} then, {v} now" for k, v in used.items() if old.get(k) != v]:
@@ -202,8 +217,10 @@ class Run:
         result = func(self)
         path.parent.mkdir(parents=True, exist_ok=True)
         inside = f"{self.folder}/"
-        result = each_text(result, lambda x: "./" + x.removeprefix(inside) if x.startswith(inside) else x) # so that the folder can be moved
-        path.with_suffix(".tmp").write_text(json.dumps(dict(settings=used, seconds=time.time() - start, folder=str(self.folder), result=result), indent=1))
+        # so that the folder can be moved
+        result = each_text(result, lambda x: "./" + x.removeprefix(inside) if x.startswith(inside) else x)
+        path.with_suffix(".tmp").write_text(json.dumps(dict(settings=used, seconds=time.time() - start,
+                                                            folder=str(self.folder), result=result), indent=1))
         path.with_suffix(".tmp").rename(path)
         self.say(f"{name}: {time.time()-start:.0f} s")
 
@@ -246,7 +263,9 @@ def run_jobs(
                     run.close()
                     log = logs[futures.index(f)]
                     why = f.exception()
-                    if isinstance(why, BrokenProcessPool): why = "a worker process was killed, most often because the machine ran out of memory. Lower --workers"
+                    if isinstance(why, BrokenProcessPool):
+                        why = ("a worker process was killed, most often because the machine ran out of memory. "
+                               "Lower --workers")
                     raise RuntimeError(f"{name} failed: {why}\nthe whole story is in {log}") from f.exception()
     return [f.result() for f in futures]
 
@@ -267,7 +286,8 @@ class MetaWorld:
         from craft_nb.small import record_episodes, require_tasks
         require_tasks(s.tasks)
         return itertools.chain.from_iterable(
-            record_episodes(some, s.episodes, pool, noise=s.noise, **env_kw(s, some[0])) for some in (s.old_tasks, s.new.split(",")))
+            record_episodes(some, s.episodes, pool, noise=s.noise, **env_kw(s, some[0]))
+            for some in (s.old_tasks, s.new.split(",")))
     def write(self, work, episodes):
         from craft_nb.small import write_dataset
         write_dataset(episodes, work.root, work.repo_id)
@@ -283,7 +303,7 @@ class MetaWorld:
     def clip(self, s:Settings, task, seed, actions): # bytes of an animated GIF, 144 pixels
         from craft_nb.small import replay_gif
         return replay_gif(task, seed, actions, spread=env_kw(s, task)["spread"])
-    def more(self, run, rows): # of `evaluated` → what goes into report.json, and sections of the page; may write to `run.folder`
+    def more(self, run, rows):  # of `evaluated` → what goes into report.json, and sections of the page; may write to `run.folder`
         return {}, []
 
 WORKLOADS = {"metaworld": MetaWorld()}

@@ -19,7 +19,8 @@ from .control import Control
 
 # %% ../nbs/07c_step.ipynb #a94be7c1
 class Method:
-    """How abilities are kept while a new task is learned: override what it touches; with nothing overridden, training is plain.
+    """How abilities are kept while a new task is learned: override what it touches; with nothing overridden, training
+    is plain.
     `row` becomes the record of the step: `retention_loss`, `lambda` and `epsilon` are shown as those of CRaFT are."""
     name, needs = "plain", ""  # needs: anchors | demonstrations | teacher, where it is made by name
     options: dict = {}  # that it takes by name, with their defaults
@@ -33,22 +34,29 @@ class Method:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         for name in (n for n, f in vars(cls).items() if callable(f) and n[0] != "_" and not hasattr(Method, n)):
-            if near := get_close_matches(name, METHOD_HOOKS, 1, 0.8): raise TypeError(f"{cls.__name__}.{name}: did you mean {near[0]}?")
+            if near := get_close_matches(name, METHOD_HOOKS, 1, 0.8):
+                raise TypeError(f"{cls.__name__}.{name}: did you mean {near[0]}?")
 
     def attach(self, trainer): "A trainer was made with it: refuse what does not fit."
     def setup(self, trainer): "Before the first step of a fresh run; a resumed one gets `load_state_dict` instead."
     def batch(self, trainer, batch: dict) -> dict: return batch  # what is trained on
-    def objective(self, trainer, batch: dict) -> Tensor: return trainer.policy(batch)[0]  # the task loss, with its graph
+    # the task loss, with its graph
+    def objective(self, trainer, batch: dict) -> Tensor: return trainer.policy(batch)[0]
     def during(self, trainer, row: dict): return nullcontext()  # around the task's backward passes
-    def apart(self, trainer) -> bool: return False  # shall `merge` get the gradients of task and terms apart on this step?
+    # shall `merge` get the gradients of task and terms apart on this step?
+    def apart(self, trainer) -> bool: return False
     def terms(self, trainer, row: dict) -> list | None:
-        "More terms of the objective: `trainer.backward(term)` for each. May return their gradients if it took them out of `.grad`."
-    def merge(self, trainer, g: list, r: list, row: dict): "Only where `apart`: make of the task's `g`, in place, what the optimizer shall see."
-    def gradients(self, trainer, row: dict): "The gradients are in `.grad`; they are clipped afterwards, unless `row` has a `grad_norm`."
+        """More terms of the objective: `trainer.backward(term)` for each. May return their gradients if it took them
+        out of `.grad`."""
+    def merge(self, trainer, g: list, r: list, row: dict):
+        "Only where `apart`: make of the task's `g`, in place, what the optimizer shall see."
+    def gradients(self, trainer, row: dict):
+        "The gradients are in `.grad`; they are clipped afterwards, unless `row` has a `grad_norm`."
     def update(self, trainer, row: dict): "All was finite and the step counts: move multipliers."
     def weights(self, trainer): "The optimizer has moved the weights."
     def see_held_out(self, loss: float): "L_ret on held-out anchors has just been measured."
-    def see_parts(self, losses: list[float | None]): "What that was on each part of their episodes; None: of that part there was nothing."
+    def see_parts(self, losses: list[float | None]):
+        "What that was on each part of their episodes; None: of that part there was nothing."
     def finish(self, trainer): "The last step is done, its checkpoint not yet written."
 
     def state_dict(self) -> dict: return {}  # plain JSON
@@ -62,11 +70,13 @@ METHOD_HOOKS = [n for n, f in vars(Method).items() if callable(f) and n[0] != "_
 # %% ../nbs/07c_step.ipynb #42cb76d5
 class StepParts:
     "What one step works on; `CraftTrainer` is that and the loop."
-    def __init__(self, policy: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, *, steps: int, method: Method | None = None, scheduler=None,
-                 grad_clip_norm: float = 1.0, accumulate: int = 1, accelerator=None, cache_type: str | None = None, held_out=None):
+    def __init__(self, policy: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, *, steps: int,
+                 method: Method | None = None, scheduler=None, grad_clip_norm: float = 1.0, accumulate: int = 1,
+                 accelerator=None, cache_type: str | None = None, held_out=None):
         self.policy, self.batches, self.optimizer, self.scheduler = policy, iter(batches), optimizer, scheduler
         self.steps, self.step, self.method, self.accumulate = steps, 0, method or Method(), accumulate
-        self.grad_clip_norm, self.accelerator, self.cache_type, self.held_out = grad_clip_norm, accelerator, cache_type, held_out
+        self.grad_clip_norm, self.accelerator, self.cache_type, self.held_out = (grad_clip_norm, accelerator,
+                                                                                 cache_type, held_out)
         self.control, self.nonfinite, self.nonfinite_run = Control(), 0, 0
         self.agreed = False  # all ranks know that one was told to stop
         self.params = [p for p in policy.parameters() if p.requires_grad]
@@ -113,7 +123,8 @@ def across_ranks(trainer: StepParts, x: Tensor) -> Tensor:
 
 # %% ../nbs/07c_step.ipynb #9ffeb286
 def step_gradients(trainer: StepParts, row: dict) -> Tensor:
-    "The backward passes of a step, with the method's say in them; `.grad` ends merged and clipped. → task loss, detached."
+    """The backward passes of a step, with the method's say in them; `.grad` ends merged and clipped. → task loss,
+    detached."""
     with trainer.method.during(trainer, row): loss = task_backward(trainer)
     keep_gradients(trainer, row)
     if "grad_norm" not in row: row["grad_norm"] = clip_gradients(trainer)
@@ -146,7 +157,8 @@ def one_step(trainer: StepParts) -> dict:
     trainer.optimizer.zero_grad()
     if trainer.scheduler is not None: trainer.scheduler.step()
     trainer.step += 1
-    trainer.nonfinite, trainer.nonfinite_run = trainer.nonfinite + bool(wrong), (trainer.nonfinite_run + 1) * bool(wrong)
+    trainer.nonfinite, trainer.nonfinite_run = (trainer.nonfinite + bool(wrong),
+                                                (trainer.nonfinite_run + 1) * bool(wrong))
     return make_record(trainer, row, task_loss=task_loss, lr=lr, skipped=", ".join(wrong) or None,
                        seconds=time.perf_counter() - start)
 
@@ -161,8 +173,8 @@ def agree(trainer: StepParts, wrong: list[str]) -> list[str]:
 
 # %% ../nbs/07c_step.ipynb #3213d39c
 RECORD = ("step", "task_loss", "retention_loss", "retention_losses", "epsilon", "violation", "lambda", "dot", "cosine",
-          "conflict", "projected", "grad_norm_task", "grad_norm_retain", "share", "held_out", "grad_norm", "clipped", "lr", "seconds", "cache_type",
-          "retention", "skipped", "nonfinite")
+          "conflict", "projected", "grad_norm_task", "grad_norm_retain", "share", "held_out", "grad_norm", "clipped",
+          "lr", "seconds", "cache_type", "retention", "skipped", "nonfinite")
 
 def make_record(trainer: StepParts, row: dict, **more) -> dict:
     "The record of the step that just ended; JSON types only."
@@ -172,8 +184,10 @@ def make_record(trainer: StepParts, row: dict, **more) -> dict:
         row |= {"lambda": sum(lams.values())} | ({"lambdas": lams} if len(lams) > 1 else {})
         if len(lams) == 1: row.setdefault("epsilon", next(iter(duals.values())).epsilon(trainer.step - 1))
     limit = trainer.grad_clip_norm
-    record = dict.fromkeys(RECORD) | dict(conflict=False, projected=False, clipped=bool(limit) and row["grad_norm"] > limit) | row | more
-    record |= dict(step=trainer.step, cache_type=trainer.cache_type, retention="retention_loss" in row, nonfinite=trainer.nonfinite)
+    record = (dict.fromkeys(RECORD)
+              | dict(conflict=False, projected=False, clipped=bool(limit) and row["grad_norm"] > limit) | row | more)
+    record |= dict(step=trainer.step, cache_type=trainer.cache_type, retention="retention_loss" in row,
+                   nonfinite=trainer.nonfinite)
     return finite_or_none(record)
 
 def finite_or_none(x):

@@ -37,7 +37,8 @@ def make_accelerator(cfg: CraftTrainConfig):
     policy = cfg.trainable_config
     mixed = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}.get(getattr(policy, "dtype", None))
     if mixed is None and not hasattr(policy, "dtype") and getattr(policy, "use_amp", False):
-        mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}[torch.get_autocast_dtype(torch.device(policy.device).type)]
+        mixed = {torch.bfloat16: "bf16",
+                 torch.float16: "fp16"}[torch.get_autocast_dtype(torch.device(policy.device).type)]
     if mixed == "fp16" and cfg.craft.enabled:
         raise ValueError("CRaFT does not train in float16: loss scaling would scale ⟨g,r⟩ too. "
                          "Use --policy.dtype=bfloat16 or float32")
@@ -67,7 +68,8 @@ def train_and_held_out(cfg: CraftTrainConfig):  # the second is None without --d
     for ds in filter(None, made):
         ds.meta.stats = ds.meta.stats or {}
         for k in set(ds.meta.camera_keys) - set(ds.meta.depth_keys) if imagenet and ds.meta.stats else ():
-            ds.meta.stats.setdefault(k, {}).update({s: torch.tensor(v, dtype=torch.float32) for s, v in IMAGENET_STATS.items()})
+            (ds.meta.stats.setdefault(k, {})
+             .update({s: torch.tensor(v, dtype=torch.float32) for s, v in IMAGENET_STATS.items()}))
     return made
 
 # %% ../nbs/10i_streams.ipynb #fd95eb8a
@@ -83,7 +85,8 @@ class FrameOrder(torch.utils.data.Sampler):
     def __iter__(self):  # no `set_epoch`: Accelerate counts from 0 again after a restart
         place, self.now = self.now, dict(epoch=self.now["epoch"] + 1, start_index=0)
         whole, left = dict(epoch=place["epoch"], start_index=0), len(self.frames) - place["start_index"]
-        fill = itertools.islice(itertools.cycle(self.line(whole)), -left % (self.batch_size * self.ranks) if self.ranks > 1 else 0)
+        fill = itertools.islice(itertools.cycle(self.line(whole)),
+                                -left % (self.batch_size * self.ranks) if self.ranks > 1 else 0)
         for i in itertools.chain(self.line(place), fill): yield (place["epoch"], i) if self.pairs else i
 
     def line(self, place: dict) -> Iterator[int]:
@@ -100,7 +103,8 @@ class FrameOrder(torch.utils.data.Sampler):
         return dict(epoch=self.begin["epoch"] + 1 + epochs, start_index=batches * share)
 
 class Redrawn(torch.utils.data.Dataset):
-    "Frames whose random changes depend on seed, epoch and frame, not on the process that loads them nor on what it loaded before."
+    """Frames whose random changes depend on seed, epoch and frame, not on the process that loads them nor on what it
+    loaded before."""
     def __init__(self, dataset, seed: int): self.dataset, self.seed = dataset, seed
     def __len__(self): return len(self.dataset)
     def __getitem__(self, at: tuple[int, int]):
@@ -116,9 +120,9 @@ def make_order(cfg: CraftTrainConfig, dataset, state: dict, ranks: int) -> Frame
     if cfg.dataset.streaming: return None
     frames = EpisodeAwareSampler(
         dataset.meta.episodes["dataset_from_index"], dataset.meta.episodes["dataset_to_index"],
-        episode_indices_to_use=dataset.episodes, drop_n_last_frames=getattr(cfg.trainable_config, "drop_n_last_frames", 0),
-        shuffle=True, seed=cfg.seed if cfg.seed is not None else 0,
-        absolute_to_relative_idx=dataset.absolute_to_relative_idx)
+        episode_indices_to_use=dataset.episodes,
+        drop_n_last_frames=getattr(cfg.trainable_config, "drop_n_last_frames", 0), shuffle=True,
+        seed=cfg.seed if cfg.seed is not None else 0, absolute_to_relative_idx=dataset.absolute_to_relative_idx)
     place = state.get("data") or {}
     if state and not place:  # of an earlier version of this package, which did not say
         then = json.loads((Path(cfg.checkpoint_path) / "training_state" / "training_step.json").read_text())
@@ -151,39 +155,49 @@ def ready_batches(loader: Iterable, cameras: Iterable[str], preprocessor) -> Ite
 # %% ../nbs/10i_streams.ipynb #639d8f6b
 class OldDemonstrations:
     "Batches of old demonstrations without end, as the policy takes them; resumed exactly by `state_dict`."
-    def __init__(self, dataset, rows: Iterable[int], batch_size: int, pre, seed: int = 0, rank: int = 0, ranks: int = 1, **how):
+    def __init__(self, dataset, rows: Iterable[int], batch_size: int, pre, seed: int = 0, rank: int = 0, ranks: int = 1,
+                 **how):
         rows = [int(i) for i in rows]
-        if not 1 <= batch_size <= len(rows): raise ValueError(f"method_options: expected batch_size from 1 to {len(rows)}, the number of old frames; found {batch_size}")
-        self.dataset, self.rows, self.batch_size, self.pre, self.seed, self.rank, self.ranks, self.how = dataset, rows, batch_size, pre, seed, rank, ranks, how
+        if not 1 <= batch_size <= len(rows):
+            raise ValueError(f"method_options: expected batch_size from 1 to {len(rows)}, the number of old frames; "
+                             f"found {batch_size}")
+        self.dataset, self.rows, self.batch_size, self.pre, self.seed, self.rank, self.ranks, self.how = (
+            dataset, rows, batch_size, pre, seed, rank, ranks, how)
         self.step = 0  # batches that were handed out
 
     def forever(self) -> Iterator[dict]:
         from lerobot.utils.collate import lerobot_collate_fn
         mine = len(self.rows), self.batch_size, self.seed, self.rank, self.ranks
         line = ([(k, self.rows[i]) for i in anchor_batch(k, *mine)] for k in itertools.count(self.step))
-        loader = torch.utils.data.DataLoader(Redrawn(self.dataset, self.seed), batch_sampler=line, generator=torch.Generator(), **self.how,
-                                             collate_fn=lerobot_collate_fn if self.dataset.meta.has_language_columns else None)
-        watched = Watched(loader, "a worker for old demonstrations", f"--num_workers (now {self.how.get('num_workers', 0)})")
+        loader = torch.utils.data.DataLoader(Redrawn(self.dataset, self.seed), batch_sampler=line,
+                                             generator=torch.Generator(), **self.how, collate_fn=lerobot_collate_fn
+                                             if self.dataset.meta.has_language_columns else None)
+        watched = Watched(loader, "a worker for old demonstrations",
+                          f"--num_workers (now {self.how.get('num_workers', 0)})")
         for batch in ready_batches(watched, self.dataset.meta.camera_keys, self.pre):
             self.step += 1
             yield batch
 
     def state_dict(self) -> dict:
-        return dict(seed=self.seed, seen=self.step * self.batch_size * self.ranks, frames=hash_json(self.rows)[:16], number=len(self.rows))
+        return dict(seed=self.seed, seen=self.step * self.batch_size * self.ranks, frames=hash_json(self.rows)[:16],
+                    number=len(self.rows))
 
     def load_state_dict(self, state: dict):
         "Go on behind the frames that were seen, also on another number of ranks. Other frames raise `ValueError`."
         if state["frames"] != self.state_dict()["frames"]:
-            raise ValueError(f"method: the run to resume recalled other old demonstrations ({state['number']} frames then, {len(self.rows)} now); give those")
+            raise ValueError(f"method: the run to resume recalled other old demonstrations ({state['number']} frames "
+                             f"then, {len(self.rows)} now); give those")
         if state["seen"] % (share := self.batch_size * self.ranks):
-            raise ValueError(f"method: {state['seen']} old frames were seen, no multiple of {share}, those of a step; resume with the batch_size of the run")
+            raise ValueError(f"method: {state['seen']} old frames were seen, no multiple of {share}, those of a step; "
+                             "resume with the batch_size of the run")
         self.seed, self.step = state["seed"], state["seen"] // share
 
 # %% ../nbs/10i_streams.ipynb #5365bdf9
 def some_episodes(meta, episodes: Iterable[int], fraction: float, seed: int) -> list[int]:
     "A fraction of the episodes of each task, at least one."
     by_task = defaultdict(list)
-    for e in episodes: by_task[tuple(meta.episodes["tasks"][e]) if "tasks" in meta.episodes.column_names else ()].append(e)
+    for e in episodes:
+        by_task[tuple(meta.episodes["tasks"][e]) if "tasks" in meta.episodes.column_names else ()].append(e)
     def some(group):
         order = torch.randperm(len(group), generator=torch.Generator().manual_seed(seed)).tolist()
         return [group[i] for i in order[: max(1, round(fraction * len(group)))]]
@@ -195,16 +209,21 @@ def old_data(cfg: CraftTrainConfig, trained, dataset: str, root: str, episodes: 
     from lerobot.transforms import ImageTransforms
     own, wanted = not (dataset or root), parse_numbers(episodes, "method_options: episodes")
     if own and not wanted:
-        raise ValueError("method_options: name the old demonstrations: dataset:NAME or root:FOLDER, or episodes:0-39 of the run's own data set")
-    if not 0 < fraction <= 1: raise ValueError(f"method_options: expected fraction above 0 and at most 1, found {fraction:g}")
+        raise ValueError("method_options: name the old demonstrations: dataset:NAME or root:FOLDER, "
+                         "or episodes:0-39 of the run's own data set")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"method_options: expected fraction above 0 and at most 1, found {fraction:g}")
     d = cfg.dataset
-    which = localise(DatasetConfig(d.repo_id, root=d.root, revision=d.revision, episodes=wanted, video_backend=d.video_backend) if own
-                     else DatasetConfig(dataset or root, root=root if dataset and root else None, episodes=wanted, video_backend=d.video_backend))
+    which = localise(DatasetConfig(d.repo_id, root=d.root, revision=d.revision, episodes=wanted,
+                                   video_backend=d.video_backend) if own
+                     else DatasetConfig(dataset or root, root=root if dataset and root else None, episodes=wanted,
+                                        video_backend=d.video_backend))
     meta = trained.meta if own else LeRobotDatasetMetadata(which.repo_id, root=which.root, revision=which.revision)
     which.episodes = some_episodes(meta, wanted or range(meta.total_episodes), fraction, cfg.seed or 0)
     again = set(which.episodes) & set(trained.episodes if trained.episodes is not None else range(meta.total_episodes))
     if again and Path(meta.root).resolve() == Path(trained.meta.root).resolve():
-        raise ValueError(f"method_options: the episodes {_ranges(again)} are trained on already; name others, or leave them out with --dataset.episodes")
+        raise ValueError(f"method_options: the episodes {_ranges(again)} are trained on already; name others, "
+                         "or leave them out with --dataset.episodes")
     old = load_dataset(which, cfg.policy)
     if d.image_transforms.enable: old.set_image_transforms(ImageTransforms(d.image_transforms))
     return old
@@ -218,10 +237,15 @@ def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_siz
         require_fit(camera_findings(cfg.policy, old.meta, rename), cfg.craft.allow_mismatch)
         check_features(pre, old.meta, rename)
         require_fit(data_findings(cfg.policy, pre, post, old, rename), cfg.craft.allow_mismatch)
-        heed(pre, cfg.policy, instructions_of(old), cfg.craft.long_instructions, flag="--craft.long_instructions", ds_meta=old.meta, rename_map=rename)
+        heed(pre, cfg.policy, instructions_of(old), cfg.craft.long_instructions, flag="--craft.long_instructions",
+             ds_meta=old.meta, rename_map=rename)
     except ValueError as e: raise ValueError(f"old demonstrations ({old.root}): {e}") from e
     frames = EpisodeAwareSampler(
-        old.meta.episodes["dataset_from_index"], old.meta.episodes["dataset_to_index"], episode_indices_to_use=old.episodes,
-        drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0), absolute_to_relative_idx=old.absolute_to_relative_idx)
-    workers = dict(num_workers=cfg.num_workers) | (dict(prefetch_factor=cfg.prefetch_factor, multiprocessing_context=cfg.dataloader_multiprocessing_context) if cfg.num_workers else {})
-    return OldDemonstrations(old, frames, batch_size, pre, cfg.seed or 0, acc.process_index, acc.num_processes, pin_memory=acc.device.type == "cuda", **workers)
+        old.meta.episodes["dataset_from_index"], old.meta.episodes["dataset_to_index"],
+        episode_indices_to_use=old.episodes, drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
+        absolute_to_relative_idx=old.absolute_to_relative_idx)
+    workers = dict(num_workers=cfg.num_workers) | (
+        dict(prefetch_factor=cfg.prefetch_factor, multiprocessing_context=cfg.dataloader_multiprocessing_context)
+        if cfg.num_workers else {})
+    return OldDemonstrations(old, frames, batch_size, pre, cfg.seed or 0, acc.process_index, acc.num_processes,
+                             pin_memory=acc.device.type == "cuda", **workers)

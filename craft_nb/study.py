@@ -35,13 +35,15 @@ class Job:
     @property
     def method(self) -> str: return self.arm.partition(":")[0]
     @property
-    def cache(self) -> str: return self.arm.partition(":")[2].replace("@", "-")  # its folder's name; empty without anchors
+    # its folder's name; empty without anchors
+    def cache(self) -> str: return self.arm.partition(":")[2].replace("@", "-")
     @property
     def view(self) -> str: return self.cache.rpartition("-")[0]
     @property
     def anchors(self) -> int: return int(self.cache.rpartition("-")[2]) if self.cache else 0
     @property
-    def values(self) -> dict[str, float]: return {k: float(v) for k, v in (x.split("=") for x in self.knob.split(",") if x)}
+    def values(self) -> dict[str, float]:
+        return {k: float(v) for k, v in (x.split("=") for x in self.knob.split(",") if x)}
     @property
     def key(self) -> str: return "__".join((self.arm.replace(":", "-").replace("@", "-"), self.knob, str(self.seed)))
 
@@ -56,11 +58,14 @@ def craft_settings(job: Job) -> dict | None:  # of CraftConfig; None: plain fine
     if job.method == "origin": return kw | dict(projection_gate="always", retention_freq=5)
     fixed = dict(lambda_max=1e6, epsilon_start=0.0, epsilon_end=0.0)
     if job.method == "constant": return kw | fixed | dict(method="constant", initial_lambda=v["lambda"])
-    if job.method == "always": return kw | fixed | dict(controller="ascent", lambda_lr=0.0, initial_lambda=v["lambda"], projection_gate="always")
+    if job.method == "always":
+        return kw | fixed | dict(controller="ascent", lambda_lr=0.0, initial_lambda=v["lambda"],
+                                 projection_gate="always")
     if job.method == "landing":
-        return kw | dict(controller="landing", projection_gate="violated", lambda_max=100.0, epsilon_start=4 * v["budget"],
-                         epsilon_end=v["budget"], epsilon_schedule="geometric")
-    return kw | dict(method=job.method, method_options=",".join(f"{k}:{x:g}" for k, x in v.items() if k not in ("every", "steps", "lr")))
+        return kw | dict(controller="landing", projection_gate="violated", lambda_max=100.0,
+                         epsilon_start=4 * v["budget"], epsilon_end=v["budget"], epsilon_schedule="geometric")
+    return kw | dict(method=job.method,
+                     method_options=",".join(f"{k}:{x:g}" for k, x in v.items() if k not in ("every", "steps", "lr")))
 
 # %% ../nbs/14_study.ipynb #1a764a3c
 SEARCH = {  # arm → knobs; {n} is the number of anchors
@@ -99,16 +104,21 @@ def plan(arms=(), seeds=(0,), anchors: int = 4500, quick: bool = False, views=FA
     "The jobs, all arms of a seed before the next seed. Raises `ValueError` for an unknown arm."
     table = search(anchors, views)
     arms = [own_view(a, anchors, views) for a in QUICK] if quick else [a.format(n=anchors) for a in arms] or [*table]
-    if strange := [a for a in arms if a not in table]: raise ValueError(f"unknown arm {', '.join(strange)}: choose from {', '.join(table)}")
+    if strange := [a for a in arms if a not in table]:
+        raise ValueError(f"unknown arm {', '.join(strange)}: choose from {', '.join(table)}")
     return [Job(a, k, s) for s in seeds for a in arms for k in table[a][: 1 if quick and a == "sft" else None]]
 
 def named(text: str, seeds, views=()) -> list[Job]:  # views: by which the policy can be held, none: not looked at
-    "Jobs from `arm knob; arm knob; …`, whatever the search says. Raises `ValueError` for a method that there is not, a knob that it lacks, or a view that the policy cannot have."
+    """Jobs from `arm knob; arm knob; …`, whatever the search says. Raises `ValueError` for a method that there is not,
+    a knob that it lacks, or a view that the policy cannot have."""
     jobs = []
     for arm, _, knob in (x.strip().partition(" ") for x in text.split(";") if x.strip()):
         try: CraftConfig(**(craft_settings(Job(arm, knob.strip(), 0)) or {}))
-        except (KeyError, ValueError) as e: raise ValueError(f"{arm} {knob}: expected ARM KNOB, such as share:action_logits@4500 share=0.3; found {e}") from e
-        if views and (view := Job(arm, "", 0).view) and view not in views: raise ValueError(f"{arm}: this policy cannot be held by {view}; it can have {', '.join(views)}")
+        except (KeyError, ValueError) as e:
+            raise ValueError(f"{arm} {knob}: expected ARM KNOB, "
+                             f"such as share:action_logits@4500 share=0.3; found {e}") from e
+        if views and (view := Job(arm, "", 0).view) and view not in views:
+            raise ValueError(f"{arm}: this policy cannot be held by {view}; it can have {', '.join(views)}")
         jobs.append((arm, knob.strip()))
     return [Job(*j, s) for s in seeds for j in jobs]
 
@@ -128,7 +138,8 @@ def cache_job(run_args, out: str, name: str, views: str, number: int, part: str)
 def cache_jobs(run_args, out: Path, jobs: list[Job], number: int) -> list:
     "For `run_jobs`: the caches that the jobs need, and the two that they are judged on."
     views = ",".join(dict.fromkeys([run_args[1].kind.answer, *(j.view for j in jobs if j.view and j.view != "pooled")]))
-    need = {j.cache: (j.view, j.anchors, "anchors") for j in jobs if j.cache} | {k: (views, number, k) for k in ("held", "third")}
+    need = ({j.cache: (j.view, j.anchors, "anchors") for j in jobs if j.cache}
+            | {k: (views, number, k) for k in ("held", "third")})
     return [(cache_job, (run_args, str(out), name, *how), None) for name, how in need.items()]
 
 # %% ../nbs/14_study.ipynb #c5d10170
@@ -137,9 +148,12 @@ def train_config(run: demo.Run, job: Job, out: Path):  # CraftTrainConfig
     s, how, caches = run.settings, craft_settings(job), out / "caches"
     paced = replace(s, steps=max(1, round(s.steps * job.values.get("steps", 1))), lr=s.lr * job.values.get("lr", 1))
     cfg = demo.train_config(demo.Run(run.folder, paced), "sft")
-    cfg.dataset.episodes, cfg.seed, cfg.save_checkpoint, cfg.output_dir = splits(run)["new"], job.seed, False, out / "runs" / job.key
+    cfg.dataset.episodes, cfg.seed, cfg.save_checkpoint, cfg.output_dir = (splits(run)["new"], job.seed, False,
+                                                                           out / "runs" / job.key)
     if how is None: how = dict(enabled=False)
-    if job.method == "replay": how["method_options"] += f",episodes:{','.join(map(str, splits(run)['anchors']))},batch_size:{max(1, cfg.batch_size // 2)}"
+    if job.method == "replay":
+        how["method_options"] += (
+            f",episodes:{','.join(map(str, splits(run)['anchors']))},batch_size:{max(1, cfg.batch_size // 2)}")
     if job.cache: how["anchor_cache_dir"] = str(caches / job.cache)
     if how.get("method") == "share": how["heldout_cache_dir"] = str(caches / "held")
     if how.get("controller") == "landing": how["epsilon_decay_steps"] = max(1, cfg.steps * 2 // 3)
@@ -153,9 +167,11 @@ def measure(trainer, run: demo.Run, job: Job, out: Path) -> dict:
     from craft_nb.trainer import route_forward
     policy, work, parts = route_forward(trainer.policy).eval(), demo.workload(run), splits(run)
     def loss(part):
-        data = load_dataset(DatasetConfig(work.repo_id, root=str(work.root), episodes=parts[part]), trainer.parts.cfg.policy)
+        data = load_dataset(DatasetConfig(work.repo_id, root=str(work.root), episodes=parts[part]),
+                            trainer.parts.cfg.policy)
         return task_loss(policy, trainer.parts.pre, data, 32, 512)["loss"]
-    answer, (held, third) = run.settings.kind.answer, (anchor_drift(policy, out / "caches" / k, 32)["losses"] for k in ("held", "third"))
+    answer, (held, third) = (run.settings.kind.answer,
+                             (anchor_drift(policy, out / "caches" / k, 32)["losses"] for k in ("held", "third")))
     return dict(task_loss=loss("unseen"), task_loss_seen=loss("new"), drift=held[answer], third=third[answer],
                 own_drift=held.get(job.view), own_third=third.get(job.view))
 
@@ -168,20 +184,25 @@ def of_records(rows: list[dict]) -> dict:
     def mean(name):
         found = [r[name] for r in steps[-LAST:] if r.get(name) is not None]
         return statistics.mean(found) if found else None
-    out = dict(task_loss_end=mean("task_loss"), train_drift=mean("retention_loss"), lam=mean("lambda"), share=mean("share"), cosine=mean("cosine"),
+    out = dict(task_loss_end=mean("task_loss"), train_drift=mean("retention_loss"), lam=mean("lambda"),
+               share=mean("share"), cosine=mean("cosine"),
                projected=sum(bool(r["projected"]) for r in steps), steps=len(steps))
-    return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "standard_error", "estimate", "budget", "met", "seconds")}) if cert else {})
+    return out | (dict(certificate={k: cert[0][k] for k in ("held_out", "half_width", "standard_error", "estimate",
+                                                            "budget", "met", "seconds")}) if cert else {})
 
 # %% ../nbs/14_study.ipynb #a91f30c4
 AT_ONCE = 20  # environments of a process, 100 to 200 MB each
 
 def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}; done
-    "Roll out every task from the first `episodes` starting states. `before`: the row there is; what its `starts` lack is added."
-    s, door, processors = run.settings, demo.door(run.settings), demo.workload(run).processors(run.result("teacher")["path"])
+    """Roll out every task from the first `episodes` starting states. `before`: the row there is; what its `starts` lack
+    is added."""
+    s, door, processors = (run.settings, demo.door(run.settings),
+                           demo.workload(run).processors(run.result("teacher")["path"]))
     starts, done = {}, {}
     for what, tasks in (("old", s.old_tasks), ("new", s.new.split(","))):
         for task in tasks:
-            seen, did = (before.get("starts") or {}).get(what, {}).get(task, ""), (before.get("done") or {}).get(task, [])
+            seen, did = ((before.get("starts") or {}).get(what, {}).get(task, ""),
+                         (before.get("done") or {}).get(task, []))
             for start in range(demo.SEED + len(seen), demo.SEED + episodes, AT_ONCE):
                 todo = list(range(start, min(start + AT_ONCE, demo.SEED + episodes)))
                 env = door.open(s, task, len(todo))
@@ -204,14 +225,18 @@ def trained(run: demo.Run, job: Job, out: Path) -> dict:
     trainer = make_trainer(cfg, quiet=True)
     start, cpu = time.time(), time.process_time()
     trainer.fit()
-    if trainer.ended != "done": raise RuntimeError(f"{job.key}: training ended at step {trainer.step} ({trainer.ended}), so there is nothing to measure")
+    if trainer.ended != "done":
+        raise RuntimeError(f"{job.key}: training ended at step {trainer.step} ({trainer.ended}), "
+                           "so there is nothing to measure")
     row = dict(old=None, new=None, seconds=time.time() - start, cpu_seconds=time.process_time() - cpu)
-    row |= measure(trainer, run, job, out) | of_records([json.loads(x) for x in (cfg.output_dir / "metrics.jsonl").read_text().splitlines()])
+    row |= (measure(trainer, run, job, out)
+            | of_records([json.loads(x) for x in (cfg.output_dir / "metrics.jsonl").read_text().splitlines()]))
     unwrapped(trainer).save_pretrained(cfg.output_dir / "policy")
     return row | dict(bytes=size_of(out / "caches" / job.cache) if job.cache else 0)
 
 def run_job(run_args, out: str, job: Job, episodes: int = 0) -> None:
-    "Train, measure, roll out; leave `jobs/<key>.json`. What is done is not done again: a job whose weights are there is only rolled out."
+    """Train, measure, roll out; leave `jobs/<key>.json`. What is done is not done again: a job whose weights are there
+    is only rolled out."""
     demo.register()
     torch.set_num_threads(1)
     run, out = demo.Run(*run_args), Path(out)
@@ -221,16 +246,19 @@ def run_job(run_args, out: str, job: Job, episodes: int = 0) -> None:
         row, weights = json.loads(file.read_text())["result"] if file.exists() else {}, run.result("teacher")["path"]
     elif file.exists() and weights.exists(): row = json.loads(file.read_text())["result"]
     else: leave(file, asdict(job) | dict(result=(row := trained(run, job, out))))
-    if episodes: leave(file, asdict(job) | dict(result=row | successes(demo.workload(run).policy(weights), run, episodes, row)))
+    if episodes:
+        leave(file, asdict(job) | dict(result=row | successes(demo.workload(run).policy(weights), run, episodes, row)))
 
 def finished(file: Path, episodes: int) -> bool:
     "Is there a result, with as many episodes a task?"
     if not file.exists(): return False
     starts = json.loads(file.read_text())["result"].get("starts")
-    return not episodes or starts is not None and all(len(x) >= episodes for tasks in starts.values() for x in tasks.values())
+    return (not episodes
+            or starts is not None and all(len(x) >= episodes for tasks in starts.values() for x in tasks.values()))
 
 def collect(out: Path, workload: str = "demo") -> dict:  # {workload: {arm: {knob: {seed: row}}}}
-    "Every finished job of a folder. `step_ratio` is processor time a step over that of plain fine-tuning with the same seed."
+    """Every finished job of a folder. `step_ratio` is processor time a step over that of plain fine-tuning with the
+    same seed."""
     found = {}
     for file in sorted((out / "jobs").glob("*.json")):
         job = json.loads(file.read_text())
@@ -246,45 +274,60 @@ def collect(out: Path, workload: str = "demo") -> dict:  # {workload: {arm: {kno
 # %% ../nbs/14_study.ipynb #d29c6ad9
 def study_main(argv: list[str] | None = None) -> None:
     "`craft-study`."
-    p = argparse.ArgumentParser("craft-study", description="Arms, knobs and training seeds on the demo's workload; a killed study goes on where it was.")
+    p = argparse.ArgumentParser("craft-study", description="Arms, knobs and training seeds on the demo's workload; "
+                                "a killed study goes on where it was.")
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     usual = demo.Settings.policy
     for x in (first, p):
-        x.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld", help="what is simulated (%(default)s)")
-        x.add_argument("--policy", choices=demo.POLICIES, default=usual, help="what learns it, as in craft-demo (%(default)s)")
+        x.add_argument("--workload", choices=demo.WORKLOADS, default="metaworld",
+                       help="what is simulated (%(default)s)")
+        x.add_argument("--policy", choices=demo.POLICIES, default=usual,
+                       help="what learns it, as in craft-demo (%(default)s)")
     argv = expanded(sys.argv[1:] if argv is None else argv)
     known = first.parse_known_args(argv)[0]
     name, policy = known.workload, known.policy
     work, kind, suffix = demo.WORKLOADS[name], demo.POLICIES[policy], "" if policy == usual else f"_{policy}"
     own = ("" if name == "metaworld" else f"_{work.folder}") + suffix
-    if policy not in work.policies: p.error(f"--policy={policy}: --workload={name} has settings for {', '.join(work.policies)} only")
-    p.add_argument("--demo", default=f"outputs/{work.folder}{suffix}", help="folder of the demo, whose data set and teacher are used, and made if they are not there (%(default)s)")
-    p.add_argument("--out", default="", help=f"where everything goes (outputs/study{own}; with --sequence outputs/sequence{own})")
+    if policy not in work.policies:
+        p.error(f"--policy={policy}: --workload={name} has settings for {', '.join(work.policies)} only")
+    p.add_argument("--demo", default=f"outputs/{work.folder}{suffix}", help="folder of the demo, "
+                   "whose data set and teacher are used, and made if they are not there (%(default)s)")
+    p.add_argument("--out", default="",
+                   help=f"where everything goes (outputs/study{own}; with --sequence outputs/sequence{own})")
     p.add_argument("--arms", default="", help="with commas between; all of the declared search by default")
-    p.add_argument("--jobs", default="", help="instead of arms: \"ARM KNOB; ARM KNOB\", such as \"replay fraction=1; share:action_logits@4500 share=0.3\"")
+    p.add_argument("--jobs", default="", help="instead of arms: \"ARM KNOB; ARM KNOB\", such as \"replay fraction=1; "
+                   "share:action_logits@4500 share=0.3\"")
     p.add_argument("--seeds", default="0,1,2", help="training seeds (%(default)s)")
     p.add_argument("--episodes", type=int, default=0, help="a task and job; 0: losses only (%(default)s)")
     p.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
-    p.add_argument("--sequence", default="", help="tasks with commas between, learned one after the other, instead of a study; in outputs/sequence, and nothing of --demo is used")
+    p.add_argument("--sequence", default="", help="tasks with commas between, learned one after the other, "
+                   "instead of a study; in outputs/sequence, and nothing of --demo is used")
     p.add_argument("--quick", action="store_true", help="three arms, one seed")
     p.add_argument("--size", choices=work.sizes, default="full", help="tiny runs the same code and learns nothing")
     p.add_argument("--report", action="store_true", help="train nothing: the page of what has finished")
     args = p.parse_args(argv)
     if missing := work.missing(): raise SystemExit(f"craft-study: --workload={name}: {missing}")
-    out, settings = as_path(args.out or f"outputs/{'sequence' if args.sequence else 'study'}{own}").absolute(), demo.sized(name, policy, args.size)
+    out, settings = (as_path(args.out or f"outputs/{'sequence' if args.sequence else 'study'}{own}").absolute(),
+                     demo.sized(name, policy, args.size))
     if args.sequence and policy != usual: p.error(f"--sequence has settings for {usual} only")
     if args.workers < 1 or args.episodes < 0: p.error("--workers: expected at least 1, and --episodes at least 0")
     try:
         if args.sequence:
-            settings, arms = sequence_settings(settings, args.sequence.split(",")), args.arms.split(",") if args.arms else [*SEQUENCE_ARMS]
-            if strange := {*arms} - {*SEQUENCE_ARMS}: raise ValueError(f"unknown arm {', '.join(sorted(strange))}: a sequence has {', '.join(SEQUENCE_ARMS)}")
-            return refuse_clearly(lambda: sequence(out, settings, arms, [int(s) for s in args.seeds.split(",")], args.episodes, args.workers))
+            settings, arms = (sequence_settings(settings, args.sequence.split(",")),
+                              args.arms.split(",") if args.arms else [*SEQUENCE_ARMS])
+            if strange := {*arms} - {*SEQUENCE_ARMS}:
+                raise ValueError(f"unknown arm {', '.join(sorted(strange))}: a sequence has {', '.join(SEQUENCE_ARMS)}")
+            return refuse_clearly(lambda: sequence(out, settings, arms, [int(s) for s in args.seeds.split(",")],
+                                                   args.episodes, args.workers))
         seeds = [0] if args.quick else [int(s) for s in args.seeds.split(",")]
-        jobs = named(args.jobs, seeds, kind.views) if args.jobs else plan(args.arms.split(",") if args.arms else (), seeds, settings.anchors, args.quick, kind.views)
+        jobs = (named(args.jobs, seeds, kind.views) if args.jobs
+                else plan(args.arms.split(",") if args.arms else (), seeds, settings.anchors, args.quick, kind.views))
     except ValueError as e: p.error(str(e))
-    refuse_clearly(lambda: study(as_path(args.demo).absolute(), out, settings, jobs, args.episodes, args.workers, args.report))
+    refuse_clearly(lambda: study(as_path(args.demo).absolute(), out, settings, jobs, args.episodes, args.workers,
+                                 args.report))
 
-def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], episodes: int = 0, workers: int = 2, only_report: bool = False) -> Path:
+def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], episodes: int = 0, workers: int = 2,
+          only_report: bool = False) -> Path:
     "Run what is missing of `jobs`; write and name the page."
     os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     if episodes: jobs = [Job("teacher", "", 0), *jobs]
@@ -294,7 +337,8 @@ def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], epi
             for name in ("record", "tokenizers", "teacher"): base.stage(name)
             base.close()
             here.lock.take()
-            run_args, todo = (str(base.folder), settings), [j for j in jobs if not finished(out / "jobs" / f"{j.key}.json", episodes)]
+            run_args, todo = ((str(base.folder), settings),
+                              [j for j in jobs if not finished(out / "jobs" / f"{j.key}.json", episodes)])
             demo.run_jobs(here, "caches", cache_jobs(run_args, out, todo, settings.held_out))
             demo.run_jobs(here, "study", [(run_job, (run_args, str(out), j, episodes), None) for j in todo])
         finally: base.close(); here.close()

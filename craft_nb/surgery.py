@@ -38,7 +38,8 @@ def project_if_conflict(
 ) -> tuple[list[Tensor | None], list[Tensor | None], bool]:  # (g', r, was there a conflict)
     """A-GEM's projection (arXiv 1812.00420, eq. 11) if the cosine is below the threshold.
     Without conflict, `g'` holds the tensors of `g` themselves."""
-    dot, gg, rr = compute_dot(grad_task, grad_retain), compute_dot(grad_task, grad_task), compute_dot(grad_retain, grad_retain)
+    dot, gg, rr = (compute_dot(grad_task, grad_retain), compute_dot(grad_task, grad_task),
+                   compute_dot(grad_retain, grad_retain))
     conflict = bool(gg > 0 and rr > 0 and dot / (gg.sqrt() * rr.sqrt()) < conflict_threshold)
     if not conflict: return list(grad_task), list(grad_retain), False
     c = -(dot / rr).item()
@@ -46,7 +47,8 @@ def project_if_conflict(
 
 # %% ../nbs/03_surgery.ipynb #093b833c
 MERGES = {  # λ → weights of g and of r
-    "weighted": lambda lam: (1.0, lam), "equal": lambda lam: (0.5, 0.5), "task_priority": lambda lam: (1.0, min(lam, 1.0))}
+    "weighted": lambda lam: (1.0, lam), "equal": lambda lam: (0.5, 0.5),
+    "task_priority": lambda lam: (1.0, min(lam, 1.0))}
 
 def merge_grads(
     grad_task: Sequence[Tensor | None],  # g, projected or not
@@ -94,14 +96,17 @@ def directed_scopes(
     return (sums[:, 1:3] / sums[:, 3:] > rounding**2 * whole[1:3] / whole[3:]).all(1)
 
 # %% ../nbs/03_surgery.ipynb #da182116
-CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # elements: two float32 chunks are 4 MiB, for a CPU's cache; few launches on a GPU
+# elements: two float32 chunks are 4 MiB, for a CPU's cache; few launches on a GPU
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 def chunk_pairs(g: Tensor | None, r: Tensor | None) -> Iterable[tuple[Tensor | None, Tensor | None]]:
     """Matching 1-D pieces of `g` and `r` in the memory order of `g`: views where memory is dense, copies elsewhere;
     None where one is missing."""
     lead = r if g is None else g
     if lead is None: return []
-    if lead.numel() <= CHUNK.get(lead.device.type, CHUNK["cuda"]) and all(t is None or t.is_contiguous() for t in (g, r)):  # most tensors of a small policy
+    # most tensors of a small policy
+    if (lead.numel() <= CHUNK.get(lead.device.type, CHUNK["cuda"])
+        and all(t is None or t.is_contiguous() for t in (g, r))):
         return [tuple(None if t is None else t.view(-1) for t in (g, r))]
     order = range(lead.dim()) if lead.is_contiguous() else sorted(range(lead.dim()), key=lambda d: -lead.stride(d))
     size = CHUNK.get(lead.device.type, CHUNK["cuda"])
@@ -156,8 +161,8 @@ def scope_groups(
     scope: str = "layer",  # global | layer | tensor
 ) -> dict[str, list[int]]:  # scope name → indices into `names`; for blocks, the name is the module's path
     "Which parameters share a cosine. Raises `ValueError` for an unknown scope."
-    keys = {"global": lambda n: "all", "layer": lambda n: m[0] if (m := BLOCK.match(n)) else n.rpartition(".")[0] or "root",
-            "tensor": lambda n: n}
+    keys = {"global": lambda n: "all",
+            "layer": lambda n: m[0] if (m := BLOCK.match(n)) else n.rpartition(".")[0] or "root", "tensor": lambda n: n}
     if scope not in keys: raise ValueError(f"scope: expected one of {', '.join(keys)}; found {scope!r}")
     groups = {}
     for i, n in enumerate(names): groups.setdefault(keys[scope](n), []).append(i)
@@ -272,7 +277,8 @@ def _write_scope_(g, r, index, params, a, c, exact):
     moves = a != 1 or isinstance(c, Tensor) or c != 0
     for i in index:
         if g[i] is None:
-            if r[i] is not None and moves: g[i] = ((r[i].double() if exact else r[i].to(params[i].dtype)) * c).to(params[i].dtype)
+            if r[i] is not None and moves:
+                g[i] = ((r[i].double() if exact else r[i].to(params[i].dtype)) * c).to(params[i].dtype)
         elif moves:
             out = write_merge_(x := _local(g[i]), None if r[i] is None else _local(r[i]), a, c, exact)
             if out is not x: g[i] = out
@@ -294,7 +300,8 @@ class Surgery(Scopes):
         """g ← clip(project(g) + λr).
         Entries of `g` that are None, shared or expanded are replaced in the list: assign `p.grad` from it."""
         if not len(g) == len(r) == len(self.names):
-            raise ValueError(f"expected {len(self.names)} gradients in g and in r, one a parameter; found {len(g)} and {len(r)}")
+            raise ValueError(f"expected {len(self.names)} gradients in g and in r, one a parameter; "
+                             f"found {len(g)} and {len(r)}")
         groups, project = list(self.groups.values()), self.projects(violated)
         _unshare_(g, [i for index in groups for i in index])
         sums = _scope_sums(g, r, groups, self.all_reduce).cpu()  # the one host synchronisation
@@ -313,7 +320,8 @@ def moved_gradients(
     params: Sequence[Tensor],  # may hold frozen ones
     dtype: torch.dtype | None = None,  # storage, e.g. torch.bfloat16; None: that of the parameter
 ) -> Iterator[list[Tensor | None]]:  # aligned with `params`; None where no backward pass reached
-    "Inside, one backward pass leaves its gradients in the list that the `with` gives, not in `.grad`: each is moved as soon as it is there."
+    """Inside, one backward pass leaves its gradients in the list that the `with` gives, not in `.grad`: each is moved
+    as soon as it is there."""
     r, place = [None] * len(params), {id(p): i for i, p in reversed(list(enumerate(params)))}
     def keep(p): r[place[id(p)]], p.grad = p.grad.to(dtype or p.dtype), None
     hooks = [p.register_post_accumulate_grad_hook(keep) for p in params if p.requires_grad]
@@ -353,7 +361,8 @@ class StreamingSurgery(Scopes):
     takes the arguments of `Scopes`, and the model."""
 
     def __init__(self, model: nn.Module, named_params: Iterable[tuple[str, Tensor]] | None = None, **settings):
-        if settings.pop("scope", "layer") != "layer": raise ValueError("streaming works by layer: expected scope='layer'")
+        if settings.pop("scope", "layer") != "layer":
+            raise ValueError("streaming works by layer: expected scope='layer'")
         if settings.get("all_reduce"):
             raise ValueError("streaming works in one process; with shards use Surgery(scope='layer', all_reduce=…)")
         super().__init__(model.named_parameters() if named_params is None else named_params, "layer", **settings)
@@ -398,7 +407,8 @@ class _Stream:
         self.scopes, self.lam, self.project, self.groups = scopes, lam, project, list(scopes.groups.values())
         self.rounding, self.whole = rounding, 0.0
         self.place = {id(scopes.params[i]): (s, i) for s, index in enumerate(self.groups) for i in index}
-        self.left = [sum(scopes.params[i].requires_grad for i in index) for index in self.groups]  # task gradients to come
+        # task gradients to come
+        self.left = [sum(scopes.params[i].requires_grad for i in index) for index in self.groups]
         self.uses, self.r, self.done = [0] * len(self.groups), {}, {}
         self.leaf_grads, self.segments = {}, []
         for outs, leaves in [*scopes.cuts, ([loss], None)]:
@@ -439,7 +449,8 @@ class _Stream:
         self.a, c, cosine, conflict = sc.decide(sums, self.lam, self.project, self.rounding, self.whole)
         self.done[s] = (sums[:, :3], c, cosine, conflict)
         if on_host and not merged_square(sums[:, :3], c, self.a).isfinite(): return
-        _write_scope_(g, r, range(len(index)), [sc.params[i] for i in index], self.a, c.item() if on_host else c[0], exact)
+        _write_scope_(g, r, range(len(index)), [sc.params[i] for i in index], self.a, c.item() if on_host else c[0],
+                      exact)
         for i, t in zip(index, g): sc.params[i].grad = t
 
     def finish(self, result, max_norm):

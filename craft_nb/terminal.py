@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 
 # %% ../nbs/00b_terminal.ipynb #df0f96df
-DROPPED = ("Vision embedding key might need handling", "Could not load libtorchcodec", "'torchcodec' is not available in your platform")
+DROPPED = ("Vision embedding key might need handling", "Could not load libtorchcodec",
+           "'torchcodec' is not available in your platform")
 ONCE = ("Token length (",)
-LOADING = ("is a direct port of the OpenPI implementation", "This implementation follows the original OpenPI structure", "Original implementation: https://github.com/Physical-Intelligence",
+LOADING = ("is a direct port of the OpenPI implementation", "This implementation follows the original OpenPI structure",
+           "Original implementation: https://github.com/Physical-Intelligence",
            "Loading model from:", "Loaded state dict from", "Remapped ", "All keys loaded successfully")
 
 class Sieve(logging.Filter):
@@ -43,12 +45,14 @@ def quieten() -> Sieve:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    "What is printed in here that says no more than that weights were loaded does not reach the terminal; the rest does, at the end."
+    """What is printed in here that says no more than that weights were loaded does not reach the terminal; the rest
+    does, at the end."""
     heard = io.StringIO()
     try:
         with redirect_stdout(heard): yield
     finally:
-        if rest := [x for x in heard.getvalue().splitlines() if not any(t in x for t in LOADING)]: print("\n".join(rest), flush=True)
+        if rest := [x for x in heard.getvalue().splitlines() if not any(t in x for t in LOADING)]:
+            print("\n".join(rest), flush=True)
 
 # %% ../nbs/00b_terminal.ipynb #53879d25
 def decoder_line(backend: str) -> str:  # "" if there is nothing to say
@@ -57,4 +61,5 @@ def decoder_line(backend: str) -> str:  # "" if there is nothing to say
     with suppress(ImportError, OSError, RuntimeError):
         importlib.import_module("torchcodec")
         return ""  # chosen, not forced
-    return "videos are decoded by PyAV, since torchcodec finds no FFmpeg; it is faster with it (Debian: apt-get install ffmpeg)"
+    return ("videos are decoded by PyAV, since torchcodec finds no FFmpeg; it is faster with it (Debian: "
+            "apt-get install ffmpeg)")

@@ -16,7 +16,8 @@ from .features import Features, capture_hidden
 
 # %% ../nbs/05d_tokens.ipynb #bbdc0806
 def labels_to_actions(anchors: dict[str, Tensor], bos: int) -> dict[str, Tensor]:
-    "Move labelled tokens from the prompt (b, t) to `action_ids` (b, a+1), `action_mask`, and `labels` (b, a) aligned with them."
+    """Move labelled tokens from the prompt (b, t) to `action_ids` (b, a+1), `action_mask`, and `labels` (b, a) aligned
+    with them."""
     labels, ids, seen = anchors["labels"].long(), anchors["input_ids"].long(), anchors["attention_mask"].bool()
     if labels.shape != ids.shape:
         raise ValueError(f"labels {tuple(labels.shape)} and input_ids {tuple(ids.shape)} differ in shape (b, t)")
@@ -52,13 +53,15 @@ def pi0_fast_decoder(policy: nn.Module) -> nn.Module:
 def pi0_fast_inputs(policy: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Anchor inputs of a preprocessed batch: `pixel_values` (b, cams, 3, h, w) uint8, masks, `input_ids`,
     and action tokens if it has actions."""
-    from lerobot.utils.constants import ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+    from lerobot.utils.constants import (ACTION_TOKEN_MASK, ACTION_TOKENS, OBS_LANGUAGE_ATTENTION_MASK,
+                                         OBS_LANGUAGE_TOKENS)
     # in [-1, 1]; cameras that are there first, then the missing ones
     images, masks = base_policy(policy)._preprocess_images(batch)
     out = dict(pixel_values=torch.stack([((x + 1) * 127.5).round().clamp(0, 255).byte() for x in images], 1),
                image_mask=torch.stack(masks, 1),
                input_ids=batch[OBS_LANGUAGE_TOKENS].int(), attention_mask=batch[OBS_LANGUAGE_ATTENTION_MASK].bool())
-    if ACTION_TOKENS in batch: out |= dict(action_ids=batch[ACTION_TOKENS].int(), action_mask=batch[ACTION_TOKEN_MASK].bool())
+    if ACTION_TOKENS in batch:
+        out |= dict(action_ids=batch[ACTION_TOKENS].int(), action_mask=batch[ACTION_TOKEN_MASK].bool())
     return {k: v.cpu() for k, v in out.items()}
 
 # %% ../nbs/05d_tokens.ipynb #a88313b4
@@ -70,7 +73,8 @@ def _images(anchors):  # → what embed_prefix_fast takes: cams × (b, 3, h, w) 
     return list(x.float().unbind(1)), list(mask.unbind(1))
 
 def pi0_fast_prepare(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Anchors trimmed, on the policy's device, ids as int64 and masks as bool; labels of token-level caches as action tokens."
+    """Anchors trimmed, on the policy's device, ids as int64 and masks as bool; labels of token-level caches as action
+    tokens."""
     policy = base_policy(policy)
     anchors = {k: v for k, v in anchors.items() if isinstance(v, Tensor)}
     if "labels" in anchors and "action_ids" not in anchors:
@@ -90,7 +94,8 @@ def pi0_fast_framed(policy: nn.Module, said: Tensor) -> dict[str, Tensor]:  # sa
 
 @torch.no_grad()
 def pi0_fast_decode(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, Tensor]:
-    "`action_ids` (b, max_action_tokens) int32 and `action_mask`: begin token and the policy's greedy answer up to its end mark."
+    """`action_ids` (b, max_action_tokens) int32 and `action_mask`: begin token and the policy's greedy answer up to its
+    end mark."""
     policy = base_policy(policy)
     width = policy.config.max_action_tokens
     inputs = ("pixel_values", "image_mask", "input_ids", "attention_mask")
@@ -101,7 +106,8 @@ def pi0_fast_decode(policy: nn.Module, anchors: dict[str, Tensor]) -> dict[str, 
             max_decoding_steps=min(policy.config.max_decoding_steps, width - 1), temperature=0.0)
     framed = pi0_fast_framed(policy, said)
     pad = (0, width - framed["action_ids"].shape[1])
-    return dict(action_ids=nn.functional.pad(framed["action_ids"], pad).int().cpu(), action_mask=nn.functional.pad(framed["action_mask"], pad).cpu())
+    return dict(action_ids=nn.functional.pad(framed["action_ids"], pad).int().cpu(),
+                action_mask=nn.functional.pad(framed["action_mask"], pad).cpu())
 
 # %% ../nbs/05d_tokens.ipynb #5a5bc03b
 def pi0_fast_decodable(policy: nn.Module, anchors: dict[str, Tensor]) -> Tensor:  # (b,) bool
@@ -151,11 +157,12 @@ def _fixed_tokens(policy):  # length of the "Action: " that every action sequenc
 # %% ../nbs/05d_tokens.ipynb #e305aa30
 def decoder_facts(decoder: nn.Module) -> dict:
     "Width, depth and dtype of a decoder, as `AnchorAdapter.facts` states them."
-    return dict(width=decoder.config.hidden_size, dtype=str(next(decoder.layers.parameters()).dtype).removeprefix("torch."),
-                extra=dict(depth=len(decoder.layers)))
+    return dict(width=decoder.config.hidden_size, dtype=str(next(decoder.layers.parameters()).dtype)
+                .removeprefix("torch."), extra=dict(depth=len(decoder.layers)))
 
 class TokenAdapter:
-    """Base of adapters of policies that answer in tokens. They define `decoder`, the transformer whose hidden states are meant; `decode`,
+    """Base of adapters of policies that answer in tokens. They define `decoder`, the transformer whose hidden states
+    are meant; `decode`,
     `action_ids` (b, a+1) and `action_mask` of the policy's own greedy answer; and if they like `decodable`, which answers are whole."""
     gives, usual = frozenset(("hidden", "actions", "logits")), "pooled"
 
@@ -165,12 +172,13 @@ class TokenAdapter:
         if actions == "teacher": return anchors | self.decode(policy, anchors)
         if not actions: return {k: v for k, v in anchors.items() if k not in ("action_ids", "action_mask")}
         if "action_ids" not in anchors:
-            raise ValueError("the data set's actions are asked for (actions=dataset or undecodable=dataset), and this batch has none. "
-                             "Use actions=teacher and undecodable=keep or skip")
+            raise ValueError("the data set's actions are asked for (actions=dataset or undecodable=dataset), "
+                             "and this batch has none. Use actions=teacher and undecodable=keep or skip")
         return anchors
 
 class PI0FastAdapter(TokenAdapter):
     "Anchors of LeRobot's `pi0_fast` and of policies that inherit from it, at any size."
-    decoder, inputs, decode = staticmethod(pi0_fast_decoder), staticmethod(pi0_fast_inputs), staticmethod(pi0_fast_decode)
+    decoder, inputs, decode = (staticmethod(pi0_fast_decoder), staticmethod(pi0_fast_inputs),
+                               staticmethod(pi0_fast_decode))
     prepare, features = staticmethod(pi0_fast_prepare), staticmethod(pi0_fast_features)
     decodable = staticmethod(pi0_fast_decodable)

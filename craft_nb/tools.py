@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .anchors import (MANIFEST, AnchorCacheDataset, AnchorCacheError, AnchorWriter, Field, _bytes, read_manifest, sources)
+from .anchors import (MANIFEST, AnchorCacheDataset, AnchorCacheError, AnchorWriter, Field, _bytes,
+                              read_manifest, sources)
 from .config import as_path
 
 # %% ../nbs/05a_tools.ipynb #19bac024
@@ -56,7 +57,8 @@ def open_whole(folder) -> AnchorCacheDataset:
     "A cache in the present format, whole enough to be copied. Raises `AnchorCacheError` for an old one."
     ds = AnchorCacheDataset(folder, frames=lambda i: None)
     if ds.manifest['format'] == 'pt':
-        raise AnchorCacheError(f'{folder}: is an old .pt cache; bring it to the present format first: craft-cache convert {folder} NEW')
+        raise AnchorCacheError(f'{folder}: is an old .pt cache; bring it to the present format first: '
+                               f'craft-cache convert {folder} NEW')
     return ds
 
 def copy_rows(
@@ -79,7 +81,8 @@ def copy_rows(
             for i in rows:
                 if at >= w.position:
                     pieces = ds.store.pieces(i) if ds.manifest['format'] != 'pt' else {}
-                    index = {k: cell(f, columns[k][i] if columns[k] is not None else f.dtype != 'bool' and -1) for k, f in fields.items()}
+                    index = {k: cell(f, columns[k][i] if columns[k] is not None else f.dtype != 'bool' and -1)
+                             for k, f in fields.items()}
                     w.add_pieces([{k: index.get(k) or pieces[k] for k in tensors}])
                     if progress: progress(at + 1, total)
                 at += 1
@@ -90,7 +93,8 @@ def copy_rows(
 def _plan(m: dict, **extra) -> dict:  # of `AnchorWriter`, from a manifest
     views = {k: {a: b for a, b in v.items() if a not in ('spread', 'layer_spread')} for k, v in m['views'].items()}
     keep = ('policy_type', 'layers', 'pooling', 'width', 'dtype', 'hashes', 'dataset', 'versions', 'prompts')
-    return {k: m[k] for k in keep} | dict(views=views, shard_size=m['shard_size'], images=m['image']['codec'], extra=m['extra'] | extra)
+    return {k: m[k] for k in keep} | dict(views=views, shard_size=m['shard_size'], images=m['image']['codec'],
+                                          extra=m['extra'] | extra)
 
 def _answers(ds: AnchorCacheDataset, rows: Sequence[int]) -> dict | None:
     "What the rows themselves say of the teacher's answers."
@@ -105,14 +109,16 @@ def _answers(ds: AnchorCacheDataset, rows: Sequence[int]) -> dict | None:
 
 def _where(ds: AnchorCacheDataset, need: bool = True) -> tuple[list, list]:  # n (source, episode), n (source, task)
     e, t, s = (ds.column(k) for k in ('episode_index', 'task_index', 'source_index'))
-    if need and e is None: raise AnchorCacheError(f'{ds.dir}: does not say which episodes its anchors are from; build it again')
+    if need and e is None:
+        raise AnchorCacheError(f'{ds.dir}: does not say which episodes its anchors are from; build it again')
     n, zero = len(ds), [0] * len(ds)
     s = zero if s is None else s.tolist()
     return [list(zip(s, zero if x is None else x.tolist())) for x in (e, t)]
 
 def part_of(ds: AnchorCacheDataset, out_dir, rows: Sequence[int], cut: dict, progress=None) -> dict:  # the manifest
     m = ds.manifest
-    return copy_rows(out_dir, [(ds, rows, {})], _plan(m, cut=dict(of=m['cache_id'], **cut)), m['tensors'], _answers(ds, rows), progress)
+    return copy_rows(out_dir, [(ds, rows, {})], _plan(m, cut=dict(of=m['cache_id'], **cut)), m['tensors'],
+                     _answers(ds, rows), progress)
 
 def thin_cache(
     src,
@@ -140,20 +146,26 @@ def split_cache(
 ) -> tuple[dict, dict, list]:  # both manifests, tasks with one episode only
     "Part a cache by episode. Goes on where an interrupted call stopped."
     if not 0 < heldout < 1: raise AnchorCacheError(f'heldout: expected a share between 0 and 1, found {heldout}')
-    if as_path(train_dir).absolute() == as_path(held_dir).absolute(): raise AnchorCacheError(f'expected two folders, found {train_dir} twice')
+    if as_path(train_dir).absolute() == as_path(held_dir).absolute():
+        raise AnchorCacheError(f'expected two folders, found {train_dir} twice')
     ds, rng = open_whole(src), random.Random(seed)
     episodes, tasks = _where(ds)
     of, alone, held = defaultdict(dict), [], set()
-    for e, t in zip(episodes, tasks): of[next((k for k in of if e in of[k]), t)][e] = None         # an episode is of its first task
+    # an episode is of its first task
+    for e, t in zip(episodes, tasks): of[next((k for k in of if e in of[k]), t)][e] = None
     for t, found in sorted(of.items()):
         if len(found) == 1: alone.append(ds.manifest['dataset'].get('tasks', {}).get(str(t[1]), f'task {t[1]}'))
         else: held |= set(rng.sample(list(found), min(len(found) - 1, max(1, round(heldout * len(found))))))
-    if not held: raise AnchorCacheError(f'{src}: each of its tasks has one episode only, so nothing can be held out by episode; build anchors of more')
+    if not held:
+        raise AnchorCacheError(f'{src}: each of its tasks has one episode only, so nothing can be held out by episode; '
+                               'build anchors of more')
     cut, done = dict(heldout=heldout, seed=seed), []
-    parts = [(d, p, [i for i, e in enumerate(episodes) if (e in held) == (p == 'held out')]) for d, p in ((train_dir, 'training'), (held_dir, 'held out'))]
+    parts = [(d, p, [i for i, e in enumerate(episodes) if (e in held) == (p == 'held out')])
+             for d, p in ((train_dir, 'training'), (held_dir, 'held out'))]
     there = [(as_path(d)/MANIFEST).exists() for d, *_ in parts]
     for (d, p, rows), is_there in zip(parts, there):
-        mine = is_there and not all(there) and read_manifest(d)['extra'].get('cut') == dict(of=ds.manifest['cache_id'], part=p) | cut
+        mine = (is_there and not all(there)
+                and read_manifest(d)['extra'].get('cut') == dict(of=ds.manifest['cache_id'], part=p) | cut)
         done.append(read_manifest(d) if mine else part_of(ds, d, rows, dict(part=p) | cut, progress))
     return *done, alone
 
@@ -163,7 +175,9 @@ def _episodes(ds: AnchorCacheDataset) -> dict:  # {(source, episode): (hash or '
     for s, e in sorted(set(_where(ds)[0])):
         source = known[s] if 0 <= s < len(known) else {}
         out[s, e] = source.get('episode_hashes', {}).get(str(e), ''), source.get('repo_id', '')
-        if not any(out[s, e]): raise AnchorCacheError(f'{ds.dir}: does not say which data set its anchors are from, so nothing can be proven; build it again')
+        if not any(out[s, e]):
+            raise AnchorCacheError(f'{ds.dir}: does not say which data set its anchors are from, '
+                                   'so nothing can be proven; build it again')
     return out
 
 def shared_episodes(
@@ -181,11 +195,13 @@ def shared_episodes(
         return [*(held[h] if h else []), *(y for y in called[name, e] if not (h and y[1][0]))]
     of = lambda x: f'episode {x[0][1]} of {x[1][1] or "a data set without a name"}'
     shared = [dict(a=of(x), b=of(y)) for x in a.items() for y in like(x)]
-    return dict(shared=shared, episodes=(len(a), len(b)), by='content' if all(h for h, _ in [*a.values(), *b.values()]) else 'name')
+    return dict(shared=shared, episodes=(len(a), len(b)),
+                by='content' if all(h for h, _ in [*a.values(), *b.values()]) else 'name')
 
 # %% ../nbs/05a_tools.ipynb #98c91bd1
-MUST = ('policy_type', 'layers', 'pooling', 'width')                       # cannot differ: nothing could be compared with the student
-MAY = ('dtype', 'hashes.weights', 'hashes.processors', 'hashes.normalisation', 'hashes.tokenizers', 'extra.depth', 'extra.top_k', 'dataset.fps', 'dataset.chunk')
+MUST = ('policy_type', 'layers', 'pooling', 'width')  # cannot differ: nothing could be compared with the student
+MAY = ('dtype', 'hashes.weights', 'hashes.processors', 'hashes.normalisation', 'hashes.tokenizers', 'extra.depth',
+       'extra.top_k', 'dataset.fps', 'dataset.chunk')
 
 def _said(m: dict) -> dict:  # {name: value} of what two caches must agree in
     got = lambda path: m[path] if '.' not in path else m[path.split('.')[0]].get(path.split('.')[1])
@@ -199,9 +215,12 @@ def _agree(first: AnchorCacheDataset, ds: AnchorCacheDataset, allow: set):
     differ = [k for k in sorted(set(want) | set(got)) if want.get(k) != got.get(k)
               and not (k in MAY and (want.get(k) in unknown or got.get(k) in unknown or {k, short(k)} & allow))]
     if not differ: return
-    if all(k in MAY for k in differ): hint = f'\nMake them alike, or allow the difference: --allow={",".join(short(k) for k in differ)}'
-    elif all(k.startswith('tensors.') for k in differ): hint = '\ncraft-cache convert brings the images of both to one codec; other tensors must be built alike'
-    if 'hashes.weights' in differ: hint += '\n(anchors of a later teacher in a sequence of tasks: --allow=weights, if that is what you have)'
+    if all(k in MAY for k in differ):
+        hint = f'\nMake them alike, or allow the difference: --allow={",".join(short(k) for k in differ)}'
+    elif all(k.startswith('tensors.') for k in differ):
+        hint = '\ncraft-cache convert brings the images of both to one codec; other tensors must be built alike'
+    if 'hashes.weights' in differ:
+        hint += '\n(anchors of a later teacher in a sequence of tasks: --allow=weights, if that is what you have)'
     lines = '\n'.join(f'  {k}: {str(want.get(k))[:100]} and {str(got.get(k))[:100]}' for k in differ)
     raise AnchorCacheError(f'{first.dir} and {ds.dir} do not belong together:\n{lines}{hint}')
 
@@ -215,12 +234,14 @@ def _sources(caches: list) -> tuple[list, list]:  # data sets; for each cache th
             if len(teachers) > 1: s.setdefault('teacher', ds.manifest['hashes'].get('weights', ''))
             def same(o):
                 a, b = o.get('episode_hashes', {}), s.get('episode_hashes', {})
-                return all(o.get(k) == s.get(k) for k in ('repo_id', 'revision', 'teacher')) and all(a[e] == b[e] for e in a.keys() & b.keys())
+                return (all(o.get(k) == s.get(k) for k in ('repo_id', 'revision', 'teacher'))
+                        and all(a[e] == b[e] for e in a.keys() & b.keys()))
             k = next((k for k, o in enumerate(out) if same(o)), len(out))
             if k == len(out): out.append(dict(s))
             elif out[k] != s:
                 both = out[k].get('episode_hashes', {}) | s.get('episode_hashes', {})
-                out[k] = {a: v for a, v in out[k].items() if s.get(a) == v} | (dict(episode_hashes=both, episodes=len(both)) if both else {})
+                out[k] = ({a: v for a, v in out[k].items() if s.get(a) == v}
+                          | (dict(episode_hashes=both, episodes=len(both)) if both else {}))
             mine.append(k)
         numbers.append(mine)
     return out, numbers
@@ -245,38 +266,50 @@ def merge_caches(
 ) -> dict:  # the manifest; {'twice': anchors that are there twice} beside it
     "All anchors of some caches in one, in their order. Raises `AnchorCacheError` naming what does not fit."
     allow = {a.strip() for a in (allow.split(',') if isinstance(allow, str) else allow)} - {''}
-    if hopeless := sorted(allow & {*MUST}): raise AnchorCacheError(f'allow: {hopeless[0]} cannot differ: anchors of one cache have one form, and one type of policy takes them')
+    if hopeless := sorted(allow & {*MUST}):
+        raise AnchorCacheError(f'allow: {hopeless[0]} cannot differ: anchors of one cache have one form, '
+                               'and one type of policy takes them')
     if typo := allow - {*MAY, *(k.rsplit('.', 1)[-1] for k in MAY)}:
-        raise AnchorCacheError(f'allow: no such check {sorted(typo)}; there are {sorted(k.rsplit(".", 1)[-1] for k in MAY)}')
+        raise AnchorCacheError(f'allow: no such check {sorted(typo)}; '
+                               f'there are {sorted(k.rsplit(".", 1)[-1] for k in MAY)}')
     if len(folders) < 2: raise AnchorCacheError('merge: expected at least two caches')
     caches = [open_whole(f) for f in folders]
     for ds in caches[1:]: _agree(caches[0], ds, allow)
     data, numbers = _sources(caches)
-    tasks, task = _renumbered(caches, 'task_index', lambda ds: lambda i: ds.manifest['dataset'].get('tasks', {}).get(str(i), f'task {i}'))
-    prompts, prompt = _renumbered(caches, 'prompt_index', lambda ds: lambda i: dict(enumerate(ds.manifest['prompts'])).get(i, f'prompt {i}'))
-    source = [torch.tensor([own[0 if s is None else int(s[i])] for i in range(len(ds))]) for ds, own in zip(caches, numbers)
-              for s in [ds.column('source_index')]]
+    tasks, task = _renumbered(caches, 'task_index',
+                              lambda ds: lambda i: ds.manifest['dataset'].get('tasks', {}).get(str(i), f'task {i}'))
+    prompts, prompt = _renumbered(caches, 'prompt_index',
+                                  lambda ds: lambda i: dict(enumerate(ds.manifest['prompts'])).get(i, f'prompt {i}'))
+    source = [torch.tensor([own[0 if s is None else int(s[i])] for i in range(len(ds))])
+              for ds, own in zip(caches, numbers) for s in [ds.column('source_index')]]
     change = [dict(task_index=t, prompt_index=p, source_index=s) for t, p, s in zip(task, prompt, source)]
     tensors = {k: f for ds in caches for k, f in ds.manifest['tensors'].items()}
     number = dict(dtype='int64', shape=[], part='index')
     tensors |= dict(source_index=number) if len(data) > 1 else {}
     last = caches[-1].manifest
-    facts = {k: v for k in ('fps', 'chunk') if len(x := {ds.manifest['dataset'].get(k) for ds in caches if not ds.manifest['dataset'].get('stills')}) == 1 for v in x if v is not None}
+    facts = {k: v for k in ('fps', 'chunk')
+             if len(x := {ds.manifest['dataset'].get(k) for ds in caches if not ds.manifest['dataset'].get('stills')})
+             == 1 for v in x if v is not None}
     about = facts | (dict(tasks={str(i): t for i, t in enumerate(tasks)}) if tasks else {})
     common = {k: v for k, v in last['extra'].items() if all(ds.manifest['extra'].get(k) == v for ds in caches)}
-    parts = [dict(cache_id=ds.manifest['cache_id'], anchors=len(ds), weights=ds.manifest['hashes'].get('weights', '')) for ds in caches]
-    plan = _plan(last, merged_from=parts) | dict(extra=common | dict(merged_from=parts), prompts=prompts, shard_size=caches[0].manifest['shard_size'],
-                                               dataset=about | (dict(sources=data) if len(data) > 1 else data[0]))
-    return copy_rows(out_dir, [(ds, range(len(ds)), c) for ds, c in zip(caches, change)], plan, tensors, _summed(caches), progress)
+    parts = [dict(cache_id=ds.manifest['cache_id'], anchors=len(ds), weights=ds.manifest['hashes'].get('weights', ''))
+             for ds in caches]
+    plan = _plan(last, merged_from=parts) | dict(extra=common | dict(merged_from=parts), prompts=prompts,
+                                                 shard_size=caches[0].manifest['shard_size'],
+                                                 dataset=about | (dict(sources=data) if len(data) > 1 else data[0]))
+    return copy_rows(out_dir, [(ds, range(len(ds)), c) for ds, c in zip(caches, change)], plan, tensors,
+                     _summed(caches), progress)
 
 def _summed(caches: list) -> dict | None:
-    found, by = [ds.manifest['answers'] for ds in caches if ds.manifest.get('answers')], defaultdict(lambda: dict(asked=0, undecodable=0))
+    found, by = ([ds.manifest['answers'] for ds in caches if ds.manifest.get('answers')],
+                 defaultdict(lambda: dict(asked=0, undecodable=0)))
     for a in found:
         for t, x in a['by_instruction'].items():
             for k in x: by[t][k] += x[k]
     modes = {a['mode'] for a in found}
     total = {k: sum(a[k] for a in found) for k in ('asked', 'undecodable')}
-    return dict(mode=modes.pop() if len(modes) == 1 else 'mixed', by_instruction=dict(sorted(by.items())), **total) if found else None
+    return (dict(mode=modes.pop() if len(modes) == 1 else 'mixed', by_instruction=dict(sorted(by.items())), **total)
+            if found else None)
 
 def anchors_twice(cache_dir) -> int:
     "How many anchors stand in a cache more than once: the same frame of the same episode under the same instruction."

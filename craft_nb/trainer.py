@@ -20,7 +20,8 @@ from .step import Method, StepParts, one_step
 
 # %% ../nbs/08_trainer.ipynb #47435cd0
 class CraftTrainer(StepParts):
-    "Fine-tunes `policy` under a drift budget: `fit()` here and now, `start()` in a thread. Without `retention`, plainly."
+    """Fine-tunes `policy` under a drift budget: `fit()` here and now, `start()` in a thread. Without `retention`,
+    plainly."""
     def __init__(
         self,
         policy: nn.Module,  # `policy(batch)` → (loss, anything), as LeRobot's policies do
@@ -45,7 +46,8 @@ class CraftTrainer(StepParts):
         self.retained = None  # the last record of a retention step
         self.expected = None  # of `estimate_memory`, once somebody has asked
         self.ended = ""  # why training ended
-        super().__init__(policy, batches, optimizer, steps=steps, method=retention, scheduler=scheduler, grad_clip_norm=grad_clip_norm,
+        super().__init__(policy, batches, optimizer, steps=steps, method=retention, scheduler=scheduler,
+                         grad_clip_norm=grad_clip_norm,
                          accumulate=accumulate, accelerator=accelerator, cache_type=cache_type, held_out=held_out)
 
     def fit(self) -> dict | None: return fit(self)
@@ -64,8 +66,9 @@ class CraftTrainer(StepParts):
     def load_state_dict(self, state: dict):
         state = state if "method" in state else with_method(state)
         if (was := state["method"]) != (now := self.method.name):
-            raise ValueError(f"the checkpoint was written {METHOD_WORDS.get(was, 'with ' + was)}, this run is "
-                             f"{METHOD_WORDS.get(now, 'with ' + now)}: resume with the same --craft.enabled, and from Python with the same method")
+            raise ValueError(f"the checkpoint was written {METHOD_WORDS.get(was, 'with ' + was)}, "
+                             f"this run is {METHOD_WORDS.get(now, 'with ' + now)}: "
+                             "resume with the same --craft.enabled, and from Python with the same method")
         self.step, self.nonfinite, self.nonfinite_run = state["step"], state["nonfinite"], state["nonfinite_run"]
         self.method.load_state_dict(state["retention"])
 
@@ -73,7 +76,8 @@ class CraftTrainer(StepParts):
 def with_method(state: dict) -> dict:
     "The state of a checkpoint from before methods had names, in today's words."
     kept = state["retention"]
-    return state | (dict(method="plain", retention={}) if kept is None else dict(method="craft", retention=kept | dict(gate=state["gate"])))
+    return state | (dict(method="plain", retention={})
+                    if kept is None else dict(method="craft", retention=kept | dict(gate=state["gate"])))
 
 METHOD_WORDS = {"plain": "without CRaFT", "craft": "with CRaFT"}
 
@@ -119,9 +123,9 @@ def fit(trainer: CraftTrainer) -> dict | None:
             if trainer.ended != "done" and trainer.checkpoint: trainer.checkpoint(trainer)
         trainer.event("end", reason=trainer.ended)
         if trainer.ended == "nonfinite":
-            raise FloatingPointError(f"{trainer.nonfinite_run} steps in a row were not finite (last: {trainer.record['skipped']} "
-                                     f"at step {trainer.step}); weights and λ are those before them. "
-                                     "Lower the learning rate, or look at the batches")
+            raise FloatingPointError(f"{trainer.nonfinite_run} steps in a row were not finite (last: "
+                                     f"{trainer.record['skipped']} at step {trainer.step}); weights and λ are those "
+                                     "before them. Lower the learning rate, or look at the batches")
         trainer.emit("after_fit")
     except BaseException as e:
         error = lost_helper(e) or e  # PyTorch raises it wherever the step stands when a data worker dies
@@ -177,4 +181,5 @@ class Run:
 # %% ../nbs/08_trainer.ipynb #f5b85698
 from . import control, passes, step, retention, heldout, memory
 from .machine import open_door
-open_door(__name__, control, passes, step, retention, heldout, memory)  # what stands in the rooms can be had here, and replaced
+# what stands in the rooms can be had here, and replaced
+open_door(__name__, control, passes, step, retention, heldout, memory)

@@ -20,21 +20,25 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset, build_anchor_dataloader
 from .builder import Answered, LiveFrames
-from .caches import cache_adapter, cache_views, builds_anchors, check_cache, check_frames, make_teacher, open_anchors, open_cache, other_wishes, own_anchors, pick_episodes, PLACES
+from .caches import (cache_adapter, cache_views, builds_anchors, check_cache, check_frames, make_teacher,
+                             open_anchors, open_cache, other_wishes, own_anchors, pick_episodes, PLACES)
 from .check import Finding, attempt, gathering, waivers
-from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last, read_craft_state,
-                                  read_method_tensors, write_card, write_checkpoint)
+from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last,
+                                  read_craft_state, read_method_tensors, write_card, write_checkpoint)
 from .config import CraftConfig, at_home
 from .configs import CraftTrainConfig, begun, localise, or_say_what_is_lost, require_parts, require_writable
 from .data import several
-from .fit import camera_findings, check_features, data_findings, heed, instructions_of, make_processors, require_fit, run_hashes
+from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, make_processors,
+                          require_fit, run_hashes)
 from .machine import Lock, Watched, follow, give_way, holder
 from .methods import MethodParts, find_method, make_method, read_options
 from .monitor import RecordLog
 from .policies import adapter_for, check_loaded_weights
-from .streams import main_first, make_accelerator, make_loader, make_order, old_demonstrations, ready_batches, train_and_held_out
+from .streams import (main_first, make_accelerator, make_loader, make_order, old_demonstrations, ready_batches,
+                              train_and_held_out)
 from .terminal import loading
-from .trainer import AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, cache_episodes, nbytes, route_forward, set_aside
+from .trainer import (AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, cache_episodes, nbytes,
+                              route_forward, set_aside)
 
 from lerobot.common import train_utils
 from lerobot.configs.policies import PreTrainedConfig
@@ -45,7 +49,8 @@ from lerobot.processor import rename_stats
 def refuse_held(folder: str | Path) -> None:
     "Raise `FileExistsError` if another run writes `folder`. One of this process that has not begun gives way."
     give_way(folder)
-    if who := holder(folder): raise FileExistsError(f"{folder}: {who} writes here; wait for it, stop it, or give another --output_dir")
+    if who := holder(folder):
+        raise FileExistsError(f"{folder}: {who} writes here; wait for it, stop it, or give another --output_dir")
 
 def claim(cfg: CraftTrainConfig, acc) -> Lock | None:
     "Lock the output folder on the main process, for all ranks; refused there, all refuse."
@@ -65,14 +70,17 @@ class Locked(Callback):
     def __init__(self, parts: "RunParts"): self.lock = parts.lock
     def before_fit(self, trainer):
         if self.lock is None: return
-        if self.lock.revoked: raise FileExistsError(f"{self.lock.folder}: another trainer was made for this folder since: use that one")
+        if self.lock.revoked:
+            raise FileExistsError(f"{self.lock.folder}: another trainer was made for this folder since: use that one")
         self.lock.take().idle = False
     def after_fit(self, trainer): self.lock and self.lock.release()
     def on_error(self, trainer, error): self.after_fit(trainer)
 
 # %% ../nbs/10k_training.ipynb #3aed49b8
-def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None, quiet: bool = False) -> CraftTrainer:
-    "Everything up to the first step. Raises, with nothing written, if the config, the cache or the policy do not fit each other."
+def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=None,
+                 quiet: bool = False) -> CraftTrainer:
+    """Everything up to the first step. Raises, with nothing written, if the config, the cache or the policy do not fit
+    each other."""
     pick_episodes(localise(at_home(cfg).dataset), cfg.tasks)
     if cfg.output_dir: refuse_held(cfg.output_dir)
     cfg.validate()
@@ -81,7 +89,8 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
     if cfg.policy.pretrained_path: attempt("setup", require_parts, cfg.policy)
     if cfg.resume: check_same_data(cfg)
     there = not builds_anchors(cfg) or attempt("cache", own_anchors, cfg, not quiet)
-    cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft, cfg.policy) if cfg.craft.enabled and there else None) or (None, None, [])
+    cache, judged, judged_episodes = (attempt("cache", part_anchors, cfg.craft, cfg.policy)
+                                      if cfg.craft.enabled and there else None) or (None, None, [])
     acc = accelerator or make_accelerator(cfg)
     lock = claim(cfg, acc)
     try: return assemble(cfg, callbacks, acc, quiet, cache, lock, judged, judged_episodes)
@@ -89,28 +98,32 @@ def make_trainer(cfg: CraftTrainConfig, callbacks: Iterable = (), accelerator=No
         if lock: lock.release()
         raise
 
-def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache: AnchorCacheDataset | None, lock: Lock | None,
-             judged: AnchorCacheDataset | None = None, judged_episodes: Iterable[int] = ()) -> CraftTrainer:
+def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache: AnchorCacheDataset | None, lock: Lock
+             | None, judged: AnchorCacheDataset | None = None, judged_episodes: Iterable[int] = ()) -> CraftTrainer:
     "The parts of a run whose folder is its own."
     from lerobot.optim.factory import make_optimizer_and_scheduler
     from lerobot.utils.random_utils import load_rng_state, set_seed
     if cfg.seed is not None: set_seed(cfg.seed, accelerator=acc)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cfg.cudnn_deterministic, not cfg.cudnn_deterministic
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (cfg.cudnn_deterministic,
+                                                                          not cfg.cudnn_deterministic)
     torch.backends.cuda.matmul.allow_tf32 = True
     dataset, held_out = main_first(acc, lambda: or_say_what_is_lost(cfg.dataset, lambda: train_and_held_out(cfg)))
     require_fit(camera_findings(cfg.policy, dataset.meta, cfg.rename_map), cfg.craft.allow_mismatch)
     policy = make_student(cfg, dataset.meta)
     keep = cfg.resume or keeps_statistics(cfg)
-    pre, post = make_processors(cfg.policy, policy, acc.device.type, None if keep else rename_stats(dataset.meta.stats, cfg.rename_map), cfg.rename_map)
+    pre, post = make_processors(cfg.policy, policy, acc.device.type,
+                                None if keep else rename_stats(dataset.meta.stats, cfg.rename_map), cfg.rename_map)
     attempt("features", check_features, pre, dataset.meta, cfg.rename_map)
-    require_fit(data_findings(cfg.policy, pre, post, dataset, cfg.rename_map, True, held_out, not keep, cfg.tolerance_s), cfg.craft.allow_mismatch)
-    heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)], cfg.craft.long_instructions,
-         flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
+    require_fit(data_findings(cfg.policy, pre, post, dataset, cfg.rename_map, True, held_out, not keep,
+                              cfg.tolerance_s), cfg.craft.allow_mismatch)
+    heed(pre, cfg.policy, [t for d in (dataset, held_out) if d is not None for t in instructions_of(d)],
+         cfg.craft.long_instructions, flag="--craft.long_instructions", ds_meta=dataset.meta, rename_map=cfg.rename_map)
     teacher = (make_teacher(cfg.craft, policy, pre, acc.device, "FSDP" in str(acc.distributed_type))
                if cache is not None or judged is not None else None)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
     state, hashes = {}, {}
-    for anchors in (a for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)): check_frames(anchors, cfg, pre, policy)
+    for anchors in (a for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)):
+        check_frames(anchors, cfg, pre, policy)
     for anchors in (a for a in (cache, judged) if a is not None):
         hashes = hashes or run_hashes(policy, pre)
         attempt("cache", check_cache, anchors, cfg.craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
@@ -130,26 +143,33 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     order = make_order(cfg, dataset, state, acc.num_processes)
     loader = make_loader(cfg, dataset, order, pin)
     eval_loader = None if held_out is None else loader_by_task(held_out, cfg.batch_size)
-    adapter = (cache_adapter(judged if cache is None else cache, cfg.craft, policy) if cache is not None or judged is not None
-               else adapter_for(policy, cfg.craft.capture) if taught else None)
+    adapter = (cache_adapter(judged if cache is None else cache, cfg.craft, policy) if cache is not None or judged
+               is not None else adapter_for(policy, cfg.craft.capture) if taught else None)
     policy, optimizer, loader, scheduler = acc.prepare(policy, optimizer, loader, scheduler)
     if cfg.resume and sharded: train_utils.load_fsdp_optimizer_state(policy, optimizer, cfg.checkpoint_path)
     parts = RunParts(cfg, dataset, pre, post, hashes, dataset.meta.camera_keys, eval_loader, cache,
                      order=order, first=state.get("step", 0), lock=lock)
     if acc.is_main_process:
-        callbacks = [RecordLog(Path(cfg.output_dir) / "metrics.jsonl"), *([] if quiet else [Progress(cfg.log_freq), Memory()]),
+        callbacks = [RecordLog(Path(cfg.output_dir) / "metrics.jsonl"),
+                     *([] if quiet else [Progress(cfg.log_freq), Memory()]),
                      *([Wandb(cfg)] if cfg.wandb.enable and cfg.wandb.project else []), *callbacks]
     else: callbacks = []
-    batches = ready_batches(Watched(loader, "a data worker", f"--num_workers (now {cfg.num_workers}), --batch_size (now {cfg.batch_size}) "
-                                    f"or --prefetch_factor (now {cfg.prefetch_factor})"), parts.cameras, pre)
+    batches = ready_batches(Watched(loader, "a data worker", f"--num_workers (now {cfg.num_workers}), --batch_size "
+                                    f"(now {cfg.batch_size}) or --prefetch_factor (now {cfg.prefetch_factor})"),
+                            parts.cameras, pre)
     if cfg.resume:
         drawn = order is None or order.begin["start_index"] or (cfg.num_workers and cfg.persistent_workers)
-        if drawn: batches = itertools.chain([next(batches)], batches)  # opening a loader draws; the unbroken run did that before
+        # opening a loader draws; the unbroken run did that before
+        if drawn: batches = itertools.chain([next(batches)], batches)
         load_rng_state(cfg.checkpoint_path / "training_state")
-    def answered(anchors): return anchors if teacher is None or anchors is None else answered_by(teacher, anchors, cfg.craft, adapter, pre)
-    lost = gathering() and cfg.craft.enabled and cache is None and find_method(cfg.craft.method).needs == "anchors"  # it is refused; what else there is, is looked at
-    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(old_demonstrations, cfg, acc, dataset, pre, post), answered) if cfg.craft.enabled and not lost else None
-    if teacher is not None and cfg.craft.teacher != "inside": method.beside = nbytes([*teacher.parameters(), *teacher.buffers()])
+    def answered(anchors):
+        return anchors if teacher is None or anchors is None else answered_by(teacher, anchors, cfg.craft, adapter, pre)
+    # it is refused; what else there is, is looked at
+    lost = gathering() and cfg.craft.enabled and cache is None and find_method(cfg.craft.method).needs == "anchors"
+    method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(
+        old_demonstrations, cfg, acc, dataset, pre, post), answered) if cfg.craft.enabled and not lost else None
+    if teacher is not None and cfg.craft.teacher != "inside":
+        method.beside = nbytes([*teacher.parameters(), *teacher.buffers()])
     trainer = CraftTrainer(
         policy, batches, optimizer, steps=cfg.steps, scheduler=scheduler, accelerator=acc, retention=method,
         held_out=make_held_out(cfg, answered(judged), judged_episodes, adapter, method) if judged is not None else None,
@@ -175,9 +195,9 @@ def go_on_from(cfg: CraftTrainConfig, acc, step: int) -> int:
     acc.wait_for_everyone()
     return step
 
-CARRIED = ("projection_gate", "initial_lambda", "lambda_lr", "lambda_max", "controller", "distance", "views", "shared_lambda",
-           "epsilon_unit", "layer_weights", "retention_mode", "method", "method_options", "heldout_fraction", "heldout_cache_dir",
-           "teacher", "anchor_actions", "anchor_draws")
+CARRIED = ("projection_gate", "initial_lambda", "lambda_lr", "lambda_max", "controller", "distance", "views",
+           "shared_lambda", "epsilon_unit", "layer_weights", "retention_mode", "method", "method_options",
+           "heldout_fraction", "heldout_cache_dir", "teacher", "anchor_actions", "anchor_draws")
 
 def craft_before(cfg: CraftTrainConfig) -> tuple[dict, Path]:
     "The settings of the run that is resumed, and the file they stand in."
@@ -185,61 +205,74 @@ def craft_before(cfg: CraftTrainConfig) -> tuple[dict, Path]:
     return json.loads(file.read_text()).get("craft", {}), file
 
 def check_same_data(cfg: CraftTrainConfig) -> None:
-    "Refuse other anchors than those of the run that is resumed: other frames, or how many. A folder that was moved is the same one."
+    """Refuse other anchors than those of the run that is resumed: other frames, or how many. A folder that was moved is
+    the same one."""
     before, file = craft_before(cfg)
     then, now = before.get("anchor_dataset") or {}, asdict(cfg.craft.anchor_dataset)
     if changed := other_wishes(then, {k: x for k, x in now.items() if k in then}):
-        way = "; what was built needs its data no more: leave the flag out" if builds_anchors(cfg) and all(c.startswith(PLACES) for c in changed) else ""
-        raise ValueError(f"--resume goes on with the anchors of the checkpoint, and cannot change anchor_dataset.{', anchor_dataset.'.join(changed)}{way}; "
-                         f"for that, begin a new run with --policy.path={file.parent}")
+        way = ("; what was built needs its data no more: leave the flag out"
+               if builds_anchors(cfg) and all(c.startswith(PLACES) for c in changed) else "")
+        raise ValueError(f"--resume goes on with the anchors of the checkpoint, "
+                         f"and cannot change anchor_dataset.{', anchor_dataset.'.join(changed)}{way}; for that, "
+                         f"begin a new run with --policy.path={file.parent}")
 
 def check_resumed(cfg: CraftTrainConfig, step: int) -> None:
     "Refuse changes that a resumed run would not take: λ, its limits and the gate go on from the checkpoint."
-    if step > cfg.steps: raise ValueError(f"steps: the checkpoint stands at step {step}, expected at least that; found {cfg.steps}")
+    if step > cfg.steps:
+        raise ValueError(f"steps: the checkpoint stands at step {step}, expected at least that; found {cfg.steps}")
     before, file = craft_before(cfg)
     if changed := [f"{n} ({before[n]} then, {getattr(cfg.craft, n)} now)" for n in CARRIED
                    if n in before and before[n] != getattr(cfg.craft, n)]:
-        raise ValueError(f"--resume goes on with the λ and the gate of the checkpoint, and cannot change {', '.join(changed)}; "
-                         f"for that, begin a new run with --policy.path={file.parent}")
+        raise ValueError(f"--resume goes on with the λ and the gate of the checkpoint, and cannot change "
+                         f"{', '.join(changed)}; for that, begin a new run with --policy.path={file.parent}")
 
 def keeps_statistics(cfg: CraftTrainConfig) -> bool:
-    """Does the student normalise as its teacher did? With CRaFT it does: with the new data's statistics, as LeRobot's own script takes
-    them, the same states and actions would mean something else, and what the anchors hold would be no skill any more."""
+    """Does the student normalise as its teacher did? With CRaFT it does: with the new data's statistics, as LeRobot's
+    own script takes them, the same states and actions would mean something else, and what the anchors hold would be no
+    skill any more."""
     waived = {w.strip() for w in cfg.craft.allow_mismatch.split(",")} & {"normalisation", "hashes.normalisation"}
     return cfg.craft.enabled and bool(cfg.policy.pretrained_path) and not waived
 
 # %% ../nbs/10k_training.ipynb #641db3c3
 def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
     "The policy that is trained: pretrained weights verified, adapters of peft put on."
-    waived = {"cameras": ""} if gathering() or "cameras" in waivers(cfg.craft.allow_mismatch) else {}  # any map silences LeRobot's own check
+    # any map silences LeRobot's own check
+    waived = {"cameras": ""} if gathering() or "cameras" in waivers(cfg.craft.allow_mismatch) else {}
     with loading(): policy = make_policy(cfg=cfg.policy, ds_meta=ds_meta, rename_map=cfg.rename_map or waived)
     path = cfg.policy.pretrained_path
     if path and Path(path).is_dir() and not getattr(cfg.policy, "use_peft", False): check_loaded_weights(policy, path)
     if cfg.peft is None or hasattr(policy, "get_base_model"): return policy
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
     made = PEFT_TYPE_TO_CONFIG_MAPPING.get(cfg.peft.method_type.upper())
-    alien = {"r", "lora_alpha"} - {f.name for f in fields(made)} if made else ()  # LeRobot hands its ranks to methods that have none, such as OSF
+    # LeRobot hands its ranks to methods that have none, such as OSF
+    alien = {"r", "lora_alpha"} - {f.name for f in fields(made)} if made else ()
     return policy.wrap_with_peft(peft_cli_overrides={k: v for k, v in asdict(cfg.peft).items() if k not in alien})
 
 def answered_by(teacher: nn.Module, anchors, craft: CraftConfig, adapter, pre) -> Answered:
     "A cache or a loader whose anchors `teacher` answers."
     cache = getattr(anchors, "dataset", anchors)
     frames = cache.store if isinstance(cache.store, LiveFrames) else None
-    return Answered(anchors, teacher, cache_views(cache, craft), adapter, (lambda b: pre(frames.told(b))) if frames else None, craft.anchor_actions)
+    return Answered(anchors, teacher, cache_views(cache, craft), adapter,
+                    (lambda b: pre(frames.told(b))) if frames else None, craft.anchor_actions)
 
-def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset | None, policy: nn.Module, adapter, acc, demonstrations,
-                   answered=lambda anchors: anchors) -> Method:
+def make_retention(cfg: CraftTrainConfig, cache: AnchorCacheDataset | None, policy: nn.Module, adapter, acc,
+                   demonstrations, answered=lambda anchors: anchors) -> Method:
     "The method of a run, with its anchors if it takes any, sharded over its ranks."
     craft, one = cfg.craft, acc.num_processes == 1
     total = sum_over_shards(policy) if "FSDP" in str(acc.distributed_type) else None
-    if cache is None: return make_method(MethodParts(policy, craft, cfg.steps, all_reduce=total, adapter=adapter, demonstrations=demonstrations))
+    if cache is None:
+        return make_method(MethodParts(policy, craft, cfg.steps, all_reduce=total, adapter=adapter,
+                                       demonstrations=demonstrations))
     anchors = answered(build_anchor_dataloader(
         cache, craft.anchor_batch_size, seed=cfg.seed or 0, rank=acc.process_index, world_size=acc.num_processes,
         num_workers=craft.anchor_num_workers, pin_memory=acc.device.type == "cuda"))
     views = cache_views(cache, craft)
-    spreads = {n: cache.spread(n) for n, v in views.items() if craft.epsilon_unit == "relative" and v.distance == "mse"}  # else refused
-    stream = craft.projection_scope == "layer" and one and not craft.anchor_micro_batch and craft.gradient_accumulation_steps == 1
-    return make_method(MethodParts(policy, craft, cfg.steps, anchors, views, adapter, spreads, total, stream, cache.manifest["dtype"]))
+    # else refused
+    spreads = {n: cache.spread(n) for n, v in views.items() if craft.epsilon_unit == "relative" and v.distance == "mse"}
+    stream = (craft.projection_scope == "layer" and one and not craft.anchor_micro_batch
+              and craft.gradient_accumulation_steps == 1)
+    return make_method(MethodParts(policy, craft, cfg.steps, anchors, views, adapter, spreads, total, stream,
+                                   cache.manifest["dtype"]))
 
 def sum_over_shards(policy: nn.Module):
     """What sums inner products of sharded gradients over the ranks that hold a shard each;
@@ -262,7 +295,8 @@ def finish(trainer: CraftTrainer, table: str = "") -> None:  # table: Markdown, 
     if acc.is_main_process: write_card(trainer, table)
     if acc.is_main_process and p.cfg.policy.push_to_hub:
         policy = acc.unwrap_model(trainer.policy)
-        policy.push_model_to_hub(p.cfg, dataset_meta=p.dataset.meta, **({"peft_model": policy} if p.cfg.policy.use_peft else {}))
+        policy.push_model_to_hub(p.cfg, dataset_meta=p.dataset.meta,
+                                 **({"peft_model": policy} if p.cfg.policy.use_peft else {}))
         for x in (p.pre, p.post): x.push_to_hub(p.cfg.policy.repo_id)
     acc.wait_for_everyone()
     acc.end_training()
@@ -270,18 +304,23 @@ def finish(trainer: CraftTrainer, table: str = "") -> None:  # table: Markdown, 
 # %% ../nbs/10k_training.ipynb #25f7ac93
 LOOK, COST = 32, 0.01  # anchors a look; share of the run that looks, and the certificate, may take
 
-def part_anchors(craft: CraftConfig, policy: PreTrainedConfig | None = None) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list[int]]:
+def part_anchors(craft: CraftConfig, policy: PreTrainedConfig
+                 | None = None) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list[int]]:
     "Anchors to train on, if the method takes any, anchors to judge on, and the episodes of those."
     read_options(method := find_method(craft.method), craft.method_options)
     cache = open_anchors(craft, policy) if method.needs == "anchors" else None
     if cache is None and (old := craft.anchor_dataset.repo_id):
-        require_fit([Finding("warn", "anchors", f"the method {craft.method} looks at no anchors, so none are made of {', '.join(several(old))} (anchor_dataset)")])
+        require_fit([Finding("warn", "anchors", f"the method {craft.method} looks at no anchors, "
+                             f"so none are made of {', '.join(several(old))} (anchor_dataset)")])
     if craft.heldout_cache_dir:
         held = open_cache(replace(craft, anchor_cache_dir=craft.heldout_cache_dir))
-        if cache is not None and held.manifest.get("cache_id") and held.manifest["cache_id"] == cache.manifest.get("cache_id"):
-            raise ValueError(f"heldout_cache_dir: {craft.heldout_cache_dir} is the cache that is trained on; build another of other frames")
+        if (cache is not None and held.manifest.get("cache_id")
+            and held.manifest["cache_id"] == cache.manifest.get("cache_id")):
+            raise ValueError(f"heldout_cache_dir: {craft.heldout_cache_dir} is the cache that is trained on; "
+                             "build another of other frames")
         return cache, held, cache_episodes(held)
-    fraction = craft.heldout_fraction if craft.heldout_fraction >= 0 else 0.1 * ("share" in (craft.controller, craft.method))
+    fraction = (craft.heldout_fraction if craft.heldout_fraction >= 0
+                else 0.1 * ("share" in (craft.controller, craft.method)))
     if not fraction or cache is None: return cache, None, []
     episodes = cache_episodes(cache)
     kept, held = set_aside(episodes, fraction)
@@ -290,9 +329,11 @@ def part_anchors(craft: CraftConfig, policy: PreTrainedConfig | None = None) -> 
 def make_held_out(cfg: CraftTrainConfig, cache: AnchorCacheDataset, episodes: list[int], adapter, method) -> HeldOut:
     "The judge of a run's drift."
     craft = cfg.craft
-    samples = cfg.batch_size * craft.gradient_accumulation_steps + craft.anchor_batch_size / craft.retention_freq  # with gradient, a step
+    # with gradient, a step
+    samples = cfg.batch_size * craft.gradient_accumulation_steps + craft.anchor_batch_size / craft.retention_freq
     every = craft.heldout_every or -int(-min(LOOK, len(episodes)) // (3 * COST * samples))
     def budgets():
         if craft.budget: return dict.fromkeys(method.duals or ["shared"], craft.budget)
         return {n: d.epsilon(cfg.steps) for n, d in method.duals.items()}
-    return HeldOut(cache, episodes, cache_views(cache, craft), adapter, craft, every, LOOK, max(64, int(3 * COST * samples * cfg.steps)), budgets)
+    return HeldOut(cache, episodes, cache_views(cache, craft), adapter, craft, every, LOOK,
+                   max(64, int(3 * COST * samples * cfg.steps)), budgets)

@@ -22,7 +22,9 @@ def place(study: dict, view: str, seed: str | None = None) -> dict[tuple[str, st
         if int(arm.partition("@")[2]) < most: continue
         for knob, by_seed in study[arm].items():
             rows = [r for s, r in by_seed.items() if seed in (None, s) and r.get("own_drift") is not None]
-            if rows: out[arm.partition(":")[0], knob] = tuple(statistics.mean(r[k] for r in rows) for k in ("own_drift", "task_loss_seen"))
+            if rows:
+                out[arm.partition(":")[0], knob] = tuple(statistics.mean(r[k] for r in rows)
+                                                         for k in ("own_drift", "task_loss_seen"))
     return out
 
 def front(points) -> list[tuple[float, float]]:
@@ -34,7 +36,8 @@ def distances(points: dict) -> dict:  # the same keys; in units of the front's r
     "How far each point is from the corner where drift and loss are the front's best."
     logs = {k: (math.log(x), y) for k, (x, y) in points.items()}
     axes = [(min(v), max(v)) for v in zip(*front(list(logs.values())))]
-    return {k: math.hypot(*((v - low) / (high - low or 1.0) for v, (low, high) in zip(p, axes))) for k, p in logs.items()}
+    return {k: math.hypot(*((v - low) / (high - low or 1.0) for v, (low, high) in zip(p, axes)))
+            for k, p in logs.items()}
 
 def regrets(points: dict) -> dict:
     "Each point's distance less the smallest."
@@ -45,23 +48,29 @@ def matched(points: dict, name: tuple[str, str], method: str) -> str:  # the kno
     "The knob of `method` whose outcome is nearest to that of `name`, in units of the front's range."
     logs = {k: (math.log(x), y) for k, (x, y) in points.items()}
     wide = [max(v) - min(v) or 1.0 for v in zip(*front(list(logs.values())))]
-    return min((k for m, k in points if m == method), key=lambda k: math.hypot(*((a - b) / w for a, b, w in zip(logs[method, k], logs[name], wide))))
+    return min((k for m, k in points if m == method),
+               key=lambda k: math.hypot(*((a - b) / w for a, b, w in zip(logs[method, k], logs[name], wide))))
 
 def choose(points: dict, method: str) -> str:  # the knob
     "A method's knob with the smallest distance. Raises `ValueError` if the method was not tried."
     far = {k: d for (m, k), d in distances(points).items() if m == method}
-    if not far: raise ValueError(f"choose: no knob of {method!r} among {', '.join(' '.join(k) for k in points) or 'no points'}")
+    if not far:
+        raise ValueError(f"choose: no knob of {method!r} among {', '.join(' '.join(k) for k in points) or 'no points'}")
     return min(far, key=far.get)
 
 # %% ../nbs/13c_transfer.ipynb #dee94f4b
 METHODS = "share", "constant"
 
 def transfer(studies: dict[str, dict], first: tuple[str, str], seed: str = "0", share: str = "") -> dict:  # {chosen: {method: knob}, rows: [...], mean: {method: regret}, ratio}
-    "What the knobs chosen on `first`, a workload and a view, with one seed, come to in every place of `studies`, {workload: study}; with `share` that knob and the weight that matches it there. `mean` and `ratio` are None where nothing is to be compared."
+    """What the knobs chosen on `first`, a workload and a view, with one seed, come to in every place of `studies`,
+    {workload: study}; with `share` that knob and the weight that matches it there. `mean` and `ratio` are None where
+    nothing is to be compared."""
     start, rows = place(studies[first[0]], first[1], seed), []
-    chosen = dict(share=share, constant=matched(start, ("share", share), "constant")) if share else {m: choose(start, m) for m in METHODS}
+    chosen = (dict(share=share, constant=matched(start, ("share", share), "constant")) if share
+              else {m: choose(start, m) for m in METHODS})
     for workload, study in studies.items():
-        views = sorted({a.partition(":")[2].partition("@")[0] for a in students(study) if ":" in a}, key=lambda v: ((workload, v) != first, v))
+        views = sorted({a.partition(":")[2].partition("@")[0] for a in students(study) if ":" in a},
+                       key=lambda v: ((workload, v) != first, v))
         for view in views:
             points = place(study, view)
             lost = regrets(points) if len(points) > 2 else {}
@@ -69,12 +78,16 @@ def transfer(studies: dict[str, dict], first: tuple[str, str], seed: str = "0", 
                              **{m: dict(point=points.get((m, k)), regret=lost.get((m, k))) for m, k in chosen.items()}))
     both = [r for r in rows if not r["chosen_here"] and all(r[m]["regret"] is not None for m in METHODS)]
     mean = {m: statistics.mean(r[m]["regret"] for r in both) for m in METHODS} if both else None
-    return dict(chosen=chosen, rows=rows, mean=mean, ratio=mean["share"] / mean["constant"] if mean and mean["constant"] > 0 else None)
+    return dict(chosen=chosen, rows=rows, mean=mean,
+                ratio=mean["share"] / mean["constant"] if mean and mean["constant"] > 0 else None)
 
 def transfer_markdown(found: dict) -> str:
     "The table."
     def says(x): return "–" if x is None else f"{x:.3g}" if isinstance(x, float) else f"{x[0]:.3g}, {x[1]:.3f}"
-    head = ["workload", "view", "knobs tried", *(f"{found['chosen'][m]}: {x}" for m in METHODS for x in ("drift, loss", "regret"))]
-    rows = [[r["workload"], r["view"] + " (chosen here)" * r["chosen_here"], str(r["points"]), *(says(r[m][k]) for m in METHODS for k in ("point", "regret"))] for r in found["rows"]]
-    if found["mean"]: rows.append(["mean of the others", "", "", *(x for m in METHODS for x in ("", says(found["mean"][m])))])
+    head = ["workload", "view", "knobs tried",
+            *(f"{found['chosen'][m]}: {x}" for m in METHODS for x in ("drift, loss", "regret"))]
+    rows = [[r["workload"], r["view"] + " (chosen here)" * r["chosen_here"], str(r["points"]),
+             *(says(r[m][k]) for m in METHODS for k in ("point", "regret"))] for r in found["rows"]]
+    if found["mean"]:
+        rows.append(["mean of the others", "", "", *(x for m in METHODS for x in ("", says(found["mean"][m])))])
     return table_markdown(head, rows)

@@ -23,7 +23,8 @@ class ForwardFile:
     def __init__(self, path: str | Path):
         import av
         try: self.path, self.box = str(path), av.open(str(path))
-        except av.error.FFmpegError as e: raise ValueError(f"{path}: cannot be opened as a video ({e.strerror}); {MEND}") from e
+        except av.error.FFmpegError as e:
+            raise ValueError(f"{path}: cannot be opened as a video ({e.strerror}); {MEND}") from e
         self.stream = self.box.streams.video[0]
         self.codec, self.base = self.stream.codec_context, self.stream.time_base
         self._begin()
@@ -62,10 +63,12 @@ class ForwardFile:
         return True
 
     def frame(self, when: float, tolerance: float):
-        "The frame at `when` seconds, as PyAV has it. Raises `ValueError` if none is nearer than `tolerance`, or the file is damaged."
+        """The frame at `when` seconds, as PyAV has it. Raises `ValueError` if none is nearer than `tolerance`, or the
+        file is damaged."""
         import av
         try: return self._frame(when, tolerance)
-        except av.error.FFmpegError as e: raise ValueError(f"{self.path}: cannot be decoded at {when:.3f} s ({e.strerror}); {MEND}") from e
+        except av.error.FFmpegError as e:
+            raise ValueError(f"{self.path}: cannot be decoded at {when:.3f} s ({e.strerror}); {MEND}") from e
 
     def _frame(self, when: float, tolerance: float):
         at = self._time(self.last[-1]) if self.last else 0.0
@@ -78,8 +81,8 @@ class ForwardFile:
         if not self.last: raise ValueError(f"{self.path}: no frame can be decoded at {when:.3f} s; {MEND}")
         best = min(self.last, key=lambda f: abs(self._time(f) - when))
         if abs(self._time(best) - when) >= tolerance:
-            raise ValueError(f"{self.path}: expected a frame within {tolerance} s of {when:.4f} s, the nearest is at {self._time(best):.4f} s: "
-                             "timestamps and video of the data set do not fit each other")
+            raise ValueError(f"{self.path}: expected a frame within {tolerance} s of {when:.4f} s, the nearest is at "
+                             f"{self._time(best):.4f} s: timestamps and video of the data set do not fit each other")
         return best
 
     def close(self) -> None: self.box.close()
@@ -136,7 +139,8 @@ class ForwardFrames(torch.utils.data.Dataset):
                 continue
             file = self.file(camera, self.reader.root / meta.get_video_file_path(episode, camera))
             frames = [file.frame(row[f"videos/{camera}/from_timestamp"] + t, self.reader._tolerance_s) for t in when]
-            x = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous() for f in frames])
+            x = torch.stack([torch.from_numpy(f.to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous()
+                             for f in frames])
             out[camera] = (x if self.reader._return_uint8 else x.type(torch.float32) / 255).squeeze(0)
         return out
 

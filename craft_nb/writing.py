@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .config import as_path
 from .files import IMAGE_CODES, AnchorCacheError, _atomic, _canonical, _pil, _publish, hash_file, read_header
-from .format import (BUILDING, INDEX, MANIFEST, PACKED, SCHEMA_VERSION, _FULL, _PLAN, _SHARD, Field, Shard, Spread, _arrange,
-                             _cache_id, _check, _check_shards, _pieces, _seal, _tensor, _write_rows)
+from .format import (BUILDING, INDEX, MANIFEST, PACKED, SCHEMA_VERSION, _FULL, _PLAN, _SHARD, Field, Shard,
+                             Spread, _arrange, _cache_id, _check, _check_shards, _pieces, _seal, _tensor, _write_rows)
 from .machine import LOCK, Lock
 
 # %% ../nbs/04c_writing.ipynb #73b35ea3
@@ -30,7 +30,8 @@ class _BuildFolder:
         self.dir, self.plan, self.fields, self.shards, self.position = as_path(out_dir), plan, {}, [], 0
         d, building = self.dir, self.dir/BUILDING
         if (d/MANIFEST).exists():
-            with contextlib.suppress(OSError): Lock(d).take().release()  # removes what a build leaves that is killed behind its last rename
+            # removes what a build leaves that is killed behind its last rename
+            with contextlib.suppress(OSError): Lock(d).take().release()
             raise FileExistsError(f'{d}: holds a finished anchor cache; give another out_dir, or delete it yourself')
         self._take()
         try: self._look(d, building)
@@ -130,7 +131,8 @@ class _Resumable(_Intake):
         self.plan['tensors'] = old['tensors']; self._set_fields()
         while self.position < self.plan['num_anchors'] and (p := self.dir/_SHARD.format(len(self.shards))).exists():
             entry = dict(file=p.name, rows=self._rows_of(len(self.shards)), bytes=p.stat().st_size)
-            if read_header(p)[0].get('row_crc', (0, [entry['rows']]))[1][0] < entry['rows']: p.unlink(); break   # the last of a short build
+            # the last of a short build
+            if read_header(p)[0].get('row_crc', (0, [entry['rows']]))[1][0] < entry['rows']: p.unlink(); break
             s = Shard(p, entry, self.fields, self.cache_id, self.position)
             self._measure([{k: s.pieces(f, i) for k, f in self.fields.items()} for i in range(s.rows)])
             self.shards.append(entry | dict(sha256=hash_file(p))); self.position += s.rows
@@ -181,8 +183,10 @@ class _Queued(_Resumable):
         if len(self._rows) == self._rows_of(len(self.shards)): self._cut()
 
     def _size(self, more: int) -> int:
-        "Bytes of the cache with `more` in the shard that is filling; headers and manifest are taken as longer than they are."
-        return sum(s['bytes'] for s in self.shards) + self._filling + more + self._manifest + self.overhead * (1 + len(self.shards))
+        """Bytes of the cache with `more` in the shard that is filling; headers and manifest are taken as longer than
+        they are."""
+        return (sum(s['bytes'] for s in self.shards) + self._filling + more + self._manifest
+                + self.overhead * (1 + len(self.shards)))
 
     @property
     def overhead(self) -> int:
@@ -267,7 +271,8 @@ class AnchorWriter(_Queued):
             done, n = sum(s['rows'] for s in self.shards) + len(self._rows), self.plan['num_anchors']
             if done != n and not (self.full or self.fewer):
                 raise AnchorCacheError(f'{self.dir}: {self.position} anchors were added, {n} were announced')
-            if not done: raise AnchorCacheError(f'{self.dir}: there is no room for a single anchor in {self.max_bytes} bytes')
+            if not done:
+                raise AnchorCacheError(f'{self.dir}: there is no room for a single anchor in {self.max_bytes} bytes')
             if self._rows: self._cut()
             m = self.plan | dict(views=self._measured_views(), shards=self.shards, cache_id=self.cache_id)
             if done < n: m |= dict(num_anchors=done, announced=n)
@@ -284,9 +289,10 @@ class AnchorWriter(_Queued):
     def __exit__(self, kind, *_): self.finish() if kind is None else self.close()
 
 # %% ../nbs/04c_writing.ipynb #d15fd9e1
-example_views = dict(pooled=dict(tensors=['teacher_hidden'], distance='relative', unit='relative squared distance'),
-             tokens=dict(tensors=['tokens_hidden', 'tokens_mask'], distance='relative', unit='relative squared distance'),
-             action_logits=dict(tensors=['action_logp', 'action_topk', 'action_mask'], distance='kl', unit='nats'))
+example_views = dict(
+    pooled=dict(tensors=['teacher_hidden'], distance='relative', unit='relative squared distance'),
+    tokens=dict(tensors=['tokens_hidden', 'tokens_mask'], distance='relative', unit='relative squared distance'),
+    action_logits=dict(tensors=['action_logp', 'action_topk', 'action_mask'], distance='kl', unit='nats'))
 example_info = dict(policy_type='pi0_fast', layers=[-2, -1], pooling=['vision_token_mean', 'text_token_last'], width=16,
             dtype='float32', hashes=dict(weights='0' * 64), prompts=['open the window', 'close the drawer'])
 

@@ -54,25 +54,28 @@ def swapped(module, **names):
 
 def small_paligemma(module, c, vocab_size: int):
     "`module`'s network at the sizes of config `c`."
-    gemma = dict(num_hidden_layers=c.depth, num_attention_heads=8, num_key_value_heads=1, head_dim=c.head_dim, vocab_size=vocab_size,
-                 hidden_activation="gelu_pytorch_tanh", pad_token_id=0)
+    gemma = dict(num_hidden_layers=c.depth, num_attention_heads=8, num_key_value_heads=1, head_dim=c.head_dim,
+                 vocab_size=vocab_size, hidden_activation="gelu_pytorch_tanh", pad_token_id=0)
     class Small(module.PaliGemmaWithExpertModel):
         def __init__(self, vlm, expert, use_adarms=None, **kw):
             nn.Module.__init__(self)
             self.freeze_vision_encoder, self.train_expert_only = c.freeze_vision_encoder, c.train_expert_only
-            vision = dict(model_type="siglip_vision_model", hidden_size=c.width, intermediate_size=2 * c.width, num_hidden_layers=2,
-                          num_attention_heads=4, patch_size=c.patch_size, image_size=c.image_resolution[0], vision_use_head=False)
+            vision = dict(model_type="siglip_vision_model", hidden_size=c.width, intermediate_size=2 * c.width,
+                          num_hidden_layers=2, num_attention_heads=4, patch_size=c.patch_size,
+                          image_size=c.image_resolution[0], vision_use_head=False)
             text = gemma | dict(model_type="gemma", hidden_size=c.width, intermediate_size=2 * c.width)
             vlm = PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=c.width, hidden_size=c.width,
                                   image_token_index=vocab_size, vocab_size=vocab_size)
             own = GemmaConfig(**gemma, hidden_size=c.expert_width, intermediate_size=2 * c.expert_width)
             for x, adaptive, d in ((vlm.text_config, use_adarms[0], c.width), (own, use_adarms[1], c.expert_width)):
                 x.use_adarms, x.adarms_cond_dim = adaptive, d if adaptive else None
-            self.paligemma, self.gemma_expert = PaliGemmaForConditionalGenerationWithPiGemma(config=vlm), PiGemmaForCausalLM(config=own)
+            self.paligemma, self.gemma_expert = (PaliGemmaForConditionalGenerationWithPiGemma(config=vlm),
+                                                 PiGemmaForCausalLM(config=own))
             self.gemma_expert.model.embed_tokens = None
             self.to_bfloat16_for_selected_params(c.dtype)
             self._set_requires_grad()
-    return swapped(module, PaliGemmaWithExpertModel=Small, get_gemma_config=lambda variant: SimpleNamespace(width=c.expert_width))
+    return swapped(module, PaliGemmaWithExpertModel=Small,
+                   get_gemma_config=lambda variant: SimpleNamespace(width=c.expert_width))
 
 # %% ../nbs/11e_zoo.ipynb #21a18e5b
 @dataclass
@@ -109,13 +112,15 @@ class PI0SmallPolicy(modeling_pi0.PI0Policy):
     "LeRobot's pi0 policy at `PI0SmallConfig`'s sizes."
     config_class, name = PI0SmallConfig, "pi0_small"
     def __init__(self, config: PI0SmallConfig, **kw):
-        with small_paligemma(modeling_pi0, config, len(AutoTokenizer.from_pretrained(config.text_tokenizer_name))): super().__init__(config, **kw)
+        with small_paligemma(modeling_pi0, config, len(AutoTokenizer.from_pretrained(config.text_tokenizer_name))):
+            super().__init__(config, **kw)
 
 class PI05SmallPolicy(modeling_pi05.PI05Policy):
     "LeRobot's pi05 policy at `PI05SmallConfig`'s sizes."
     config_class, name = PI05SmallConfig, "pi05_small"
     def __init__(self, config: PI05SmallConfig, **kw):
-        with small_paligemma(modeling_pi05, config, len(AutoTokenizer.from_pretrained(config.text_tokenizer_name))): super().__init__(config, **kw)
+        with small_paligemma(modeling_pi05, config, len(AutoTokenizer.from_pretrained(config.text_tokenizer_name))):
+            super().__init__(config, **kw)
 
 # %% ../nbs/11e_zoo.ipynb #516226a3
 def local_tokenizer(module, c):
@@ -124,23 +129,28 @@ def local_tokenizer(module, c):
     return swapped(module, TokenizerProcessorStep=step)
 
 def make_pi0_small_pre_post_processors(config: PI0SmallConfig, dataset_stats=None):
-    with local_tokenizer(processor_pi0, config): return processor_pi0.make_pi0_pre_post_processors(config, dataset_stats)
+    with local_tokenizer(processor_pi0, config):
+        return processor_pi0.make_pi0_pre_post_processors(config, dataset_stats)
 
 def make_pi05_small_pre_post_processors(config: PI05SmallConfig, dataset_stats=None):
-    with local_tokenizer(processor_pi05, config): return processor_pi05.make_pi05_pre_post_processors(config, dataset_stats)
+    with local_tokenizer(processor_pi05, config):
+        return processor_pi05.make_pi05_pre_post_processors(config, dataset_stats)
 
 # %% ../nbs/11e_zoo.ipynb #ad694689
 def save_small_vlm(folder, sentences, width: int = 64, depth: int = 4) -> Path:  # the folder
     "Config, tokenizer and processor of a small SmolVLM, no weights."
     from transformers import SmolVLMConfig, SmolVLMImageProcessor, SmolVLMProcessor, SmolVLMVideoProcessor
-    marks = dict(fake_image_token="<fake_token_around_image>", image_token="<image>", end_of_utterance_token="<end_of_utterance>",
-                 global_image_token="<global-img>", video_token="<video>")
-    words = PreTrainedTokenizerFast(tokenizer_object=make_text_tokenizer(sentences, 1).backend_tokenizer, pad_token="<pad>",
-                                    bos_token="<bos>", unk_token="<unk>", extra_special_tokens=marks)
-    text = dict(model_type="llama", hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=width // 4, vocab_size=len(words), pad_token_id=0, max_position_embeddings=256)
-    vision = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4, patch_size=16, image_size=64)
-    SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2, image_token_id=words.convert_tokens_to_ids("<image>"),
+    marks = dict(fake_image_token="<fake_token_around_image>", image_token="<image>",
+                 end_of_utterance_token="<end_of_utterance>", global_image_token="<global-img>", video_token="<video>")
+    words = PreTrainedTokenizerFast(tokenizer_object=make_text_tokenizer(sentences, 1).backend_tokenizer,
+                                    pad_token="<pad>", bos_token="<bos>", unk_token="<unk>", extra_special_tokens=marks)
+    text = dict(model_type="llama", hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=width // 4, vocab_size=len(words),
+                pad_token_id=0, max_position_embeddings=256)
+    vision = dict(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
+                  patch_size=16, image_size=64)
+    SmolVLMConfig(text_config=text, vision_config=vision, scale_factor=2,
+                  image_token_id=words.convert_tokens_to_ids("<image>"),
                   pad_token_id=0, tie_word_embeddings=False).save_pretrained(folder)
     SmolVLMProcessor(SmolVLMImageProcessor(), words, SmolVLMVideoProcessor(), image_seq_len=4).save_pretrained(folder)
     return Path(folder)
@@ -150,23 +160,27 @@ KINDS = ("pi0", "pi05", "smolvla", "act", "diffusion")
 
 def zoo_config(work: Workload, kind: str, **more) -> PreTrainedConfig:
     "A small config of `kind` for the data of `work`. ValueError for another kind."
-    small = dict(device="cpu", push_to_hub=False) | (dict(chunk_size=10, n_action_steps=10) if kind != "diffusion" else {})
+    small = (dict(device="cpu", push_to_hub=False)
+             | (dict(chunk_size=10, n_action_steps=10) if kind != "diffusion" else {}))
     resnet = dict(vision_backbone="resnet_small", pretrained_backbone_weights=None)
     text = str(work.tokenizers / "text")
     if kind == "pi0": return PI0SmallConfig(text_tokenizer_name=text, **small | more)
     if kind == "pi05": return PI05SmallConfig(text_tokenizer_name=text, **small | more)
     if kind == "act":
-        return ACTConfig(**small | resnet | dict(dim_model=64, n_heads=4, dim_feedforward=128, n_encoder_layers=2, n_vae_encoder_layers=1,
+        return ACTConfig(**small | resnet | dict(dim_model=64, n_heads=4, dim_feedforward=128, n_encoder_layers=2,
+                                                 n_vae_encoder_layers=1,
                                                  latent_dim=8, optimizer_lr=1e-3, optimizer_lr_backbone=1e-3) | more)
     if kind == "diffusion":
-        return DiffusionConfig(**small | resnet | dict(horizon=16, n_action_steps=8, down_dims=(32, 64), n_groups=4, diffusion_step_embed_dim=32,
+        return DiffusionConfig(**small | resnet | dict(
+            horizon=16, n_action_steps=8, down_dims=(32, 64), n_groups=4, diffusion_step_embed_dim=32,
             use_group_norm=True, spatial_softmax_num_keypoints=8, num_train_timesteps=20, optimizer_lr=1e-3) | more)
     if kind == "smolvla":
         vlm = work.tokenizers / "vlm"
         if not (vlm / "config.json").exists(): save_small_vlm(vlm, work.texts.values())
-        return SmolVLAConfig(**small | dict(vlm_model_name=str(vlm), num_vlm_layers=4, max_state_dim=6, max_action_dim=6, num_steps=5,
-            resize_imgs_with_padding=(64, 64), tokenizer_max_length=24, optimizer_lr=1e-3, scheduler_warmup_steps=50, scheduler_decay_steps=1000,
-            train_expert_only=False) | more)
+        return SmolVLAConfig(
+            **small | dict(vlm_model_name=str(vlm), num_vlm_layers=4, max_state_dim=6, max_action_dim=6, num_steps=5,
+                           resize_imgs_with_padding=(64, 64), tokenizer_max_length=24, optimizer_lr=1e-3,
+                           scheduler_warmup_steps=50, scheduler_decay_steps=1000, train_expert_only=False) | more)
     raise ValueError(f"unknown kind {kind!r}: expected one of {', '.join(KINDS)}")
 
 # %% ../nbs/11e_zoo.ipynb #ec183959
@@ -180,7 +194,8 @@ def zoo_data(work: Workload, config: PreTrainedConfig, episodes=None):
     "The data of `work` with the observations and action chunks that `config` is trained on."
     from lerobot.datasets import LeRobotDataset
     from lerobot.datasets.factory import resolve_delta_timestamps
-    return LeRobotDataset(work.repo_id, root=work.root, episodes=episodes, delta_timestamps=resolve_delta_timestamps(config, work.meta))
+    return LeRobotDataset(work.repo_id, root=work.root, episodes=episodes,
+                          delta_timestamps=resolve_delta_timestamps(config, work.meta))
 
 def zoo_checkpoint(work: Workload, kind: str, steps: int = 0, seed: int = 0, **more) -> Path:
     "Folder of a policy of `kind`, trained for `steps` (batch 8); one that is there is reused."

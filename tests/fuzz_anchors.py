@@ -1,7 +1,7 @@
 """Damage caches in N random ways: `python tests/fuzz_anchors.py 1000 [seed]`, or `make fuzz N=1000`.
-Each damaged cache must be refused with an error that names a file, or read back exactly as it was written; no code in it may
-run, and memory may not follow what it claims. (The metadata.json of the origin's format has no checksum: there only its
-shards are damaged.)"""
+Each damaged cache must be refused with an error that names a file, or read back exactly as it was written; no code in
+it may run, and memory may not follow what it claims. (The metadata.json of the origin's format has no checksum: there
+only its shards are damaged.)"""
 import hashlib, json, os, pickle, random, resource, shutil, struct, sys, tempfile
 from collections import Counter
 from pathlib import Path
@@ -36,7 +36,10 @@ def flip(rng, d, other):
     for _ in range(rng.choice([1, 1, 2, 20])): b[rng.randrange(len(b))] ^= 1 << rng.randrange(8)
     p.write_bytes(b)
 def swap(rng, d, other):
-    a, b = rng.sample(sorted(d.glob('*.safetensors')), 2); t = a.read_bytes(); a.write_bytes(b.read_bytes()); b.write_bytes(t)
+    a, b = rng.sample(sorted(d.glob('*.safetensors')), 2)
+    t = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(t)
 def missing(rng, d, other): rng.choice(sorted(d.iterdir())).unlink()
 def foreign(rng, d, other): p = pick(rng, d, other); p.write_bytes((other/p.name).read_bytes())
 def foreign_signed(rng, d, other): # a shard of another cache, with size and hash made good in the manifest
@@ -46,7 +49,8 @@ def foreign_signed(rng, d, other): # a shard of another cache, with size and has
     (d/A.MANIFEST).write_text(json.dumps(sign(m)))
 def pickled(rng, d, other):
     p = any_file(rng, d); e = Evil(d.parent/'ran')
-    rng.choice([lambda: p.write_bytes(pickle.dumps(e)), lambda: torch.save({'teacher_hidden': torch.zeros(2), 'x': e}, p)])()
+    rng.choice([lambda: p.write_bytes(pickle.dumps(e)),
+                lambda: torch.save({'teacher_hidden': torch.zeros(2), 'x': e}, p)])()
 def header(rng, d, other): # claims in a shard's header, lengths kept or not
     p = pick(rng, d, other); raw = p.read_bytes(); n = struct.unpack('<Q', raw[:8])[0]; h = json.loads(raw[8:8 + n])
     path = rng.choice(list(leaves(h))); x = h
@@ -70,7 +74,10 @@ def manifest(rng, d, other, signed=False):
     p.write_text(json.dumps(sign(m) if signed else m))
 def manifest_signed(rng, d, other): manifest(rng, d, other, signed=True)
 def manifest_sizes(rng, d, other): # huge counts that agree with each other, signed
-    p = d/A.MANIFEST; m = json.loads(p.read_text()); n = rng.choice([2**31, 2**40, 2**53]); m['num_anchors'] = m['shard_size'] = n
+    p = d/A.MANIFEST
+    m = json.loads(p.read_text())
+    n = rng.choice([2**31, 2**40, 2**53])
+    m['num_anchors'] = m['shard_size'] = n
     m['shards'] = m['shards'][:1]; m['shards'][0]['rows'] = n
     m['shards'][0]['bytes'] = rng.choice([m['shards'][0]['bytes'], n * 8 * len(m['tensors'])])
     m['cache_id'] = A._cache_id(m); p.write_text(json.dumps(sign(m)))
@@ -83,8 +90,8 @@ def spaces(rng, d, other):  # harmless
     p = d/A.MANIFEST; p.write_text(json.dumps(json.loads(p.read_text()), indent=rng.choice([None, 0, 7])))
 
 OLD = [truncate, extend, flip, missing, pickled]
-NEW = OLD + [flip, swap, foreign, foreign_signed, header, header, header_size, offsets, manifest, manifest, manifest_signed,
-             manifest_sizes, manifest_shapes, nested, spaces]
+NEW = OLD + [flip, swap, foreign, foreign_signed, header, header, header_size, offsets, manifest, manifest,
+             manifest_signed, manifest_sizes, manifest_shapes, nested, spaces]
 
 def examine(d, truth, meta): # 'refused' or 'harmless'; anything else raises
     names = {p.name for p in (d.parent/'sound').iterdir()} | {d.name}
@@ -107,12 +114,15 @@ def fuzz(n, seed=0):
         build(sound['new']); build(sound['zlib'], images='zlib')
         build(tmp/'other', hashes=dict(weights='b' * 64)); sound['old'].mkdir(); truth = anchors(0, 40)
         for i in range(0, 40, 16):
-            torch.save({k: v.clone() for k, v in anchors(i, min(i + 16, 40)).items()}, sound['old']/f'shard_{i // 16:04d}.pt')
+            torch.save({k: v.clone() for k, v in anchors(i, min(i + 16, 40)).items()},
+                       sound['old']/f'shard_{i // 16:04d}.pt')
         (sound['old']/'metadata.json').write_text(json.dumps(dict(num_anchors=40, layers_to_save=[-2, -1])))
         keys = ('kind', 'num_anchors', 'layers', 'pooling', 'policy_type', 'width')
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in range(n):
-            name = rng.choice(['new', 'new', 'zlib', 'old']); how = rng.choice(OLD if name == 'old' else NEW); d = tmp/'sound'
+            name = rng.choice(['new', 'new', 'zlib', 'old'])
+            how = rng.choice(OLD if name == 'old' else NEW)
+            d = tmp/'sound'
             for x in (d, tmp/'hurt'): shutil.rmtree(x, ignore_errors=True); shutil.copytree(sound[name], x)
             full = A.AnchorCacheDataset(d).manifest; meta = {k: full[k] for k in keys}
             how(rng, tmp/'hurt', tmp/'other')

@@ -17,7 +17,8 @@ from linear_run import Linear, LinearAdapter
 
 TEXTS = dict(views=["", "pooled", "pooled:0.5", " pooled : 2 ", "tokens", "pooled,tokens:3"],
              view_epsilons=["", "pooled:0.3", "nose:1"], layer_weights=["", "-1:1", "-1:0.25", "-2:0.5"])
-SPOILT = dict(views=["pooled:heavy", "pooled,pooled", ":1", "pooled:-1"], view_epsilons=["pooled:x"], layer_weights=["-1:nan"])
+SPOILT = dict(views=["pooled:heavy", "pooled,pooled", ":1", "pooled:-1"], view_epsilons=["pooled:x"],
+              layer_weights=["-1:nan"])
 COSTLY = dict(probe_steps=3, gradient_accumulation_steps=3)  # their size is time
 
 
@@ -28,7 +29,8 @@ def good(f):
     lo, hi = RANGES.get(f.name, (0, math.inf))
     if f.name in CHOICES: return st.sampled_from(CHOICES[f.name])
     if f.name in TEXTS: return st.sampled_from(TEXTS[f.name])
-    if f.name == "anchor_dataset": return st.builds(AnchorData, st.just("me/old"), episodes=st.none() | st.lists(st.integers(0, 9)))
+    if f.name == "anchor_dataset":
+        return st.builds(AnchorData, st.just("me/old"), episodes=st.none() | st.lists(st.integers(0, 9)))
     if kind(f) == "bool": return st.booleans()
     if kind(f) == "int": return st.integers(lo, COSTLY.get(f.name, 60)) | st.integers(lo, COSTLY.get(f.name, 2**40))
     if kind(f) == "float": return st.floats(lo, min(hi, 3)) | st.floats(lo, hi, allow_infinity=False, allow_nan=False)
@@ -39,7 +41,8 @@ def bad(f):
     lo, hi = RANGES.get(f.name, (0, math.inf))
     wrong = [st.none(), st.just([1])]
     if kind(f) == "bool": return st.one_of(*wrong, st.sampled_from(["yes", 1, 0.0]))
-    if kind(f) == "int": return st.one_of(*wrong, st.integers(max_value=lo - 1), st.sampled_from([True, 1.5, "5", math.nan]))
+    if kind(f) == "int":
+        return st.one_of(*wrong, st.integers(max_value=lo - 1), st.sampled_from([True, 1.5, "5", math.nan]))
     if kind(f) == "float":
         above = [st.floats(hi, 1e300, exclude_min=True)] if hi < math.inf else []
         return st.one_of(*wrong, *above, st.floats(-1e300, lo, exclude_max=True),
@@ -59,7 +62,8 @@ def drawn(draw):  # → fields, the spoilt ones among them
 
 
 def tiny_run(config):
-    "A trainer on a linear policy, as `10k_training` would make it. Raises `ValueError` for what does not fit the cache."
+    """A trainer on a linear policy, as `10k_training` would make it. Raises `ValueError` for what does not fit the
+    cache."""
     from craft_nb.config import parse_weights
     g = torch.Generator().manual_seed(0)
     policy = Linear(4, 0, 0)
@@ -68,11 +72,12 @@ def tiny_run(config):
     weights = {int(k): v for k, v in parse_weights(config.layer_weights, "layer_weights").items()} or None
     views = make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance=config.distance or "mse",
                        layer_weights=weights)
-    stream = config.projection_scope == "layer" and not config.anchor_micro_batch and config.gradient_accumulation_steps == 1
+    stream = (config.projection_scope == "layer" and not config.anchor_micro_batch
+              and config.gradient_accumulation_steps == 1)
     ret = Retention(policy, draws(lambda x: {"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]}), views,
                     LinearAdapter(), config, 2, {"pooled": 1.0}, stream=stream)
-    return CraftTrainer(policy, draws(lambda x: {"x": x, "y": x @ new.T}), torch.optim.SGD(policy.parameters(), 0.05), steps=2,
-                        retention=ret if config.enabled else None,
+    return CraftTrainer(policy, draws(lambda x: {"x": x, "y": x @ new.T}), torch.optim.SGD(policy.parameters(), 0.05),
+                        steps=2, retention=ret if config.enabled else None,
                         accumulate=config.gradient_accumulation_steps, max_nonfinite_steps=config.max_nonfinite_steps)
 
 
@@ -81,7 +86,8 @@ def check(case) -> str:
     values, spoilt = case
     try: trainer = tiny_run(CraftConfig(**values))
     except ValueError as e:
-        assert any(n in str(e) for n in spoilt or values), f"{values}: refused without naming {spoilt or 'a field'}: {e}"
+        assert any(n in str(e)
+                   for n in spoilt or values), f"{values}: refused without naming {spoilt or 'a field'}: {e}"
         return "refused"
     assert not spoilt, f"{ {n: values[n] for n in spoilt} } was accepted"
     with warnings.catch_warnings():

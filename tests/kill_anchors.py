@@ -1,5 +1,6 @@
 """Kill cache builds with SIGKILL: `python tests/kill_anchors.py 20 [seed [policy]]`; without a policy one is drawn.
-Synthetic anchors first, then the answers of a small policy, a fifth as many kills. Each build is killed at a random moment until it gets through; then the folder must be byte-identical to one of an unbroken build.
+Synthetic anchors first, then the answers of a small policy, a fifth as many kills. Each build is killed at a random
+moment until it gets through; then the folder must be byte-identical to one of an unbroken build.
 `each_door` kills once before every single rename and fsync of a build."""
 import os, random, shutil, signal, sys, tempfile, time
 from pathlib import Path
@@ -28,7 +29,8 @@ def of_policy(folder, kind): # a build as `craft-build-cache` does it, of the an
     def make(d):
         policy = PreTrainedConfig.from_pretrained(path); policy.pretrained_path, policy.push_to_hub = path, False
         views = 'pooled,action_logits' if kind == 'pi0_fast' else 'pooled,answer'
-        return lambda: build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(w.root)), policy=policy, out_dir=str(d), num_anchors=24, views=views,
+        return lambda: build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(w.root)), policy=policy,
+                                                    out_dir=str(d), num_anchors=24, views=views,
                                                     batch_size=4, shard_size=8, allow_undecodable=True), progress=False)
     return make
 
@@ -44,7 +46,8 @@ def random_kills(n, seed=0, work=work):
                 if kills < n: os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
                 if os.WIFSIGNALED(status): kills += 1; continue
-                assert os.WEXITSTATUS(status) == 0, f'a resumed build failed with exit code {os.WEXITSTATUS(status)}'; break
+                assert os.WEXITSTATUS(status) == 0, f'a resumed build failed with exit code {os.WEXITSTATUS(status)}'
+                break
             assert content(d) == whole, f'build {builds} differs: {[k for k in whole if content(d).get(k) != whole[k]]}'
             shutil.rmtree(d)
     return kills, builds
@@ -69,10 +72,12 @@ def each_door():
             assert content(d) == whole, f'killed at door {at}: the resumed cache differs'; at += 1
 
 if __name__ == '__main__':
-    n, seed = int(sys.argv[1]) if len(sys.argv) > 1 else 20, int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1000)
+    n, seed = (int(sys.argv[1]) if len(sys.argv) > 1 else 20,
+               int(sys.argv[2]) if len(sys.argv) > 2 else random.randrange(1000))
     kind = sys.argv[3] if len(sys.argv) > 3 else random.Random(seed).choice(('pi0_fast', 'pi0', 'smolvla'))
     os.environ['HF_HUB_OFFLINE'] = '1'; torch.set_num_threads(1); print(f'{kind}, seed {seed}', flush=True)
     k, b = random_kills(n, seed); print(f'{k} random kills over {b} builds: every resumed cache is byte-identical')
     print(f'{each_door()} kills, one before each rename and fsync: every resumed cache is byte-identical')
     with tempfile.TemporaryDirectory() as tmp:
-        k, b = random_kills(max(1, n // 5), seed, of_policy(Path(tmp)/'work', kind)); print(f'{kind}: {k} random kills over {b} builds of its answers: every resumed cache is byte-identical')
+        k, b = random_kills(max(1, n // 5), seed, of_policy(Path(tmp)/'work', kind))
+        print(f'{kind}: {k} random kills over {b} builds of its answers: every resumed cache is byte-identical')

@@ -1,6 +1,7 @@
-"""Kill craft-train with SIGKILL: `python tests/kill_training.py 20 [seed [policy]]`; without a seed and a policy both are drawn.
-Each run is killed at random moments, every other time inside a checkpoint write, and resumed by its own command line until it
-gets through; weights, optimizer, λ, counters and metrics must then equal those of an unbroken run, bit for bit."""
+"""Kill craft-train with SIGKILL: `python tests/kill_training.py 20 [seed [policy]]`; without a seed and a policy both
+are drawn. Each run is killed at random moments, every other time inside a checkpoint write, and resumed by its own
+command line until it gets through; weights, optimizer, λ, counters and metrics must then equal those of an unbroken
+run, bit for bit."""
 import json
 import os
 import random
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-CRAFT = dict(anchor_batch_size=4, retention_freq=2, conflict_threshold=0.9, controller="pi", pi_kp=2.0, epsilon_start=1e-4,
-             epsilon_end=1e-5, lambda_lr=0.5, lambda_update_every=2)
+CRAFT = dict(anchor_batch_size=4, retention_freq=2, conflict_threshold=0.9, controller="pi", pi_kp=2.0,
+             epsilon_start=1e-4, epsilon_end=1e-5, lambda_lr=0.5, lambda_update_every=2)
 
 
 POLICIES = ("pi0_fast", "pi0", "smolvla")
@@ -31,9 +32,9 @@ def prepare(folder, work=None, seed=0, kind="pi0_fast"):  # → work, folder of 
     if not cache.exists():
         policy = PreTrainedConfig.from_pretrained(path := policy_of(work, kind))
         policy.pretrained_path, policy.push_to_hub = path, False
-        build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(cache),
-                                     num_anchors=24, views="pooled," + ("action_logits" if kind == "pi0_fast" else "answer"), batch_size=8, seed=seed,
-                                     allow_undecodable=True), progress=False)
+        build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, out_dir=str(
+            cache), num_anchors=24, views="pooled," + ("action_logits" if kind == "pi0_fast" else "answer"),
+                                     batch_size=8, seed=seed, allow_undecodable=True), progress=False)
     return work, cache
 
 
@@ -94,7 +95,8 @@ def child(argv, log):
 def wait(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def rows(out): return [r for r in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if "event" not in r]
+def rows(out):
+    return [r for r in map(json.loads, (Path(out) / "metrics.jsonl").read_text().splitlines()) if "event" not in r]
 
 
 def result(out):
@@ -157,13 +159,15 @@ def kill_runs(folder, work, cache, kills, per_run=3, seed=0, progress=False, **c
     folder, rng, runs, writing = Path(folder), random.Random(seed), 0, 0
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
-    def flags(out): return [*(f for f in first_line(work, cache, out, **craft) if not f.startswith("--batch_size")), *epochs(work)]
+    def flags(out):
+        return [*(f for f in first_line(work, cache, out, **craft) if not f.startswith("--batch_size")), *epochs(work)]
     status = wait(child(flags(folder / "whole"), folder / "log"))
     assert status == 0, (folder / "log").read_text()[-3000:]
     span, whole = time.monotonic() - start, result(folder / "whole")
     assert ([r["step"] for r in whole["rows"]] == list(range(1, 9)) and any(r["projected"] for r in whole["rows"])
             and len({r["lambda"] for r in whole["rows"]}) > 2)
-    assert json.loads(whole["training_state/craft_state.json"])["data"]["epoch"] == 2  # two borders of epochs were crossed
+    # two borders of epochs were crossed
+    assert json.loads(whole["training_state/craft_state.json"])["data"]["epoch"] == 2
     while kills > 0:
         n, out = min(per_run, kills), folder / f"run{runs}"
         writing += broken_run(out, flags(out), n, span, rng, folder / "log")

@@ -61,8 +61,10 @@ def fsdp_on_cpu(**how):
     from torch.distributed import fsdp
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-    how = how or dict(auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["_PiGemmaDecoderLayerBase"])
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, use_orig_params=True, cpu_ram_efficient_loading=False, **how)
+    how = how or dict(auto_wrap_policy="transformer_based_wrap",
+                      transformer_cls_names_to_wrap=["_PiGemmaDecoderLayerBase"])
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=1, use_orig_params=True, cpu_ram_efficient_loading=False,
+                                            **how)
     acc = Accelerator(cpu=True, step_scheduler_with_optimizer=False, fsdp_plugin=plugin)
     for state in (PartialState._shared_state, acc.state.__dict__):
         state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
@@ -77,7 +79,8 @@ def train_rank(argv, kind, callbacks=()):
     "What each rank does: the command, with an accelerator of `kind`."
     from craft_nb.cli import parsed, today
     from craft_nb.lerobot import CraftTrainConfig, train
-    return train(parsed(CraftTrainConfig, today(argv, True)), callbacks, fsdp_on_cpu() if kind == "fsdp" else None, quiet=True)
+    return train(parsed(CraftTrainConfig, today(argv, True)), callbacks, fsdp_on_cpu() if kind == "fsdp" else None,
+                 quiet=True)
 
 
 def line(work, cache, out, world, **more):
@@ -85,4 +88,5 @@ def line(work, cache, out, world, **more):
     share = dict(anchor_batch_size=2) if world == 2 else dict(anchor_batch_size=4, anchor_micro_batch=2,
                                                               gradient_accumulation_steps=2)
     how = dict(conflict_threshold=0.1, lambda_lr=0.02, controller="ascent", lambda_update_every=1) | share | more
-    return [f for f in first_line(work, cache, out, *SGD, **how) if not f.startswith("--batch_size")] + ["--batch_size=1"]
+    return ([f for f in first_line(work, cache, out, *SGD, **how) if not f.startswith("--batch_size")]
+            + ["--batch_size=1"])

@@ -12,21 +12,25 @@ def test_kill_before_each_rename_and_fsync(): assert kill_anchors.each_door() >=
 
 def test_fuzz():
     tally, grown = fuzz_anchors.fuzz(250, seed=1)
-    assert sum(tally.values()) == 250 and sum(k for (_, end), k in tally.items() if end == 'refused') > 150 and grown < 300
+    assert (sum(tally.values()) == 250 and sum(k for (_, end), k in tally.items() if end == 'refused') > 150
+            and grown < 300)
 
 def test_full_disk_leaves_a_resumable_build(tmp_path):
     def run():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
         try: build(tmp_path/'c', images='raw', shard_size=16, n=40)  # a shard has 32 kB: the disk is full in the first
         except OSError as e:
-            os._exit(7 if 'make room and run the same command again' in str(e) and 'anchors-00000.safetensors' in str(e) else 8)
+            os._exit(7 if 'make room and run the same command again' in str(e) and 'anchors-00000.safetensors' in str(e)
+                     else 8)
     _, status = os.waitpid(kill_anchors.child(run), 0); assert os.WEXITSTATUS(status) == 7
     assert not list((tmp_path/'c').glob('*.tmp'))
     assert content(build(tmp_path/'c', images='raw')) == content(build(tmp_path/'d', images='raw'))
 
 def test_one_builder_a_folder(tmp_path):
     first = A.AnchorWriter(tmp_path/'c', 40, VIEWS, **INFO); first.add(anchors(0, 8))
-    with pytest.raises(FileExistsError, match='this very process .* writes here; wait for it, stop it, or give another out_dir'): A.AnchorWriter(tmp_path/'c', 40, VIEWS, **INFO)
+    with pytest.raises(FileExistsError,
+                       match='this very process .* writes here; wait for it, stop it, or give another out_dir'):
+        A.AnchorWriter(tmp_path/'c', 40, VIEWS, **INFO)
     first.close()
 
 def test_damage_in_an_unfinished_build_is_found_on_resume(tmp_path):
@@ -46,7 +50,9 @@ class Dying:
 def test_a_worker_that_dies_ends_clearly(tmp_path):
     build(tmp_path/'c', images='reference')
     dl = A.build_anchor_dataloader(tmp_path/'c', 4, num_workers=1, frames=Dying())
-    with pytest.raises(RuntimeError, match=r'an anchor worker \(process \d+\) was killed by SIGKILL, most often .* Lower anchor_num_workers \(now 1; 0 decodes'): next(dl.forever())
+    with pytest.raises(RuntimeError, match=r'an anchor worker \(process \d+\) was killed by SIGKILL, '
+                       r'most often .* Lower anchor_num_workers \(now 1; 0 decodes'):
+        next(dl.forever())
 
 def test_errors_of_a_worker_name_the_file(tmp_path):
     d = build(tmp_path/'c'); p = d/'anchors-00001.safetensors'

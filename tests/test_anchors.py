@@ -38,11 +38,15 @@ def test_image_codecs_are_lossless_on_noise_and_on_pictures():
     yy, xx = torch.meshgrid(torch.arange(33), torch.arange(50), indexing='ij'); g = torch.Generator().manual_seed(0)
     for x in (torch.randint(0, 256, (3, 33, 50), generator=g, dtype=torch.uint8),
               torch.stack([yy, xx, yy * xx % 256]).to(torch.uint8), torch.zeros(3, 33, 50, dtype=torch.uint8)):
-        for code in ('webp', 'zlib', 'raw'): assert torch.equal(A.decode_image(A.encode_image(x, code), tuple(x.shape), code), x)
+        for code in ('webp', 'zlib', 'raw'):
+            assert torch.equal(A.decode_image(A.encode_image(x, code), tuple(x.shape), code), x)
 
 def test_spread_is_the_teachers_variance(cache):
-    ds = A.AnchorCacheDataset(cache); x = anchors(0, 40); kept = x['tokens_hidden'].movedim(1, 2)[x['tokens_mask']].double()
-    assert ds.spread('pooled') == pytest.approx(x['teacher_hidden'].double().var(0, unbiased=False).mean().item(), rel=1e-5)
+    ds = A.AnchorCacheDataset(cache)
+    x = anchors(0, 40)
+    kept = x['tokens_hidden'].movedim(1, 2)[x['tokens_mask']].double()
+    assert ds.spread('pooled') == pytest.approx(x['teacher_hidden'].double().var(0, unbiased=False).mean().item(),
+                                                rel=1e-5)
     assert ds.spread('tokens') == pytest.approx(kept.var(0, unbiased=False).mean().item(), rel=1e-5)
     with pytest.raises(A.AnchorCacheError, match="'action_logits' has no spread"): ds.spread('action_logits')
 
@@ -56,8 +60,8 @@ def test_memory_is_flat_whatever_the_number_of_anchors(tmp_path):
             for lo, hi in w.ranges(50): w.add(x)
         print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))'''
     here = Path(__file__).parent
-    peak = [int(subprocess.run([sys.executable, '-c', code, here, here.parent, tmp_path/str(n), str(n)], capture_output=True,
-                               text=True, check=True).stdout) for n in (500, 5000)]
+    peak = [int(subprocess.run([sys.executable, '-c', code, here, here.parent, tmp_path/str(n), str(n)],
+                               capture_output=True, text=True, check=True).stdout) for n in (500, 5000)]
     assert peak[1] < 1.05 * peak[0], peak
 
 # order
@@ -72,7 +76,8 @@ def test_ranks_share_an_epoch_without_overlap(n, b, world, seed):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_resume_is_exact_whatever_was_fetched_ahead(cache, workers):
-    make = lambda: A.build_anchor_dataloader(cache, 6, seed=3, num_workers=workers); ids = lambda b: b['frame_index'].tolist()
+    make = lambda: A.build_anchor_dataloader(cache, 6, seed=3, num_workers=workers)
+    ids = lambda b: b['frame_index'].tolist()
     a = make(); line = a.forever(); [next(line) for _ in range(9)]
     state = json.loads(json.dumps(a.state_dict())); want = [ids(next(line)) for _ in range(9)]
     b = make(); b.load_state_dict(state); line = b.forever()
@@ -80,7 +85,8 @@ def test_resume_is_exact_whatever_was_fetched_ahead(cache, workers):
 
 def test_loading_leaves_the_global_random_state_alone(cache):
     torch.manual_seed(5); before = torch.get_rng_state()
-    next(A.build_anchor_dataloader(cache, 4, num_workers=1).forever()); assert torch.equal(before, torch.get_rng_state())
+    next(A.build_anchor_dataloader(cache, 4, num_workers=1).forever())
+    assert torch.equal(before, torch.get_rng_state())
 
 def test_state_of_another_cache_or_batch_is_refused(cache, tmp_path):
     other = build(tmp_path/'o', n=20); a = A.build_anchor_dataloader(cache, 4); next(a.forever())
@@ -108,7 +114,8 @@ def old(d, rows, layout, meta, per=16):
         x = {k: v[i:i + per].clone() for k, v in rows.items()}
         if layout == 'list': x = [{k: v[j].clone() for k, v in x.items()} for j in range(len(x['input_ids']))]
         if layout == 'nested':
-            x = dict(inputs={k: v for k, v in x.items() if k in INPUTS}, **{k: v for k, v in x.items() if k not in INPUTS})
+            x = dict(inputs={k: v for k, v in x.items() if k in INPUTS},
+                     **{k: v for k, v in x.items() if k not in INPUTS})
         torch.save(x, d/f'shard_{s:05d}.pt')
     if meta == 'json':
         (d/'metadata.json').write_text(json.dumps(dict(num_anchors=n, layers_to_save=[-2, -1], policy_type='pi0_fast')))
@@ -142,14 +149,16 @@ def test_a_cache_with_action_views_converts_unchanged(tmp_path):
     from craft_nb.builder import PACKED
     def rows(lo, hi):
         r = anchors(lo, hi); r['predict_mask'] = r.pop('action_mask')
-        return r | dict(action_hidden=torch.randn(hi - lo, 2, 4, 8, generator=torch.Generator().manual_seed(lo)) * r['predict_mask'][:, None, :, None])
+        return r | dict(action_hidden=torch.randn(hi - lo, 2, 4, 8, generator=torch.Generator().manual_seed(lo))
+                        * r['predict_mask'][:, None, :, None])
     views = dict(action_tokens=dict(tensors=['action_hidden', 'predict_mask'], distance='relative'),
                  action_logits=dict(tensors=['action_logp', 'action_topk', 'predict_mask'], distance='kl'))
     with A.AnchorWriter(tmp_path/'old', 24, views, 16, 'zlib', packed=PACKED, **INFO) as w:
         for lo, hi in w.ranges(8): w.add(rows(lo, hi))
     A.convert_cache(tmp_path/'old', tmp_path/'new', images='raw')
     before, after = (A.AnchorCacheDataset(tmp_path/d).batch(range(24)) for d in ('old', 'new'))
-    assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before if isinstance(before[k], torch.Tensor))
+    assert (set(before) == set(after)
+            and all(torch.equal(before[k], after[k]) for k in before if isinstance(before[k], torch.Tensor)))
 
 def test_pixels_that_are_no_bytes_stay_floats(tmp_path):
     rows = dict(pixel_values=torch.rand(40, 3, 8, 8), input_ids=torch.zeros(40, 7, dtype=torch.int64),
@@ -182,8 +191,10 @@ def test_a_token_level_cache_trains_with_cross_entropy(tmp_path, converted):
 
 def test_old_caches_that_contradict_themselves_are_refused(tmp_path):
     rows = dict(input_ids=torch.zeros(40, 7, dtype=torch.int64), teacher_hidden=torch.randn(40, 3, 2, 8))
-    with pytest.raises(A.AnchorCacheError, match='holds 3 layers'): A.AnchorCacheDataset(old(tmp_path/'a', rows, 'dict', 'json'))
-    with pytest.raises(A.AnchorCacheError, match='names none'): A.AnchorCacheDataset(old(tmp_path/'b', rows, 'dict', None))
+    with pytest.raises(A.AnchorCacheError, match='holds 3 layers'):
+        A.AnchorCacheDataset(old(tmp_path/'a', rows, 'dict', 'json'))
+    with pytest.raises(A.AnchorCacheError, match='names none'):
+        A.AnchorCacheDataset(old(tmp_path/'b', rows, 'dict', None))
     d = old(tmp_path/'c', dict(input_ids=rows['input_ids'], labels=rows['input_ids']), 'dict', 'json')
     (d/'shard_00001.pt').unlink()
     with pytest.raises(A.AnchorCacheError, match='one is missing'): A.AnchorCacheDataset(d)
@@ -210,7 +221,8 @@ def test_hashes_see_every_change(tmp_path):
     from safetensors.torch import save_file
     torch.manual_seed(0); sd = dict(b=torch.randn(3, 4).bfloat16(), a=torch.arange(5))
     save_file(sd, tmp_path/'m.safetensors'); h = A.hash_tensors(sd)
-    assert A.hash_tensors(tmp_path/'m.safetensors') == A.hash_tensors(tmp_path) == A.hash_tensors(dict(reversed(sd.items()))) == h
+    assert (A.hash_tensors(tmp_path/'m.safetensors') == A.hash_tensors(tmp_path)
+            == A.hash_tensors(dict(reversed(sd.items()))) == h)
     for other in (dict(sd, a=sd['a'] + 1), dict(sd, a=sd['a'].int()), dict(sd, b=sd['b'].T.contiguous()),
                   dict(c=sd['a'], b=sd['b'])):
         assert A.hash_tensors(other) != h
@@ -228,7 +240,8 @@ def test_push_and_pull_through_a_hub(cache, tmp_path, monkeypatch):
                 store[o.path_in_repo] = (o.path_or_fileobj if isinstance(o.path_or_fileobj, bytes)
                                          else Path(o.path_or_fileobj).read_bytes())
     def snapshot(repo, local_dir, **k):
-        [(Path(local_dir)/n).write_bytes(b) for n, b in store.items() if n != 'README.md']; (Path(local_dir)/'.cache').mkdir()
+        [(Path(local_dir)/n).write_bytes(b) for n, b in store.items() if n != 'README.md']
+        (Path(local_dir)/'.cache').mkdir()
     monkeypatch.setattr(hub, 'HfApi', Api); monkeypatch.setattr(hub, 'snapshot_download', snapshot)
     assert C.push_cache(cache, 'me/anchors', private=True) == 'https://huggingface.co/datasets/me/anchors'
     assert said == [('me/anchors', 'dataset', True)]
@@ -236,22 +249,24 @@ def test_push_and_pull_through_a_hub(cache, tmp_path, monkeypatch):
     assert card.startswith('---\ntags: [craft-anchors') and '| pooled | relative |' in card and str(cache) not in card
     C.pull_cache('me/anchors', tmp_path/'got'); assert content(tmp_path/'got') == content(cache)
     store['anchors-00000.safetensors'] = store['anchors-00000.safetensors'][:-1]
-    with pytest.raises(A.AnchorCacheError, match='anchors-00000.safetensors'): C.pull_cache('me/anchors', tmp_path/'bad')
+    with pytest.raises(A.AnchorCacheError, match='anchors-00000.safetensors'):
+        C.pull_cache('me/anchors', tmp_path/'bad')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['got']  # nothing half-fetched is left
     monkeypatch.setattr(hub, 'snapshot_download', lambda *a, **k: (_ for _ in ()).throw(ConnectionError('no route')))
     with pytest.raises(A.AnchorCacheError, match='the hub refused or was not reached.*no route'):
         C.pull_cache('me/anchors', tmp_path/'off')
 
 def run(*args):
-    code = ('import sys; from craft_nb.cards import cache_main; c = cache_main(); print(sorted({m.split(".")[0] for m in '
-            'sys.modules} & {"lerobot", "transformers", "matplotlib", "ipywidgets"})); sys.exit(c)')
+    code = ('import sys; from craft_nb.cards import cache_main; c = cache_main(); print(sorted({m.split(".")[0] for m '
+            'in sys.modules} & {"lerobot", "transformers", "matplotlib", "ipywidgets"})); sys.exit(c)')
     return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True,
                           cwd=Path(__file__).parents[1])
 
 def test_the_command(cache, tmp_path):
     r = run('info', cache, '--images', tmp_path/'x.png'); assert r.returncode == 0, r.stderr
-    for text in ('cache_type hidden', 'view pooled', 'bytes/anchor', 'open the window', 'pi0_fast'): assert text in r.stdout
-    assert r.stdout.splitlines()[-1] == '[]'                                                          # nothing heavy was imported
+    for text in ('cache_type hidden', 'view pooled', 'bytes/anchor', 'open the window', 'pi0_fast'):
+        assert text in r.stdout
+    assert r.stdout.splitlines()[-1] == '[]'  # nothing heavy was imported
     from PIL import Image; assert Image.open(tmp_path/'x.png').width == 8 * 96
     r = run('info', tmp_path/'nowhere'); assert r.returncode == 1 and r.stderr.startswith('craft-cache: ')
     assert 'no such folder; build a cache' in r.stderr and 'Traceback' not in r.stderr
@@ -262,7 +277,8 @@ def test_the_command_in_process(cache, tmp_path, capsys):
     assert 'teacher_hidden: largest error 0' in capsys.readouterr().out
     assert C.cache_main(['verify', str(cache), '--policy', 'p', '--tolerance', '1e-6'],
                         recompute=lambda path, m: lambda b: dict(teacher_hidden=b['teacher_hidden'] + 1)) == 1
-    assert C.cache_main(['info', str(cache), '--json']) == 0 and json.loads(capsys.readouterr().out)['num_anchors'] == 40
+    assert (C.cache_main(['info', str(cache), '--json']) == 0
+            and json.loads(capsys.readouterr().out)['num_anchors'] == 40)
     with pytest.raises(SystemExit): C.cache_main(['inof', str(cache)])
     assert C.cache_main(['pull', 'nonsense', str(tmp_path/'x')]) == 1
     assert 'neither a data-set repository' in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""Users' own data against a policy: what does not fit is refused before the first step, by name, in build, train and eval."""
+"""Users' own data against a policy: what does not fit is refused before the first step, by name, in build, train and
+eval."""
 import json
 import math
 import shlex
@@ -12,18 +13,23 @@ import pytest
 import torch
 
 from craft_nb import cli
-from craft_nb.check import FAR, FARTHEST, READS, Known, Scan, check_range, check_statistics, known_range, recompute_line, scan
+from craft_nb.check import (FAR, FARTHEST, READS, Known, Scan, check_range, check_statistics, known_range,
+                            recompute_line, scan)
 
 DIM = 4
 
 
-def write(root, episodes=(("push the button", 12), ("open the window", 12)), cams=("image",), state=None, action=None, names=None, px=32, fps=10, video=False):
-    "A LeRobot data set of noise pictures; `state` and `action` change the numbers of a frame: (episode, frame, numbers) → numbers."
+def write(root, episodes=(("push the button", 12), ("open the window", 12)), cams=("image",), state=None, action=None,
+          names=None, px=32, fps=10, video=False):
+    """A LeRobot data set of noise pictures; `state` and `action` change the numbers of a frame: (episode, frame,
+    numbers) → numbers."""
     from lerobot.datasets import LeRobotDataset
     shutil.rmtree(root, ignore_errors=True)
-    rng, of = np.random.default_rng(0), {c: "observation.image" if c == "image" else f"observation.images.{c}" for c in cams}
+    rng, of = (np.random.default_rng(0),
+               {c: "observation.image" if c == "image" else f"observation.images.{c}" for c in cams})
     shape = px if isinstance(px, tuple) else (px, px, 3)
-    features = {n: dict(dtype="video" if video else "image", shape=shape, names=["height", "width", "channels"]) for n in of.values()}
+    features = {n: dict(dtype="video" if video else "image", shape=shape, names=["height", "width", "channels"])
+                for n in of.values()}
     features |= {n: dict(dtype="float32", shape=(DIM,), names=names) for n in ("observation.state", "action")}
     ds = LeRobotDataset.create("me/x", fps, features, root=root, use_videos=video)
     for e, (task, n) in enumerate(episodes):
@@ -50,9 +56,11 @@ def make_teacher(folder, root, norm="MIN_MAX", **more):
     make_text_tokenizer([*ds.meta.tasks.index], 256).save_pretrained(folder / "tok/text")
     torch.manual_seed(0)
     cfg = small.PI0FastSmallConfig(
-        text_tokenizer_name=str(folder / "tok/text"), action_tokenizer_name=str(folder / "tok/action"), push_to_hub=False, width=32, depth=3, mlp_dim=64, num_heads=2,
-        head_dim=16, vision_width=32, vision_heads=2, vision_mlp_dim=64, tokenizer_max_length=40, image_resolution=(32, 32),
-        normalization_mapping={"VISUAL": NormalizationMode.IDENTITY, **dict.fromkeys(("STATE", "ACTION"), NormalizationMode(norm))}, **more)
+        text_tokenizer_name=str(folder / "tok/text"), action_tokenizer_name=str(folder / "tok/action"),
+        push_to_hub=False, width=32, depth=3, mlp_dim=64, num_heads=2, head_dim=16, vision_width=32, vision_heads=2,
+        vision_mlp_dim=64, tokenizer_max_length=40, image_resolution=(32, 32),
+        normalization_mapping={"VISUAL": NormalizationMode.IDENTITY,
+                               **dict.fromkeys(("STATE", "ACTION"), NormalizationMode(norm))}, **more)
     policy = make_policy(cfg, ds_meta=ds.meta)
     pre, post = make_pre_post_processors(policy.config, dataset_stats=ds.meta.stats)
     return small.save_checkpoint_folder(policy, pre, post, folder / "policy")
@@ -66,7 +74,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("check")
     write(folder / "sound")
     make_teacher(folder / "teacher", folder / "sound")
-    cli.build_cache([f"--policy.path={folder / 'teacher/policy'}", f"--dataset.repo_id={folder / 'sound'}", f"--out_dir={folder / 'cache'}", "--num_anchors=8"])
+    cli.build_cache([f"--policy.path={folder / 'teacher/policy'}", f"--dataset.repo_id={folder / 'sound'}",
+                     f"--out_dir={folder / 'cache'}", "--num_anchors=8"])
     return folder
 
 
@@ -82,8 +91,11 @@ def run(command, place, data, *more, teacher="teacher", cache="cache"):
     "What a command says when it ends with an error, '' if it does not."
     flags = [f"--policy.path={place / teacher / 'policy'}", f"--dataset.repo_id={data}"]
     if command == "train":
-        flags += ["--output_dir=out", "--steps=1", "--batch_size=2", "--num_workers=0", "--env_eval_freq=0", "--save_checkpoint=false"]
-        if "--craft.enabled=false" not in more: flags += [f"--craft.anchor_cache_dir={place / cache}", "--craft.anchor_batch_size=4", "--craft.retention_freq=1"]
+        flags += ["--output_dir=out", "--steps=1", "--batch_size=2", "--num_workers=0", "--env_eval_freq=0",
+                  "--save_checkpoint=false"]
+        if "--craft.enabled=false" not in more:
+            flags += [f"--craft.anchor_cache_dir={place / cache}", "--craft.anchor_batch_size=4",
+                      "--craft.retention_freq=1"]
     else: flags += ["--out_dir=out"] + ["--num_anchors=4"] * (command == "build")
     try: dict(build=cli.build_cache, train=cli.train, eval=cli.evaluate)[command]([*flags, *more])
     except SystemExit as e:
@@ -108,33 +120,41 @@ def at(where, i, value):
     return change
 
 
-@pytest.mark.parametrize("what,value,where,i", [("state", math.inf, (1, 11), 0), ("state", math.nan, (0, 0), 3), ("action", -math.inf, (1, 0), 2)])
+@pytest.mark.parametrize("what,value,where,i", [("state", math.inf, (1, 11), 0), ("state", math.nan, (0, 0), 3),
+                                                ("action", -math.inf, (1, 0), 2)])
 def test_not_finite_is_refused_everywhere(inside, tmp_path, what, value, where, i):
-    data, name = write(tmp_path / "bad", **{what: at(where, i, value)}), dict(state="observation.state", action="action")[what]
-    says = f"{name}[{i}]: 1 of 24 frames of the data set are NaN or infinite, the first in episode {where[0]}, frame {where[1]}"
+    data, name = (write(tmp_path / "bad", **{what: at(where, i, value)}),
+                  dict(state="observation.state", action="action")[what])
+    says = (f"{name}[{i}]: 1 of 24 frames of the data set are NaN or infinite, the first in episode {where[0]}, "
+            f"frame {where[1]}")
     for command, more in EVERY:
         unused = command == "build" and what == "action"
         assert (says in run(command, inside, data, *more)) != unused, (command, more)
     if what == "action": assert says in run("build", inside, data, "--actions=dataset", "--views=action_logits")
-    if value is math.inf: assert says in run("train", inside, data, "--craft.allow_mismatch=range,normalisation")  # no word waives it
+    # no word waives it
+    if value is math.inf: assert says in run("train", inside, data, "--craft.allow_mismatch=range,normalisation")
     assert run("train", inside, data, f"--dataset.episodes=[{1 - where[0]}]") == ""  # the other episode is sound
 
 
 def test_not_finite_in_held_out_data(inside, tmp_path):
     data = write(tmp_path / "bad", [("push the button", 6)] * 4, state=at((3, 2), 1, math.nan))
-    assert "observation.state[1]: 1 of 6 frames of the held-out data are NaN or infinite, the first in episode 3, frame 2" in run("train", inside, data, "--dataset.eval_split=0.25")
+    assert ("observation.state[1]: 1 of 6 frames of the held-out data are NaN or infinite, "
+            "the first in episode 3, frame 2" in run("train", inside, data, "--dataset.eval_split=0.25"))
     assert "of the training data" not in run("train", inside, data, "--dataset.eval_split=0.25")
 
 
 def test_many_are_counted_and_named(inside, tmp_path):
     def nans(e, i, x): return x * (np.nan if e == 1 and i >= 3 else 1)
     data = write(tmp_path / "bad", action=nans, names=["x", "y", "z", "grip"])
-    assert "action[3] (grip): 9 of 24 frames of the data set are NaN or infinite, the first in episode 1, frame 3" in run("train", inside, data)
+    assert ("action[3] (grip): 9 of 24 frames of the data set are NaN or infinite, the first in episode 1, frame 3"
+            in run("train", inside, data))
 
 
 def test_missing_numbers_count_as_nan():
-    for column, bad in ((pa.array([[1.0, 2.0], None, [3.0, None]], pa.list_(pa.float32(), 2)), [1, 2]), (pa.array([1.0, None, 3.0]), [1]),
-                        (pa.array([[[1.0, 2.0]], [[math.nan, 0.0]]], pa.list_(pa.list_(pa.float64()))), [1, 0]), (pa.array([[1, 2]] * 3, pa.list_(pa.int64())), [0, 0])):
+    for column, bad in ((pa.array([[1.0, 2.0], None, [3.0, None]], pa.list_(pa.float32(), 2)), [1, 2]),
+                        (pa.array([1.0, None, 3.0]), [1]),
+                        (pa.array([[[1.0, 2.0]], [[math.nan, 0.0]]], pa.list_(pa.list_(pa.float64()))), [1, 0]),
+                        (pa.array([[1, 2]] * 3, pa.list_(pa.int64())), [0, 0])):
         assert scan(column, len(bad)).bad.tolist() == bad
 
 
@@ -155,19 +175,23 @@ def test_a_dimension_that_never_moved(inside, tmp_path, norm):
     new = write(tmp_path / "new", names=["x", "y", "z", "grip"])
     for command, more, words in (("build", (), "--allow_mismatch=range"), ("eval", (), "--allow_mismatch=range")):
         said = run(command, tmp_path, new, *more)
-        assert "observation.state[3] (grip) is constant at 0.1 in the policy's statistics" in said and f"({norm})" in said and words in said and "[0]" not in said
+        assert ("observation.state[3] (grip) is constant at 0.1 in the policy's statistics" in said
+                and f"({norm})" in said and words in said and "[0]" not in said)
         assert ("action[3] (grip) is constant at 250.7" in said) == (command == "eval")
         assert run(command, tmp_path, new, words) == ""
 
 
 def test_ranges_of_a_training_run(inside, tmp_path):
-    still = write(tmp_path / "still", state=lambda e, i, x: x * [1, 1, 1, 1e-4])  # jitter, where the teacher moved: nothing is lost
+    # jitter, where the teacher moved: nothing is lost
+    still = write(tmp_path / "still", state=lambda e, i, x: x * [1, 1, 1, 1e-4])
     assert run("train", inside, still) == ""
-    further = write(tmp_path / "further", state=lambda e, i, x: 2.5 * x, action=lambda e, i, x: 2 * x + 1)  # a new task reaches further
+    # a new task reaches further
+    further = write(tmp_path / "further", state=lambda e, i, x: 2.5 * x, action=lambda e, i, x: 2 * x + 1)
     assert run("train", inside, further) == ""
     scaled = write(tmp_path / "scaled", action=lambda e, i, x: 57.3 * x)  # degrees for radians
     said = run("train", inside, scaled)
-    assert all(f"action[{i}] is" in said for i in range(4)) and "observation.state" not in said and "--craft.allow_mismatch=range" in said
+    assert (all(f"action[{i}] is" in said for i in range(4)) and "observation.state" not in said
+            and "--craft.allow_mismatch=range" in said)
     assert run("train", inside, scaled, "--craft.allow_mismatch=range") == ""
     assert run("train", inside, scaled, "--craft.enabled=false") == ""  # normalised with its own statistics
     assert run("train", inside, scaled, "--craft.allow_mismatch=normalisation") == ""
@@ -186,14 +210,16 @@ def test_the_limits_of_a_range():
     assert level(0, 2) == level(-0.5, 2.5, outside=10) == []
     assert level(-0.5, 2.5, outside=11) == ["warn"]
     assert level(0, 2 + FAR + 1, outside=1, beyond=1) == [] and level(0, 2 + FAR + 1, outside=2, beyond=2) == ["refuse"]
-    assert level(0, 2 + FARTHEST - 1, outside=1, beyond=1) == [] and level(0, 2 + FARTHEST + 1, outside=1, beyond=1) == ["refuse"]
+    assert (level(0, 2 + FARTHEST - 1, outside=1, beyond=1) == []
+            and level(0, 2 + FARTHEST + 1, outside=1, beyond=1) == ["refuse"])
     assert level(-1e9, 1e9, outside=1000, beyond=1000, mode="IDENTITY") == ["warn"]
 
 
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e6 / 3, 0.0])
 def test_a_constant_that_stays_is_no_motion(value):
     x = np.full((500, 1), value, np.float32)
-    stats = dict(min=[x.min()], max=[x.max()], mean=[x.astype(np.float64).mean()], std=[0.0], q01=[np.float64(value)], q99=[np.float32(value)], q10=[value], q90=[value])
+    stats = dict(min=[x.min()], max=[x.max()], mean=[x.astype(np.float64).mean()], std=[0.0], q01=[np.float64(value)],
+                 q99=[np.float32(value)], q10=[value], q90=[value])
     for mode in READS:
         k = known_range(mode, stats)
         s = scan(pa.array(list(x)), 1, k.widened(), k.widened(FAR))
@@ -207,8 +233,10 @@ def test_relative_actions_are_compared_as_they_are_normalised(tmp_path):
     state = np.float32(100 + np.cumsum(rng.normal(size=(n, 2)) * 0.1, 0))
     for shift, level in ((0, ["info"]), (50, ["refuse", "info"])):
         action = state + np.float32([0.2, shift])
-        table = pa.table(dict(action=pa.array(list(action)), state=pa.array(list(state)), episode_index=np.arange(n) // 50, frame_index=np.arange(n) % 50))
-        f = Numbers("action", "action", 2, None, "MIN_MAX", dict(min=[-1.0, -1.0], max=[1.0, 1.0]), ("state", 2, [True, True], 5))
+        table = pa.table(dict(action=pa.array(list(action)), state=pa.array(list(state)),
+                              episode_index=np.arange(n) // 50, frame_index=np.arange(n) % 50))
+        f = Numbers("action", "action", 2, None, "MIN_MAX", dict(min=[-1.0, -1.0], max=[1.0, 1.0]),
+                    ("state", 2, [True, True], 5))
         assert [x.level for x in check_numbers(table, [f])] == level
     f.relative = None
     assert [x.level for x in check_numbers(table, [f])] == ["refuse", "refuse", "info"]
@@ -222,21 +250,26 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     write(folder / "sound", cams=("a", "b"))
     make_teacher(folder / "teacher", folder / "sound")
-    cli.build_cache([f"--policy.path={folder / 'teacher/policy'}", f"--dataset.repo_id={folder / 'sound'}", f"--out_dir={folder / 'cache'}", "--num_anchors=8"])
+    cli.build_cache([f"--policy.path={folder / 'teacher/policy'}", f"--dataset.repo_id={folder / 'sound'}",
+                     f"--out_dir={folder / 'cache'}", "--num_anchors=8"])
     write(folder / "xy", cams=("x", "y"))
     write(folder / "abc", cams=("a", "b", "c"))
     write(folder / "a", cams=("a",))
     return folder
 
 
-def rename(**m): return f"--rename_map={json.dumps({f'observation.images.{a}': f'observation.images.{b}' for a, b in m.items()})}"
+def rename(**m):
+    return f"--rename_map={json.dumps({f'observation.images.{a}': f'observation.images.{b}' for a, b in m.items()})}"
 
 
 @pytest.mark.parametrize("data,mapping,says,word", [
-    ("xy", dict(x="b"), ["observation.images.a would see no picture", "observation.images.y would not be seen"], "cameras"),
+    ("xy", dict(x="b"), ["observation.images.a would see no picture", "observation.images.y would not be seen"],
+     "cameras"),
     ("xy", dict(x="b", y="A"), ["observation.images.A is no feature of the policy"], "cameras"),
-    ("xy", dict(x="b", Y="a"), ["observation.images.Y is no feature of the data set (did you mean observation.images.y?)"], "cameras"),
-    ("xy", dict(x="b", y="b"), ["observation.images.x and observation.images.y both become observation.images.b", "observation.images.a would see no picture"], "cameras"),
+    ("xy", dict(x="b", Y="a"),
+     ["observation.images.Y is no feature of the data set (did you mean observation.images.y?)"], "cameras"),
+    ("xy", dict(x="b", y="b"), ["observation.images.x and observation.images.y both become observation.images.b",
+                                "observation.images.a would see no picture"], "cameras"),
     ("abc", dict(c="a"), ["observation.images.a and observation.images.c both become observation.images.a"], "cameras"),
     ("abc", {}, ["observation.images.c would not be seen"], "unused_cameras"),
     ("a", {}, ["observation.images.b would see no picture"], "cameras"),
@@ -246,15 +279,19 @@ def test_cameras_without_a_picture_or_a_place(two, inside, data, mapping, says, 
     more = [rename(**mapping)] if mapping else []
     for command, prefix in (("build", ""), ("train", "craft."), ("eval", "")):
         said = run(command, two, two / data, *more)
-        assert all(s in said for s in says) and (f"--{prefix}allow_mismatch={word}" in said if word else "allow_mismatch" not in said), (command, said)
-    if word: assert run("train", two, two / data, *more, f"--craft.allow_mismatch={word}") == run("eval", two, two / data, *more, "--allow_mismatch=cameras") == ""
+        assert all(s in said for s in says) and (f"--{prefix}allow_mismatch={word}" in said if word
+                                                 else "allow_mismatch" not in said), (command, said)
+    if word:
+        assert (run("train", two, two / data, *more, f"--craft.allow_mismatch={word}")
+                == run("eval", two, two / data, *more, "--allow_mismatch=cameras") == "")
     else: assert "would see no picture" in run("train", two, two / data, "--craft.allow_mismatch=cameras")
 
 
 def test_cameras_that_fit(two, inside):
     right = rename(x="a", y="b")
     for command in ("build", "train", "eval"): assert run(command, two, two / "xy", right) == ""
-    assert "rename_map: action cannot be renamed" in run("train", two, two / "xy", '--rename_map={"action": "observation.images.a"}')
+    assert ("rename_map: action cannot be renamed"
+            in run("train", two, two / "xy", '--rename_map={"action": "observation.images.a"}'))
 
 
 def test_blanks_that_a_policy_wants(inside, tmp_path):
@@ -263,12 +300,15 @@ def test_blanks_that_a_policy_wants(inside, tmp_path):
 
 
 def test_a_rename_map_stays_with_the_policy(two, inside):
-    "What was fine-tuned with a rename map is measured on the same data without saying it again, and on data with the policy's own names."
-    flags = [f"--policy.path={two / 'teacher/policy'}", f"--dataset.repo_id={two / 'xy'}", rename(x="a", y="b"), "--output_dir=tuned", "--steps=1", "--batch_size=2", "--num_workers=0",
+    """What was fine-tuned with a rename map is measured on the same data without saying it again, and on data with the
+    policy's own names."""
+    flags = [f"--policy.path={two / 'teacher/policy'}", f"--dataset.repo_id={two / 'xy'}", rename(x="a", y="b"),
+             "--output_dir=tuned", "--steps=1", "--batch_size=2", "--num_workers=0",
              "--env_eval_freq=0", f"--craft.anchor_cache_dir={two / 'cache'}", "--craft.anchor_batch_size=4"]
     cli.train(flags)
     for data in ("xy", "sound"):
-        cli.evaluate(["--policy.path=tuned/checkpoints/last/pretrained_model", f"--dataset.repo_id={two / data}", f"--out_dir=seen-{data}"])
+        cli.evaluate(["--policy.path=tuned/checkpoints/last/pretrained_model", f"--dataset.repo_id={two / data}",
+                      f"--out_dir=seen-{data}"])
         assert json.loads(Path(f"seen-{data}/eval.json").read_text())["task_loss"]["frames"] == 24
 
 
@@ -281,7 +321,9 @@ def test_pictures_of_another_shape(inside, tmp_path, caplog, px, level):
         file.write_text(json.dumps(info))
     with caplog.at_level("WARNING"): said = run("eval", inside, data)
     if level == "refused": assert "observation.image has 1 channel, the policy takes 3" in said
-    else: assert said == "" and f"observation.image is {px[0]}×{px[1]} (height × width), the policy was made for 32×32; it brings pictures to 32×32" in caplog.text
+    else:
+        assert (said == "" and f"observation.image is {px[0]}×{px[1]} (height × width), the policy was made for 32×32; "
+                f"it brings pictures to 32×32" in caplog.text)
 
 
 # statistics
@@ -296,9 +338,12 @@ def without(place, tmp_path, change):
 
 
 @pytest.mark.parametrize("change,says", [
-    (lambda s: s["observation.state"].pop("max"), "observation.state: MIN_MAX normalises with 'max', which the data set's statistics"),
-    (lambda s: s.pop("observation.state"), "observation.state: MIN_MAX normalises with 'min' and 'max', which the data set's statistics"),
-    (lambda s: s["action"].update(max=[1, math.inf, 1, 1]), "action: MIN_MAX normalises with 'max', which the data set's statistics"),
+    (lambda s: s["observation.state"].pop("max"),
+     "observation.state: MIN_MAX normalises with 'max', which the data set's statistics"),
+    (lambda s: s.pop("observation.state"),
+     "observation.state: MIN_MAX normalises with 'min' and 'max', which the data set's statistics"),
+    (lambda s: s["action"].update(max=[1, math.inf, 1, 1]),
+     "action: MIN_MAX normalises with 'max', which the data set's statistics"),
     (lambda s: s["action"].update(min=[2, 2, 2, 2]), "upside down in dimension 0"),
     (lambda s: s.clear(), "action: MIN_MAX normalises with 'min' and 'max', which the data set's statistics"),
 ])
@@ -306,12 +351,15 @@ def test_statistics_that_are_read_and_not_there(inside, tmp_path, change, says):
     data = without(inside, tmp_path, change)
     for more in ("--craft.enabled=false", "--craft.allow_mismatch=normalisation"):
         said = run("train", inside, data, more)
-        assert says in said and f"lerobot-edit-dataset --repo_id local/part --root {data} --new_root {data} --operation.type recompute_stats" in said
+        assert (says in said and f"lerobot-edit-dataset --repo_id local/part --root {data} --new_root {data} "
+                f"--operation.type recompute_stats" in said)
     assert run("train", inside, data) == ""  # normalised as the teacher
 
 
-@pytest.mark.parametrize("change", [lambda s: s.pop("observation.image"), lambda s: [x.pop("count") for x in s.values()],
-                                    lambda s: [s[n].pop(k, None) for n in ("action", "observation.state") for k in ("mean", "std", "q01", "q50", "q99")]])
+@pytest.mark.parametrize("change",
+                         [lambda s: s.pop("observation.image"), lambda s: [x.pop("count") for x in s.values()],
+                          lambda s: [s[n].pop(k, None) for n in ("action", "observation.state")
+                                     for k in ("mean", "std", "q01", "q50", "q99")]])
 def test_statistics_that_nothing_reads(inside, tmp_path, change):
     data = without(inside, tmp_path, change)
     assert run("train", inside, data, "--craft.enabled=false") == run("build", inside, data) == ""
@@ -326,12 +374,14 @@ def test_the_command_that_computes_statistics_is_lerobots(inside, tmp_path):
     words = shlex.split(line[line.index("lerobot-edit-dataset"):])
     flags = dict(zip(words[1::2], words[2::2], strict=True))
     assert flags.pop("--operation.type") == "recompute_stats" and flags.pop("--operation.overwrite") == "true"
-    handle_recompute_stats(EditDatasetConfig(operation=RecomputeStatsConfig(overwrite=True), **{k.removeprefix("--"): v for k, v in flags.items()}))
+    handle_recompute_stats(EditDatasetConfig(operation=RecomputeStatsConfig(overwrite=True),
+                                             **{k.removeprefix("--"): v for k, v in flags.items()}))
     assert run("train", inside, data, "--craft.enabled=false") == ""
     assert "--operation.skip_image_video false" in recompute_line("x", "y", images=True)
 
 
-@pytest.mark.parametrize("norm,key", [("MIN_MAX", "action.max"), ("MEAN_STD", "observation.state.std"), ("QUANTILES", "action")])
+@pytest.mark.parametrize("norm,key",
+                         [("MIN_MAX", "action.max"), ("MEAN_STD", "observation.state.std"), ("QUANTILES", "action")])
 def test_statistics_of_a_damaged_teacher(inside, tmp_path, norm, key):
     import safetensors.torch as st
     make_teacher(tmp_path / "teacher", inside / "sound", norm)
@@ -340,7 +390,8 @@ def test_statistics_of_a_damaged_teacher(inside, tmp_path, norm, key):
     feature = key if key == "action" else key.rsplit(".", 1)[0]
     for command in ("build", "eval"):
         said = run(command, tmp_path, inside / "sound")
-        assert f"{feature}: {norm} normalises with" in said and "which the statistics in the policy's checkpoint" in said and "KeyError" not in said
+        assert (f"{feature}: {norm} normalises with" in said
+                and "which the statistics in the policy's checkpoint" in said and "KeyError" not in said)
     assert check_statistics({"x": "MIN_MAX"}, {}, "a", "b")[0].what == "statistics"
 
 
@@ -349,10 +400,13 @@ def test_statistics_of_a_damaged_teacher(inside, tmp_path, norm, key):
 def test_a_task_that_is_only_held_out(inside, tmp_path, caplog):
     data = write(tmp_path / "data", [("push the button", 4)] * 5 + [("open the window", 5)])
     said = run("train", inside, data, "--dataset.eval_split=0.2")
-    assert "task 'open the window' has 1 episode and all are held out" in said and "--craft.allow_mismatch=split" in said and "push" not in said
+    assert ("task 'open the window' has 1 episode and all are held out" in said
+            and "--craft.allow_mismatch=split" in said and "push" not in said)
     assert "only held out" not in run("train", inside, data)
-    with caplog.at_level("INFO"): assert run("train", inside, data, "--dataset.eval_split=0.2", "--craft.allow_mismatch=split") == ""
-    assert "'push the button' 4 + 1 episodes (16 + 4 frames); 'open the window' 0 + 1 episodes (0 + 5 frames)" in caplog.text
+    with caplog.at_level("INFO"):
+        assert run("train", inside, data, "--dataset.eval_split=0.2", "--craft.allow_mismatch=split") == ""
+    assert ("'push the button' 4 + 1 episodes (16 + 4 frames); 'open the window' 0 + 1 episodes (0 + 5 frames)"
+            in caplog.text)
 
 
 @pytest.mark.parametrize("episodes,split,more,lost", [
@@ -365,14 +419,19 @@ def test_other_splits(inside, tmp_path, episodes, split, more, lost):
 
 
 def test_the_held_out_loss_is_told_by_task_and_weighted_by_frames(inside, tmp_path, monkeypatch):
-    data = write(tmp_path / "data", [("push the button", 3), ("push the button", 3), ("open the window", 7), ("open the window", 7)])
+    data = write(tmp_path / "data",
+                 [("push the button", 3), ("push the button", 3), ("open the window", 7), ("open the window", 7)])
     from craft_nb import checkpoints as ours
     events, real = [], ours.loss_by_task
-    monkeypatch.setattr(ours, "loss_by_task", lambda policy, loader, *a: events.append((loader.tasks, real(policy, loader, *a))) or events[-1][1])
+    monkeypatch.setattr(ours, "loss_by_task",
+                        lambda policy, loader, *a: events.append((loader.tasks, real(policy, loader, *a)))
+                        or events[-1][1])
     assert run("train", inside, data, "--dataset.eval_split=0.5", "--eval_steps=1") == ""
     (batches, found), = events
-    assert batches == [("push the button", 2), ("push the button", 1), *[("open the window", 2)] * 3, ("open the window", 1)]
-    assert found["frames"] == 10 and {t: x["frames"] for t, x in found["tasks"].items()} == {"push the button": 3, "open the window": 7}
+    assert batches == [("push the button", 2), ("push the button", 1), *[("open the window", 2)] * 3,
+                       ("open the window", 1)]
+    assert (found["frames"] == 10
+            and {t: x["frames"] for t, x in found["tasks"].items()} == {"push the button": 3, "open the window": 7})
     assert found["loss"] == pytest.approx(sum(x["loss"] * x["frames"] for x in found["tasks"].values()) / 10)
 
 
@@ -386,19 +445,26 @@ def test_a_loss_by_task_is_that_of_its_frames_alone(inside):
     ds = load_dataset(DatasetConfig(repo_id=str(inside / "sound")), cfg)
     policy, pre, _ = load_policy(cfg, ds.meta)
     whole = loss_by_task(policy, loader_by_task(ds, 1), ["observation.image"], pre)
-    with torch.no_grad(): alone = [policy(b)[0].item() for b in once(torch.utils.data.DataLoader(ds, batch_size=1), ["observation.image"], pre)]
-    assert [x["loss"] for x in whole["tasks"].values()] == pytest.approx([np.mean(alone[:12]), np.mean(alone[12:])], rel=1e-5)
+    with torch.no_grad():
+        alone = [policy(b)[0].item()
+                 for b in once(torch.utils.data.DataLoader(ds, batch_size=1), ["observation.image"], pre)]
+    assert ([x["loss"] for x in whole["tasks"].values()]
+            == pytest.approx([np.mean(alone[:12]), np.mean(alone[12:])], rel=1e-5))
     assert whole["loss"] == pytest.approx(np.mean(alone), rel=1e-5)
-    cli.evaluate([f"--policy.path={inside / 'teacher/policy'}", f"--dataset.repo_id={inside / 'sound'}", "--out_dir=said", "--batch_size=1", "--max_frames=8"])
+    cli.evaluate([f"--policy.path={inside / 'teacher/policy'}", f"--dataset.repo_id={inside / 'sound'}",
+                  "--out_dir=said", "--batch_size=1", "--max_frames=8"])
     said = json.loads(Path("said/eval.json").read_text())["task_loss"]
-    assert said["frames"] == 8 and {t: x["frames"] for t, x in said["tasks"].items()} == {"push the button": 4, "open the window": 4}
+    assert (said["frames"] == 8
+            and {t: x["frames"] for t, x in said["tasks"].items()} == {"push the button": 4, "open the window": 4})
 
 
 # times and files
 
 def test_an_episode_that_is_longer_than_its_rows(inside, tmp_path):
-    for name, keep, says in (("cut", lambda t: t.slice(0, 20), "episode 1: its metadata say 12 frames, the data files have 8, the first that is missing is frame 8"),
-                             ("twice", lambda t: pa.concat_tables([t, t.slice(23)]), "episode 1: its metadata say 12 frames, the data files have 13")):
+    for name, keep, says in (("cut", lambda t: t.slice(0, 20), "episode 1: its metadata say 12 frames, "
+                              "the data files have 8, the first that is missing is frame 8"),
+                             ("twice", lambda t: pa.concat_tables([t, t.slice(23)]),
+                              "episode 1: its metadata say 12 frames, the data files have 13")):
         shutil.copytree(inside / "sound", data := tmp_path / name)
         file, = (data / "data").glob("*/*.parquet")
         pq.write_table(keep(pq.read_table(file)), file)
@@ -409,8 +475,10 @@ def test_times_that_are_not_those_of_the_frames(inside, tmp_path, caplog):
     shutil.copytree(inside / "sound", data := tmp_path / "late")
     info = json.loads((file := data / "meta/info.json").read_text())
     file.write_text(json.dumps(info | {"fps": 20}))
-    with caplog.at_level("WARNING"): assert run("eval", inside, data) == ""  # nothing reads the times of pictures in rows
-    assert "22 of 24 timestamps are not frame / fps within 0.0001 s, the first in episode 0, frame 1: 0.1 s where 0.05 s is expected at 20 fps" in caplog.text
+    # nothing reads the times of pictures in rows
+    with caplog.at_level("WARNING"): assert run("eval", inside, data) == ""
+    assert ("22 of 24 timestamps are not frame / fps within 0.0001 s, the first in episode 0, frame 1: "
+            "0.1 s where 0.05 s is expected at 20 fps" in caplog.text)
 
 
 def test_a_video_that_is_shorter_than_its_episodes(inside, tmp_path):
@@ -437,10 +505,13 @@ def test_a_video_that_is_shorter_than_its_episodes(inside, tmp_path):
 # words
 
 def test_words_that_waive_nothing_are_refused(inside):
-    for command, flag in (("build", "--allow_mismatch"), ("train", "--craft.allow_mismatch"), ("eval", "--allow_mismatch")):
+    for command, flag in (("build", "--allow_mismatch"), ("train", "--craft.allow_mismatch"),
+                          ("eval", "--allow_mismatch")):
         said = run(command, inside, inside / "sound", f"{flag}=camera,weights")
-        assert "no such check camera (did you mean cameras?); there are range, cameras" in said and "normalisation" in said, command
-    assert "no such check all" in run("train", inside, inside / "sound", "--craft.allow_mismatch=all", "--craft.enabled=false")
+        assert ("no such check camera (did you mean cameras?); there are range, cameras" in said
+                and "normalisation" in said), command
+    assert "no such check all" in run("train", inside, inside / "sound", "--craft.allow_mismatch=all",
+                                      "--craft.enabled=false")
     assert run("train", inside, inside / "sound", "--craft.allow_mismatch=range, cameras ,dtype") == ""
 
 

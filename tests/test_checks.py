@@ -69,7 +69,8 @@ def test_sound(repo):
     (cell('code', '3', outputs=[dict(output_type='display_data', metadata={},
                                      data={'application/vnd.jupyter.widget-view+json': {}})]), 'saved a widget'),
     (cell('code', '# note\n#| export\nz = 1'), 'makes nbdev drop it'),
-    (cell('code', '4', outputs=[dict(output_type='stream', name='stdout', text=f'{Path.home()}/x')]), 'its output names'),
+    (cell('code', '4', outputs=[dict(output_type='stream', name='stdout', text=f'{Path.home()}/x')]),
+     'its output names'),
 ])
 def test_clean(repo, extra, fault):
     notebook(repo/'nbs/02_three.ipynb', cell('markdown', '# three\n\n> A page.'), extra)
@@ -119,17 +120,21 @@ def test_readme_pictures(repo):
     png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=='
     shown = cell('code', '#| hide_input\nplot()',
                  outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])
-    notebook(repo/'nbs/index.ipynb', cell('markdown', '# small\n\n> A project.'), shown, cell('code', '#| hide\nsecret()'))
+    notebook(repo/'nbs/index.ipynb', cell('markdown', '# small\n\n> A project.'), shown,
+             cell('code', '#| hide\nsecret()'))
     run(repo, 'tools/readme.py')
     text = (repo/'README.md').read_text()
-    assert '![](README_files/figure-1.png)' in text and 'secret' not in text and (repo/'README_files/figure-1.png').exists()
+    assert ('![](README_files/figure-1.png)' in text and 'secret' not in text
+            and (repo/'README_files/figure-1.png').exists())
     (repo/'README_files/old.png').write_text('')
     assert 'old.png' in load('checks', repo).readme()[0]
 
 
 @pytest.mark.parametrize('out', [
-    dict(output_type='display_data', data={'application/vnd.jupyter.widget-view+json': dict(model_id='a'), 'text/plain': "VBox(children=(HTML(value='x'),))"}),
-    dict(output_type='display_data', data={'text/plain': ["VBox(children=(HTML(value='<b>x</b>'),), layout=Layout(width='9px'))"]}),
+    dict(output_type='display_data', data={'application/vnd.jupyter.widget-view+json': dict(model_id='a'),
+                                           'text/plain': "VBox(children=(HTML(value='x'),))"}),
+    dict(output_type='display_data',
+         data={'text/plain': ["VBox(children=(HTML(value='<b>x</b>'),), layout=Layout(width='9px'))"]}),
     dict(output_type='execute_result', data={'text/plain': "IntProgress(value=3, max=9)"}, execution_count=None),
     dict(output_type='display_data', data={'application/vnd.jupyter.widget-state+json': {}})])
 def test_a_page_has_no_saved_widget(repo, out):
@@ -141,21 +146,28 @@ def test_a_page_has_no_saved_widget(repo, out):
     nb = json.loads((repo/'nbs/index.ipynb').read_text())
     nb['metadata']['widgets'] = {'application/vnd.jupyter.widget-state+json': dict(state={}, version_major=2)}
     (repo/'nbs/index.ipynb').write_text(json.dumps(nb))
-    assert any('saved a widget' in f for f in load('checks', repo).clean()) and any('widget state' in f for f in load('checks', repo).clean())
-    run(repo, '-c', "import sys; sys.path.insert(0, 'tools'); import docs; from pathlib import Path; docs.process(Path('_proc'))")
+    assert (any('saved a widget' in f for f in load('checks', repo).clean())
+            and any('widget state' in f for f in load('checks', repo).clean()))
+    run(repo, '-c',
+        "import sys; sys.path.insert(0, 'tools'); import docs; from pathlib import Path; docs.process(Path('_proc'))")
     page = json.loads((repo/'_proc/index.ipynb').read_text())
     said = json.dumps(page)
-    assert 'children=' not in said and 'IntProgress' not in said and 'widget' not in said and 'findings=[]' in said and 'iVBORw0=' in said
+    assert ('children=' not in said and 'IntProgress' not in said and 'widget' not in said and 'findings=[]' in said
+            and 'iVBORw0=' in said)
     run(repo, 'tools/prepare.py')
-    assert not any('widget' in f for f in load('checks', repo).clean()) and 'iVBORw0=' in (repo/'nbs/index.ipynb').read_text()
+    assert (not any('widget' in f for f in load('checks', repo).clean())
+            and 'iVBORw0=' in (repo/'nbs/index.ipynb').read_text())
 
 
 DOORS = dict(  # what was a module's own before it had rooms: the old path still works
-    anchors="AnchorWriter AnchorCacheDataset verify_cache", policies="ADAPTERS adapter_for base_policy eval_mode RowDraws PI0FastAdapter TokenAdapter door_features pack_image mixed_precision",
-    trainer="Callback Control AnchorPass Method AnchorMethod Constraint Retention AnchorRows HeldOut certificate_line CraftTrainer calibrate_budget estimate_memory Memory Run "
-            "one_step RECORD FIRST_MEASURED PeakMemory added_gradients set_aside route_forward take_grad resident stop_on_signals",
-    monitor="RecordLog Tail read_records Curve History num draw status figure png plot_records Controls Dashboard CraftMonitor from_jsonl",
-    report="read_run read_runs split_tasks kept parse_gate GATES Report report_main facts read_evals verdict PAGE_CSS SCRIPT")
+    anchors="AnchorWriter AnchorCacheDataset verify_cache", policies="ADAPTERS adapter_for base_policy eval_mode "
+    "RowDraws PI0FastAdapter TokenAdapter door_features pack_image mixed_precision",
+    trainer="Callback Control AnchorPass Method AnchorMethod Constraint Retention AnchorRows HeldOut certificate_line "
+    "CraftTrainer calibrate_budget estimate_memory Memory Run one_step RECORD FIRST_MEASURED PeakMemory "
+    "added_gradients set_aside route_forward take_grad resident stop_on_signals", monitor="RecordLog Tail read_records "
+    "Curve History num draw status figure png plot_records Controls Dashboard CraftMonitor from_jsonl",
+    report="read_run read_runs split_tasks kept parse_gate GATES Report report_main facts read_evals verdict "
+    "PAGE_CSS SCRIPT")
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -167,3 +179,22 @@ def test_an_old_import_path_works_and_can_be_set(door, monkeypatch):
         assert all(vars(r)[name] is getattr(module, name) for r in rooms), name
         monkeypatch.setattr(module, name, mark := object())
         assert getattr(module, name) is mark and all(vars(r)[name] is mark for r in rooms), name
+
+
+def test_long_lines_are_broken_where_a_reader_would(sound, monkeypatch):
+    monkeypatch.syspath_prepend(sound/'tools')
+    reflow = load('reflow', root).reflow
+    long = """def f(a):
+    if a: raise ValueError(f"a: expected a number above zero and below one, found {a:.3f}; give one with --a=NUMBER, or leave it out")
+    return {k: v for k, v in zip(a.names_of_the_first_row, a.values_of_the_first_row, strict=True) if k not in a.ignored}
+"""
+    assert reflow(long) == """def f(a):
+    if a:
+        raise ValueError(f"a: expected a number above zero and below one, found {a:.3f}; give one with --a=NUMBER, "
+                         "or leave it out")
+    return {k: v for k, v in zip(a.names_of_the_first_row, a.values_of_the_first_row, strict=True)
+            if k not in a.ignored}
+"""
+    assert reflow(reflow(long)) == reflow(long) and reflow(kept := 'f(a,\n  b)\n') == kept
+    field = f"class A:\n    a: int = 1  # {'help ' * 30}\n"
+    assert reflow(field) == field and reflow(f"%%js\n{'x ' * 90}") == f"%%js\n{'x ' * 90}"

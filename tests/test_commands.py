@@ -15,7 +15,8 @@ from craft_nb import cli
 def place(work, tmp_path_factory):
     "A folder with the origin's cache, made by its own command line, to run commands in."
     folder = tmp_path_factory.mktemp("commands")
-    out = command(folder, "craft-build-cache", f"--policy.pretrained_path={work.policy_path}", f"--dataset.repo_id={work.root}",
+    out = command(folder, "craft-build-cache", f"--policy.pretrained_path={work.policy_path}",
+                  f"--dataset.repo_id={work.root}",
                   "--out_dir=data/anchor_cache_hidden", "--num_anchors=64", "--layers_to_save=-2,-1")
     quiet(out)
     assert "Wrote 64 anchors" in out and (folder / "data/anchor_cache_hidden/anchors.json").is_file()
@@ -29,7 +30,8 @@ def command(folder, name, *flags):
     return out
 
 
-IDLE = ("Traceback", "Warning:", "WARNING", "deprecated", "ERROR", "libtorchcodec", "direct port", "key might need")  # nothing that one could act on, in a run that is sound
+# nothing that one could act on, in a run that is sound
+IDLE = ("Traceback", "Warning:", "WARNING", "deprecated", "ERROR", "libtorchcodec", "direct port", "key might need")
 
 
 def seen(out):
@@ -55,7 +57,8 @@ def test_the_origins_lines(place, work):
                   "--output_dir=outputs/train", "--steps=2", "--batch_size=2",
                   "--eval_freq=0", "--save_checkpoint=false", "--num_workers=0")
     quiet(out)
-    assert "cache_type=hidden" in out and "Trained to step 2/2" in out and "L_ret" in out and "(step 1)" in out and not (place / "outputs/train/checkpoints").exists()
+    assert ("cache_type=hidden" in out and "Trained to step 2/2" in out and "L_ret" in out and "(step 1)" in out
+            and not (place / "outputs/train/checkpoints").exists())
     assert len((place / "outputs/train/metrics.jsonl").read_text().splitlines()) >= 2
 
 
@@ -75,8 +78,8 @@ def run_config(work, out, **craft):
     policy = PreTrainedConfig.from_pretrained(work.policy_path)
     policy.pretrained_path, policy.push_to_hub = Path(work.policy_path), False
     return CraftTrainConfig(
-        dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, output_dir=Path(out), steps=3, batch_size=2, num_workers=0,
-        save_checkpoint=False, dataloader_multiprocessing_context=None,
+        dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, output_dir=Path(out), steps=3, batch_size=2,
+        num_workers=0, save_checkpoint=False, dataloader_multiprocessing_context=None,
         craft=CraftConfig(anchor_batch_size=4, retention_freq=1, **craft))
 
 
@@ -84,15 +87,17 @@ def old_cache(folder, kind):
     "A cache as the origin wrote it: pickled shards of stacked tensors, float32 pixels, int64 ids."
     from craft_nb.anchors import AnchorCacheDataset
     rows = AnchorCacheDataset("data/anchor_cache_hidden").batch(range(16))
-    old = {"pixel_values": rows["pixel_values"][:, 0].float() / 255.0 * 2.0 - 1.0, "input_ids": rows["input_ids"].long(),
-           "attention_mask": rows["attention_mask"].long()}
+    old = {"pixel_values": rows["pixel_values"][:, 0].float() / 255.0 * 2.0 - 1.0,
+           "input_ids": rows["input_ids"].long(), "attention_mask": rows["attention_mask"].long()}
     if kind == "hidden": old["teacher_hidden"] = rows["teacher_hidden"]
     if kind == "pooled_features": old["target_features"] = rows["teacher_hidden"].mean((1, 2))
-    if kind == "token_level": old["labels"] = torch.where(torch.arange(old["input_ids"].shape[1]) < 6, old["input_ids"], -100)
+    if kind == "token_level":
+        old["labels"] = torch.where(torch.arange(old["input_ids"].shape[1]) < 6, old["input_ids"], -100)
     Path(folder).mkdir()
     (Path(folder) / "metadata.json").write_text(json.dumps(
         {"num_anchors": 16} | ({"layers_to_save": [-2, -1]} if kind == "hidden" else {})))
-    for i in (0, 8): torch.save({k: v[i : i + 8].clone() for k, v in old.items()}, Path(folder) / f"shard_{i // 8:04d}.pt")
+    for i in (0, 8):
+        torch.save({k: v[i : i + 8].clone() for k, v in old.items()}, Path(folder) / f"shard_{i // 8:04d}.pt")
 
 
 @pytest.mark.parametrize("kind", ["hidden", "pooled_features", "token_level"])
@@ -117,17 +122,19 @@ def refused(main, *flags):
 def test_wrong_use_of_build_is_refused(inside, work):
     teacher, data = f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}"
     for flags, says in [
-        ([teacher, data, "--out_dir=data/anchor_cache_hidden"], "holds a finished anchor cache"),
-        ([teacher, data, "--out_dir=new", "--num_anchors=100000"], "num_anchors: expected 1 to"),
-        ([teacher, data, "--out_dir=new", "--num_anchors=4", "--layers_to_save=-2,-9"], r"layers [-9] are out of range"),
-        ([teacher, data, "--out_dir=new", "--num_anchors=4", "--views=nose"], "unknown views"),
-        ([data, "--out_dir=new"], "no teacher"),
-        (["--policy.path=/gone", data, "--out_dir=new"], "no policy at /gone"),
-        ([teacher, "--dataset.repo_id=/gone/data", "--out_dir=new"], "no data set at /gone/data"),
-        ([teacher, data, "--out_dir=new", "--num_anchors=4", "--batch_size=-3"], "batch_size: expected 0 or more, found -3"),
-        ([teacher, data, "--out_dir=new", "--num_anchors=4", "--layers_to_save=-1,-1"], "the same hidden state"),
-        ([teacher, data, "--out_dir=new", "--layers_to_save=a,b"], "layers_to_save: expected numbers"),
-        ([teacher, "--dataset.repo_id=gone/away", "--out_dir=new"], ""),
+            ([teacher, data, "--out_dir=data/anchor_cache_hidden"], "holds a finished anchor cache"),
+            ([teacher, data, "--out_dir=new", "--num_anchors=100000"], "num_anchors: expected 1 to"),
+            ([teacher, data, "--out_dir=new", "--num_anchors=4", "--layers_to_save=-2,-9"],
+             r"layers [-9] are out of range"),
+            ([teacher, data, "--out_dir=new", "--num_anchors=4", "--views=nose"], "unknown views"),
+            ([data, "--out_dir=new"], "no teacher"),
+            (["--policy.path=/gone", data, "--out_dir=new"], "no policy at /gone"),
+            ([teacher, "--dataset.repo_id=/gone/data", "--out_dir=new"], "no data set at /gone/data"),
+            ([teacher, data, "--out_dir=new", "--num_anchors=4", "--batch_size=-3"],
+             "batch_size: expected 0 or more, found -3"),
+            ([teacher, data, "--out_dir=new", "--num_anchors=4", "--layers_to_save=-1,-1"], "the same hidden state"),
+            ([teacher, data, "--out_dir=new", "--layers_to_save=a,b"], "layers_to_save: expected numbers"),
+            ([teacher, "--dataset.repo_id=gone/away", "--out_dir=new"], ""),
     ]:
         assert says in refused(cli.build_cache, *flags), flags
         assert not Path("new").exists(), flags
@@ -167,7 +174,8 @@ def test_wrong_use_of_train_is_refused(inside, work):
 
 
 def test_the_student_normalises_as_its_teacher(inside, work):
-    "New data have other statistics. LeRobot takes them over; with CRaFT the teacher's stay, or its skills would mean something else."
+    """New data have other statistics. LeRobot takes them over; with CRaFT the teacher's stay, or its skills would mean
+    something else."""
     from craft_nb.lerobot import check_features, data_findings, require_fit, run_hashes, train
     shutil.copytree(work.root, "shifted")
     stats = json.loads(Path("shifted/meta/stats.json").read_text())
@@ -181,20 +189,27 @@ def test_the_student_normalises_as_its_teacher(inside, work):
         parts = (trainer := train(cfg, quiet=True)).parts
         return run_hashes(trainer.policy, parts.pre)["normalisation"], parts
     kept, parts = normalisation("run-kept")
-    assert kept == teachers and normalisation("run-waived", allow_mismatch="normalisation,range")[0] != teachers  # the data do not move as these statistics say
+    # the data do not move as these statistics say
+    assert kept == teachers and normalisation("run-waived", allow_mismatch="normalisation,range")[0] != teachers
     class Longer: features = parts.dataset.meta.features | {"action": dict(dtype="float32", shape=(7,))}
-    with pytest.raises(ValueError, match="action: the policy was made for 4 numbers, the data set has 7"): check_features(parts.pre, Longer)
-    class Blind: features = {k: v for k, v in parts.dataset.meta.features.items() if k not in ("action", "observation.state")}
-    with pytest.raises(ValueError, match="the policy needs observation.state and action; the data set has"): check_features(parts.pre, Blind)
-    with pytest.raises(ValueError, match="the policy needs observation.state; the data set has"): check_features(parts.pre, Blind, actions=False)
+    with pytest.raises(ValueError, match="action: the policy was made for 4 numbers, the data set has 7"):
+        check_features(parts.pre, Longer)
+    class Blind:
+        features = {k: v for k, v in parts.dataset.meta.features.items() if k not in ("action", "observation.state")}
+    with pytest.raises(ValueError, match="the policy needs observation.state and action; the data set has"):
+        check_features(parts.pre, Blind)
+    with pytest.raises(ValueError, match="the policy needs observation.state; the data set has"):
+        check_features(parts.pre, Blind, actions=False)
     norm = next(x for x in parts.pre.steps if hasattr(x, "norm_map") and hasattr(x, "stats"))
     norm.stats = {k: v for k, v in norm.stats.items() if k != "action"}
-    with pytest.raises(ValueError, match="action: MIN_MAX normalises with 'min' and 'max', which the statistics in the policy.s checkpoint"):
+    with pytest.raises(ValueError, match="action: MIN_MAX normalises with 'min' and 'max', "
+                       "which the statistics in the policy.s checkpoint"):
         require_fit(data_findings(parts.cfg.policy, parts.pre, parts.post, parts.dataset))
 
 
-@pytest.mark.parametrize("field,value,says", [("policy_type", "act", "policy_type: cache act"),
-                                              ("width", 999, "width: cache 999"), ("extra", {"depth": 7}, "depth: cache 7")])
+@pytest.mark.parametrize("field,value,says",
+                         [("policy_type", "act", "policy_type: cache act"),
+                          ("width", 999, "width: cache 999"), ("extra", {"depth": 7}, "depth: cache 7")])
 def test_a_cache_of_another_policy_is_refused(inside, work, field, value, says):
     from craft_nb.anchors import AnchorCacheError
     from craft_nb.lerobot import make_trainer
@@ -209,7 +224,8 @@ def foreign(folder, change):
     "The same anchors in a cache that says it was made for another policy."
     from craft_nb.anchors import AnchorCacheDataset, AnchorWriter
     ds = AnchorCacheDataset("data/anchor_cache_hidden")
-    keep = {k: ds.manifest[k] for k in ("policy_type", "layers", "pooling", "width", "dtype", "hashes", "extra")} | change
+    keep = ({k: ds.manifest[k] for k in ("policy_type", "layers", "pooling", "width", "dtype", "hashes", "extra")}
+            | change)
     views = {n: {k: v[k] for k in ("tensors", "distance", "unit")} for n, v in ds.manifest["views"].items()}
     with AnchorWriter(folder, len(ds), views, **keep) as w: w.add(ds.batch(range(len(ds))))
 
@@ -219,10 +235,13 @@ def test_eval_writes_a_table(inside, work):
     assert "retention loss pooled" in Path("evaluated/eval.md").read_text()
     assert "exists" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden",
                                "--out_dir=evaluated")
-    for more, says in [("--max_frames=0", "max_frames: expected at least 1"), ("--batch_size=0", "batch_size: expected at least 1")]:
-        assert says in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden", "--out_dir=other", more)
+    for more, says in [("--max_frames=0", "max_frames: expected at least 1"),
+                       ("--batch_size=0", "batch_size: expected at least 1")]:
+        assert says in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=data/anchor_cache_hidden",
+                               "--out_dir=other", more)
     foreign("foreign-eval", {"extra": {"depth": 7}})
-    assert "depth: cache 7" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=foreign-eval", "--out_dir=other")
+    assert "depth: cache 7" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--anchors=foreign-eval",
+                                       "--out_dir=other")
     assert "nothing to evaluate" in refused(cli.evaluate, f"--policy.path={work.policy_path}", "--out_dir=other")
 
 
@@ -236,8 +255,10 @@ def test_a_second_eval_into_the_same_folder_is_refused_while_the_first_measures(
     monkeypatch.setattr(lerobot, "anchor_drift", measured)
     cli.evaluate([*flags, "--out_dir=twice"])
     assert len(seen) == 2 and all("this very process" in s and "writes here" in s and "--out_dir" in s for s in seen)
-    assert sorted(p.name for p in Path("twice").iterdir()) == sorted(p.name for p in Path("twice-too").iterdir()) == ["eval.json", "eval.md"]
-    Path("stale").mkdir(); Path("stale/.craft.lock").write_text('{"pid": 999999999, "host": "elsewhere"}')  # of a run that was killed
+    assert (sorted(p.name for p in Path("twice").iterdir()) == sorted(p.name for p in Path("twice-too").iterdir())
+            == ["eval.json", "eval.md"])
+    # of a run that was killed
+    Path("stale").mkdir(); Path("stale/.craft.lock").write_text('{"pid": 999999999, "host": "elsewhere"}')
     cli.evaluate([*flags, "--out_dir=stale"])
     assert "exists" in refused(cli.evaluate, *flags, "--out_dir=stale") and not Path("stale/.craft.lock").exists()
     def fails(*_): raise ValueError("made up")

@@ -1,4 +1,5 @@
-"Two ranks, DDP and FSDP, against one with the same global batch; faults on one rank only; one rank that is told to stop."
+"""Two ranks, DDP and FSDP, against one with the same global batch; faults on one rank only; one rank that is told to
+stop."""
 import itertools
 import json
 import math
@@ -47,7 +48,8 @@ def test_two_ranks_are_one(place, one_rank, kind):
     assert [r["conflict"] for r in rows] == [r["conflict"] for r in single]
     assert 3 <= sum(r["projected"] for r in rows) <= STEPS // 2 - 3
     assert max(abs(a["lambda"] - b["lambda"]) for a, b in zip(rows, single, strict=True)) <= 1e-6
-    assert weights.keys() == expected.keys() and max((weights[k] - v).abs().max().item() for k, v in expected.items()) <= 1e-5
+    assert (weights.keys() == expected.keys()
+            and max((weights[k] - v).abs().max().item() for k, v in expected.items()) <= 1e-5)
     for key in ("task_loss", "retention_loss", "grad_norm", "dot"):
         assert all(math.isclose(a[key], b[key], rel_tol=1e-3, abs_tol=1e-5)
                    for a, b in zip(rows, single, strict=True) if a[key] is not None), key
@@ -62,7 +64,8 @@ def test_two_ranks_resume(place, kind):
     work, cache, folder = place
     whole, again = folder / f"{kind}-whole", folder / f"{kind}-again"
     R.on_ranks(2, f"{whole}.log", lambda rank: R.train_rank(R.line(work, cache, whole, 2, steps=4, save_freq=2), kind))
-    resume = ["--resume", f"--config_path={whole}/checkpoints/000002/pretrained_model/train_config.json", f"--output_dir={again}"]
+    resume = ["--resume", f"--config_path={whole}/checkpoints/000002/pretrained_model/train_config.json",
+              f"--output_dir={again}"]
     R.on_ranks(2, f"{again}.log", lambda rank: R.train_rank(resume, kind))
     a, b = K.result(whole), K.result(again)
     assert a.pop("rows")[2:] == b.pop("rows") and not K.difference(a, b)
@@ -101,10 +104,13 @@ def sum_or_apart(kind, folder, rank):
         rows = [one_step(trainer) for _ in range(16)]
         with FSDP.summon_full_params(trainer.policy) if kind == "fsdp" else torch.no_grad():
             return rows, torch.cat([p.detach().flatten().clone() for p in trainer.policy.parameters()])
-    (summed, w), (apart, v) = end(projection_gate="never", measure_every=3), end(projection_gate="always", conflict_threshold=-1.0)
-    assert [r["step"] for r in summed if r["grad_norm_retain"] is None] == [11, 12, 14, 15]  # the first ten are all measured
+    (summed, w), (apart, v) = (end(projection_gate="never", measure_every=3),
+                               end(projection_gate="always", conflict_threshold=-1.0))
+    # the first ten are all measured
+    assert [r["step"] for r in summed if r["grad_norm_retain"] is None] == [11, 12, 14, 15]
     for a, b in zip(summed, apart, strict=True):
-        for key in ("task_loss", "retention_loss", "lambda", "grad_norm"): assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (key, a, b)
+        for key in ("task_loss", "retention_loss", "lambda", "grad_norm"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), (key, a, b)
     torch.testing.assert_close(w, v, rtol=1e-4, atol=1e-5)
 
 
@@ -127,9 +133,11 @@ def spoil(trainer, what, value):
     def first(batch, key): return batch | {key: batch[key].index_fill(0, torch.tensor([0]), value)}
     if what == "task loss": trainer.batches = itertools.chain([first(next(trainer.batches), "y")], trainer.batches)
     if what == "retention loss":
-        trainer.retention.line = itertools.chain([first(next(trainer.retention.line), "teacher_hidden")], trainer.retention.line)
+        trainer.retention.line = itertools.chain([first(next(trainer.retention.line), "teacher_hidden")],
+                                                 trainer.retention.line)
     if what == "gradient":  # after the ranks have averaged theirs
-        own, trainer.take_grads = trainer.take_grads, lambda: spoiled(own(), value, lambda: vars(trainer).pop("take_grads", None))
+        own, trainer.take_grads = (trainer.take_grads,
+                                   lambda: spoiled(own(), value, lambda: vars(trainer).pop("take_grads", None)))
 
 
 def spoiled(grads, value, once):
@@ -168,7 +176,8 @@ def faulty_rank(kind, folder, rank, value, victim):
 def test_a_fault_on_one_rank_is_skipped_by_both(tmp_path, kind, value, victim):
     R.on_ranks(2, tmp_path / "log", lambda rank: faulty_rank(kind, tmp_path, rank, value, victim))
     a, b = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
-    assert a["weights"] == b["weights"] and a["lam"] == b["lam"] and a["count"] == b["count"] == len({s for _, s in FAULTS})
+    assert (a["weights"] == b["weights"] and a["lam"] == b["lam"]
+            and a["count"] == b["count"] == len({s for _, s in FAULTS}))
     assert all(math.isfinite(x) for p in a["weights"] for x in p) and math.isfinite(a["lam"]) and a["lam"] != 1.0
 
 
@@ -181,20 +190,27 @@ def test_one_rank_told_to_stop_stops_both_behind_the_same_step(tmp_path):
         trainer.callbacks, saved = [Signal()], []
         trainer.checkpoint = lambda t: saved.append(t.step)
         trainer.fit()
-        assert saved == [6] and trainer.ended == ("SIGTERM" if rank == 1 else "stopped on another rank"), (saved, trainer.ended)
+        assert (saved == [6]
+                and trainer.ended == ("SIGTERM" if rank == 1 else "stopped on another rank")), (saved, trainer.ended)
     R.on_ranks(2, tmp_path / "log", run)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [  # on CPUs `accelerate launch --cpu` goes through MPI; --multi_gpu starts processes as torchrun does, whatever their device
+# on CPUs `accelerate launch --cpu` goes through MPI; --multi_gpu starts processes as torchrun does, whatever their
+# device
+@pytest.mark.parametrize("launcher", [
     ["torch.distributed.run", "--nproc_per_node=2"],
-    ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]], ids=["torchrun", "accelerate"])
+    ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no",
+     "--dynamo_backend=no"]], ids=["torchrun", "accelerate"])
 def test_launchers(place, launcher):
     work, cache, folder = place
     out = folder / launcher[0]
     port = ["--master_port" if "torch" in launcher[0] else "--main_process_port", str(R.free_port())]
     script = Path(sys.executable).with_name("craft-train")
-    run = subprocess.run([sys.executable, "-m", *launcher, *port, str(script), *R.line(work, cache, out, 2, steps=4, save_freq=2)], capture_output=True, text=True, timeout=540, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    run = subprocess.run([sys.executable, "-m", *launcher, *port, str(script),
+                          *R.line(work, cache, out, 2, steps=4, save_freq=2)], capture_output=True, text=True,
+                         timeout=540, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stderr[-3000:]
     state = json.loads((out / "checkpoints/last/training_state/training_step.json").read_text())
-    assert state["num_processes"] == 2 and [r["step"] for r in K.rows(out)] == [1, 2, 3, 4] and run.stdout.count("Trained to step 4/4") == 1
+    assert (state["num_processes"] == 2 and [r["step"] for r in K.rows(out)] == [1, 2, 3, 4]
+            and run.stdout.count("Trained to step 4/4") == 1)

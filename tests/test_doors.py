@@ -8,8 +8,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bench_doors as B
 
 
-@pytest.mark.parametrize("names", [["import torch", "import craft_nb", "craft-demo --help", "craft-cache info"],
-                                   pytest.param(["lerobot-train --help", "craft-train --help"], marks=pytest.mark.slow)],
+@pytest.mark.parametrize("names",
+                         [["import torch", "import craft_nb", "craft-demo --help", "craft-cache info"],
+                          pytest.param(["lerobot-train --help", "craft-train --help"], marks=pytest.mark.slow)],
                          ids=["light", "train"])
 def test_answers_in_time(names):
     found = B.ratios(B.measure(3, names))

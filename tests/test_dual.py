@@ -29,7 +29,8 @@ def cooper_lambda(optimizer, losses, eps, init):
         def __init__(self):
             super().__init__()
             self.budget = cooper.Constraint(
-                cooper.ConstraintType.INEQUALITY, multiplier=cooper.multipliers.DenseMultiplier(init=torch.tensor([init])),
+                cooper.ConstraintType.INEQUALITY,
+                multiplier=cooper.multipliers.DenseMultiplier(init=torch.tensor([init])),
                 formulation_type=cooper.formulations.Lagrangian)
         def compute_cmp_state(self):
             return cooper.CMPState(loss=theta.sum() * 0, observed_constraints={
@@ -76,7 +77,8 @@ def test_pi_defaults_are_ascent_and_ema_is_its_formula():
 # for a given λ the solution is closed form, so ε is chosen to make λ* exact
 
 H, A, B, LAM = (torch.diag(torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)),
-                torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64), torch.tensor([0.0, -0.5, 0.3], dtype=torch.float64), 1.5)
+                torch.tensor([2.0, 1.0, -1.0], dtype=torch.float64),
+                torch.tensor([0.0, -0.5, 0.3], dtype=torch.float64), 1.5)
 STAR = torch.linalg.solve(torch.eye(3, dtype=torch.float64) + LAM * H, A + LAM * H @ B)
 EPS = (0.5 * (STAR - B) @ H @ (STAR - B)).item()
 
@@ -86,8 +88,8 @@ def descend(gate, steps, K=1, compensate=False, noise=0.0, lr=0.02, lambda_lr=0.
     → means of θ and λ over the retention steps of the second half."""
     gen = torch.Generator().manual_seed(seed)
     theta = nn.Parameter(B.clone())
-    dual = Dual(config(retention_freq=K, k_compensation=compensate, epsilon_end=EPS, lambda_lr=lambda_lr, initial_lambda=0.0,
-                       lambda_max=100.0), steps)
+    dual = Dual(config(retention_freq=K, k_compensation=compensate, epsilon_end=EPS, lambda_lr=lambda_lr,
+                       initial_lambda=0.0, lambda_max=100.0), steps)
     surgery = Surgery([("theta", theta)], gate=gate, conflict_threshold=0.0)
     tail_theta, tail_lam, n = torch.zeros(3, dtype=torch.float64), 0.0, 0
     for t in range(steps):
@@ -132,7 +134,8 @@ def test_inactive_budget_lets_lambda_go():
     for controller in CONTROLLERS:
         dual = Dual(config(controller=controller, lambda_lr=0.2), 500)
         for t in range(500): dual.update(t, 0.001, grad_norms=(1.0, 0.1))
-        assert dual.lam == (0.0 if controller != "share" else pytest.approx(0.3 * 1.0 / 0.1)), controller  # the share has a floor
+        # the share has a floor
+        assert dual.lam == (0.0 if controller != "share" else pytest.approx(0.3 * 1.0 / 0.1)), controller
 
 
 # landing
@@ -162,8 +165,8 @@ def test_landing_lands(unit, force, share, seed):
 def test_landing_is_scale_free(unit, K, compensate, seed):
     "L_ret, ε and r in another unit: λ in the inverse unit, nothing else; and `weight` does not depend on compensation."
     unit, rng = 10.0**unit, random.Random(seed)
-    one, two = (Dual(config(controller="landing", retention_freq=K, k_compensation=c, epsilon_end=0.1 * u, lambda_max=1e30), 300)
-                for c, u in ((False, 1.0), (compensate, unit)))
+    one, two = (Dual(config(controller="landing", retention_freq=K, k_compensation=c, epsilon_end=0.1 * u,
+                            lambda_max=1e30), 300) for c, u in ((False, 1.0), (compensate, unit)))
     for t in range(60):
         loss, g, r = rng.lognormvariate(-2, 1), rng.uniform(1, 2), rng.uniform(0.1, 1)
         one.update(t, loss, grad_norms=(g, r)); two.update(t, loss * unit, grad_norms=(g, r * unit))
@@ -171,9 +174,11 @@ def test_landing_is_scale_free(unit, K, compensate, seed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from([1, 5]), st.floats(-6, 6), st.floats(-3, 3), st.floats(-1, 1), st.lists(st.floats(-3, 6), min_size=1, max_size=60))
+@given(st.sampled_from([1, 5]), st.floats(-6, 6), st.floats(-3, 3), st.floats(-1, 1),
+       st.lists(st.floats(-3, 6), min_size=1, max_size=60))
 def test_landing_never_drowns_the_task(K, unit, force, cosine, losses):
-    "Whatever the drift does, r weighs at most K (1 + max(0, −cos)) times g; where it stays far below the budget, λ is exactly 0."
+    """Whatever the drift does, r weighs at most K (1 + max(0, −cos)) times g; where it stays far below the budget, λ is
+    exactly 0."""
     g, r = 10.0**force, 10.0**unit
     dual = Dual(config(controller="landing", retention_freq=K, epsilon_end=1.0, lambda_max=1e30), 300)
     for t, x in enumerate(losses):
@@ -199,7 +204,9 @@ def test_schedules_stay_between_their_ends(step, start, end, decay, kind):
     assert min(start, end) * (1 - 1e-9) <= eps <= max(start, end) * (1 + 1e-9)
     last = end + (start - end) * math.exp(-5) if kind == "exponential" else end
     assert step < decay or eps == pytest.approx(last, rel=1e-12)
-    if step: assert (eps - epsilon_schedule(step - 1, start, end, decay, kind)) * (end - start) >= -1e-12 * max(start, end) ** 2
+    if step:
+        assert ((eps - epsilon_schedule(step - 1, start, end, decay, kind)) * (end - start)
+                >= -1e-12 * max(start, end) ** 2)
 
 
 def test_units_and_live_scale():
@@ -258,7 +265,8 @@ def test_state_survives_json_exactly(controller, every, cut, seed):
     for t in range(cut): a.update(t, losses[t], grad_norms=(1.0, losses[t]))
     b.load_state_dict(json.loads(json.dumps(a.state_dict())))
     for t in range(cut, 40):
-        assert a.update(t, losses[t], grad_norms=(1.0, losses[t])) == b.update(t, losses[t], grad_norms=(1.0, losses[t]))
+        assert (a.update(t, losses[t], grad_norms=(1.0, losses[t]))
+                == b.update(t, losses[t], grad_norms=(1.0, losses[t])))
 
 
 def test_origin_rule():
@@ -289,9 +297,9 @@ def test_probe_leaves_no_trace(optimizer, steps_before):
         opt.step(); sched.step()
     for i in range(steps_before): step(i)
     def state():
-        return (copy.deepcopy((net.state_dict(), opt.state_dict(), sched.state_dict(), [p.grad for p in net.parameters()])),
-                torch.get_rng_state(), gen.get_state(), random.getstate()[1], np.random.get_state()[1].tolist(),
-                [m.training for m in net.modules()])
+        return (copy.deepcopy((net.state_dict(), opt.state_dict(), sched.state_dict(),
+                               [p.grad for p in net.parameters()])), torch.get_rng_state(), gen.get_state(),
+                random.getstate()[1], np.random.get_state()[1].tolist(), [m.training for m in net.modules()])
     def run():
         for i in range(4): step(i)
         return state()
@@ -310,6 +318,7 @@ def test_probe_leaves_no_trace(optimizer, steps_before):
 def test_a_small_weight_keeps_its_digits(controller):
     "λ starts at 1 and is 1e-8 or 1e-15 a step later: as exact as where it starts near there."
     for r in (1e6, 1e13):
-        near, far = (Dual(config(controller=controller, epsilon_end=1.0, lambda_max=1e30, initial_lambda=x), 300) for x in (1e-2 / r, 1.0))
+        near, far = (Dual(config(controller=controller, epsilon_end=1.0, lambda_max=1e30, initial_lambda=x), 300)
+                     for x in (1e-2 / r, 1.0))
         for dual in (near, far): dual.update(0, 1.0, grad_norms=(1e-2, r), cosine=0.0)
         assert far.lam == near.lam > 0

@@ -32,7 +32,8 @@ def place(work, tmp_path_factory):
 def whole(place):
     "An unbroken run of 8 steps with a checkpoint at every second."
     work, cache, folder = place
-    assert K.wait(K.child(K.first_line(work, cache, folder / "whole"), folder / "log")) == 0, (folder / "log").read_text()[-3000:]
+    assert (K.wait(K.child(K.first_line(work, cache, folder / "whole"), folder / "log"))
+            == 0), (folder / "log").read_text()[-3000:]
     return K.result(folder / "whole")
 
 
@@ -77,7 +78,8 @@ def test_too_many_in_a_row_end_with_a_checkpoint():
     trainer.steps, trainer.checkpoint = 50, lambda t: saved.append(t.step)
     good = itertools.islice(trainer.batches, 5)
     trainer.batches = itertools.chain(good, (spoilt(b, "x", math.nan) for b in trainer.batches))
-    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite .*task_loss.* at step 8"): trainer.fit()
+    with pytest.raises(FloatingPointError, match="3 steps in a row were not finite .*task_loss.* at step 8"):
+        trainer.fit()
     assert saved == [8]
 
 
@@ -143,9 +145,11 @@ def test_an_output_folder_that_cannot_be_written_is_refused():
 
 # file systems without links
 
-@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), PermissionError(1, "Operation not permitted"), NotImplementedError()])
+@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"),
+                                   PermissionError(1, "Operation not permitted"), NotImplementedError()])
 def test_without_symbolic_links(place, whole, monkeypatch, error):
-    "A pointer file stands for the link: for the next checkpoint, the summary, resume, and every command that is given a path through it."
+    """A pointer file stands for the link: for the next checkpoint, the summary, resume, and every command that is given
+    a path through it."""
     from craft_nb import cli
     work, cache, folder = place
     out = folder / f"nolink-{type(error).__name__}"
@@ -153,13 +157,16 @@ def test_without_symbolic_links(place, whole, monkeypatch, error):
     for name in ("symlink", "link"): monkeypatch.setattr(os, name, no)
     monkeypatch.setattr(Path, "symlink_to", no)
     log = Path(f"{out}.log")
-    assert K.wait(K.child([f for f in K.first_line(work, cache, out, "--steps=4") if f != "--steps=8"], log)) == 0, log.read_text()[-3000:]
+    assert (K.wait(K.child([f for f in K.first_line(work, cache, out, "--steps=4") if f != "--steps=8"], log))
+            == 0), log.read_text()[-3000:]
     last = out / "checkpoints/last"
     assert last.is_file() and not last.is_symlink() and last.read_text() == "000004\n"
     assert f"checkpoint in {(out / 'checkpoints/000004').resolve()}" in log.read_text()
     policy = f"{last}/pretrained_model"
-    R.on_ranks(1, log, lambda rank: cli.evaluate([f"--policy.path={policy}", f"--anchors={cache}", f"--out_dir={out}-eval"]))
-    R.on_ranks(1, log, lambda rank: cli.build_cache([f"--policy.path={policy}", f"--dataset.repo_id={work.root}", f"--out_dir={out}-cache", "--num_anchors=4"]))
+    R.on_ranks(1, log,
+               lambda rank: cli.evaluate([f"--policy.path={policy}", f"--anchors={cache}", f"--out_dir={out}-eval"]))
+    R.on_ranks(1, log, lambda rank: cli.build_cache([f"--policy.path={policy}", f"--dataset.repo_id={work.root}",
+                                                     f"--out_dir={out}-cache", "--num_anchors=4"]))
     other = ["--steps=4", f"--config_path={policy}/train_config.json", "--resume=true"]
     assert K.wait(K.child(other, log)) == 0, log.read_text()[-3000:]  # finished: left as it is
     assert last.read_text() == "000004\n"
@@ -174,7 +181,8 @@ def test_a_copy_in_the_place_of_the_link_is_kept(place, whole):
     shutil.copytree(folder / "whole/checkpoints/000006", last)
     shutil.copy(folder / "whole/metrics.jsonl", folder / "copied")
     log = folder / "copied.log"
-    assert K.wait(K.child(K.resume_line(folder / "copied", f"--output_dir={folder / 'copied'}"), log)) == 0, log.read_text()[-3000:]
+    assert (K.wait(K.child(K.resume_line(folder / "copied", f"--output_dir={folder / 'copied'}"), log))
+            == 0), log.read_text()[-3000:]
     assert os.readlink(last) == "000008" and (folder / "copied/checkpoints/last.1/training_state").is_dir()
     assert not K.difference(K.result(folder / "copied"), whole)
 
@@ -192,7 +200,8 @@ def test_a_second_run_is_refused_while_the_first_writes(place, whole):
         log = Path(f"{out}.second.log")
         assert K.wait(K.child(argv, log)) == 1
         said = log.read_text()
-        assert f"process {first} on " in said and "writes here; wait for it, stop it, or give another --output_dir" in said
+        assert (f"process {first} on " in said
+                and "writes here; wait for it, stop it, or give another --output_dir" in said)
         assert not K.ended(first)
         log.unlink()
     other = f"{out}-other"  # another folder of its own may go on from what is there
@@ -212,15 +221,18 @@ def test_the_lock_of_a_run_in_python(place):
     from craft_nb.machine import holder
     work, cache, folder = place
     out = folder / "python/run"
-    def config(*more): return parsed(CraftTrainConfig, today([*[f for f in K.first_line(work, cache, out) if f not in ("--steps=8", "--save_freq=2")],
-                                                              "--steps=1", "--save_checkpoint=false", *more], True))
+    def config(*more):
+        return parsed(CraftTrainConfig,
+                      today([*[f for f in K.first_line(work, cache, out) if f not in ("--steps=8", "--save_freq=2")],
+                             "--steps=1", "--save_checkpoint=false", *more], True))
     def python(rank):
         first = make_trainer(config(), quiet=True)
         second = make_trainer(config(), quiet=True)  # the cell is run again
         with pytest.raises(FileExistsError, match="another trainer was made for this folder since"): first.fit()
         class Asks(Callback):
             def after_step(self, trainer, record):
-                with pytest.raises(FileExistsError, match="this very process .* writes here"): make_trainer(config(), quiet=True)
+                with pytest.raises(FileExistsError, match="this very process .* writes here"):
+                    make_trainer(config(), quiet=True)
         second.callbacks.insert(0, Asks())
         second.fit()
         assert holder(out) == "" and not (out / ".craft.lock").exists()
@@ -282,9 +294,11 @@ def kill_workers(number=signal.SIGKILL): return [os.kill(p.pid, number) for p in
 def test_a_dead_worker_ends_clearly(place, whole):
     work, cache, folder = place
     out = folder / "worker"
-    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 1), "one", [Late(3, kill_workers)]), codes=(70,))
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 1), "one",
+                                                          [Late(3, kill_workers)]), codes=(70,))
     said = Path(f"{out}.log.0").read_text().splitlines()[-1]
-    assert "a data worker (process " in said and LOST + "--num_workers (now 1), --batch_size (now 2) or --prefetch_factor" in said
+    assert ("a data worker (process " in said
+            and LOST + "--num_workers (now 1), --batch_size (now 2) or --prefetch_factor" in said)
     assert os.readlink(out / "checkpoints/last") == "000002" and not (out / ".craft.lock").exists()
     rows = [json.loads(r) for r in (out / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["event"] == "error" and LOST in rows[-1]["error"]
@@ -303,15 +317,17 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written(place, whole, monkeypa
         while time.monotonic() < end: sum(range(100))  # the signal arrives
         return own(*args, **kw)
     monkeypatch.setattr(train_utils, "save_training_state", save)
-    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 2), "one"), codes=(70,))
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 2), "one"),
+               codes=(70,))
     assert LOST in Path(f"{out}.log.0").read_text().splitlines()[-1]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["000002", "last"]
     monkeypatch.undo()
     assert not K.difference(resumed(out, place), whole)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(32, "Broken pipe"), EOFError(),
-                                   RuntimeError("DataLoader timed out after 9 seconds")])
+@pytest.mark.parametrize("error",
+                         [ConnectionResetError(104, "Connection reset by peer"), BrokenPipeError(32, "Broken pipe"),
+                          EOFError(), RuntimeError("DataLoader timed out after 9 seconds")])
 def test_whichever_way_a_lost_worker_shows(place, monkeypatch, error):
     "PyTorch's handler is silenced, and its queue gives the error instead."
     from torch.utils.data import dataloader
@@ -323,12 +339,15 @@ def test_whichever_way_a_lost_worker_shows(place, monkeypatch, error):
         if any(map(ended, self._workers)): raise error
         return own(self, timeout=0.1)
     monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_try_get_data", get)
-    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 2), "one", [Late(3, kill_workers)]), codes=(70,))
+    R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(workers(K.first_line(work, cache, out), 2), "one",
+                                                          [Late(3, kill_workers)]), codes=(70,))
     said = Path(f"{out}.log.0").read_text().splitlines()[-1]
     assert "a data worker (process " in said and LOST + "--num_workers (now 2)" in said
 
 
-def ended(process): return not os.path.exists(f"/proc/{process.pid}") or Path(f"/proc/{process.pid}/stat").read_text().split(")")[1].split()[0] == "Z"
+def ended(process):
+    return (not os.path.exists(f"/proc/{process.pid}")
+            or Path(f"/proc/{process.pid}/stat").read_text().split(")")[1].split()[0] == "Z")
 
 
 def test_workers_that_are_spawned(place):
@@ -352,7 +371,8 @@ def test_a_dead_anchor_worker_is_not_taken_for_a_data_worker(place):
     R.on_ranks(1, f"{out}.log", lambda rank: R.train_rank(
         workers(K.first_line(work, cache, out, anchor_num_workers=1), 1), "one", [kill]), codes=(70,))
     said = Path(f"{out}.log.0").read_text().splitlines()[-1]
-    assert "an anchor worker (process " in said and LOST + "anchor_num_workers (now 1; 0 decodes in the training process)" in said
+    assert ("an anchor worker (process " in said
+            and LOST + "anchor_num_workers (now 1; 0 decodes in the training process)" in said)
 
 
 def test_a_helper_that_is_still_dying_is_waited_for():
@@ -381,8 +401,8 @@ def test_a_dead_worker_of_a_build_ends_clearly(place, monkeypatch):
         calls.append(1)
         return own(*args)
     monkeypatch.setattr(builder, "teacher_targets", targets)
-    flags = [f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}", f"--out_dir={folder / 'build'}", "--num_anchors=24",
-             "--batch_size=2", "--shard_size=4", "--num_workers=2"]
+    flags = [f"--policy.path={work.policy_path}", f"--dataset.repo_id={work.root}", f"--out_dir={folder / 'build'}",
+             "--num_anchors=24", "--batch_size=2", "--shard_size=4", "--num_workers=2"]
     R.on_ranks(1, log, lambda rank: cli.build_cache(flags), codes=(1,))
     said = Path(f"{log}.0").read_text()
     assert "a data worker (process " in said and LOST + "--num_workers (now 2) or --batch_size (now 2)" in said

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = Path(os.environ.get("CRAFT_LIVE_NOTEBOOK", ROOT/"nbs/tutorials/live_training.ipynb"))
 SHOTS = ROOT/"outputs/screenshots"
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run",
-         "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--no-first-run", "--disable-sync"]
 DASH = ".jp-OutputArea .craft"
 BOX = ".jp-OutputArea .widget-vbox"   # stays while its content is replaced four times a second
 
@@ -53,9 +53,9 @@ def lab(tmp_path):
     quiet = settings/"@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"),
-                        "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "OMP_NUM_THREADS": "1",
-                        "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(settings),
+                        "JUPYTERLAB_WORKSPACES_DIR": str(tmp_path/"workspaces"), "PYTHONPATH": str(ROOT),
+                        "JUPYTER_CONFIG_DIR": str(tmp_path/"config"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     log = open(tmp_path/"lab.log", "w")
     server = subprocess.Popen(
         [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={work}", "--ip=127.0.0.1", f"--port={port}",
@@ -71,8 +71,10 @@ def lab(tmp_path):
         yield url, work
     finally:
         try:
-            for k in json.load(urllib.request.urlopen(url + "/api/kernels", timeout=PATIENCE*5)) if server.poll() is None else ():
-                urllib.request.urlopen(urllib.request.Request(f"{url}/api/kernels/{k['id']}", method="DELETE"), timeout=PATIENCE*20)
+            for k in (json.load(urllib.request.urlopen(url + "/api/kernels", timeout=PATIENCE*5))
+                      if server.poll() is None else ()):
+                urllib.request.urlopen(urllib.request.Request(f"{url}/api/kernels/{k['id']}", method="DELETE"),
+                                       timeout=PATIENCE*20)
         finally:
             server.terminate()
             try: server.wait(PATIENCE*20)
@@ -83,7 +85,8 @@ def lab(tmp_path):
 @pytest.fixture
 def page():
     sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None: pytest.fail("no chromium found on the PATH: install it (apt install chromium), or deselect this file")
+    if CHROMIUM is None:
+        pytest.fail("no chromium found on the PATH: install it (apt install chromium), or deselect this file")
     with sync_api.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport=dict(width=1280, height=1000))
@@ -105,15 +108,16 @@ def press(page, name): page.locator(".jp-OutputArea button", has_text=name).firs
 
 def curve(page, name):
     "How many points a curve has on the screen."
-    d = page.locator(f"{DASH} path.{name}").first.get_attribute("d") if page.locator(f"{DASH} path.{name}").count() else ""
+    d = (page.locator(f"{DASH} path.{name}").first.get_attribute("d") if page.locator(f"{DASH} path.{name}").count()
+         else "")
     return len(re.findall("[MLV]", d))
 
 
 def open_notebook(page, url, name):
     page.goto(f"{url}/lab/tree/{name}")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE*60_000)
-    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status") == "idle",
-          "an idle kernel")
+    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status")
+          == "idle", "an idle kernel")
 
 
 def scroll_to(page, mime, selector, seconds):
@@ -121,8 +125,8 @@ def scroll_to(page, mime, selector, seconds):
     go = """(mime) => { const nb = window.jupyterapp.shell.currentWidget.content;
         const i = nb.widgets.findIndex(c => JSON.stringify(c.model.sharedModel.outputs ?? []).includes(mime));
         if (i >= 0) nb.scrollToItem(i, "center"); return i >= 0 }"""
-    until(lambda: page.evaluate(go, mime) and page.locator(selector).count(), f"an output of type {mime} to come into view",
-          seconds, every=1)
+    until(lambda: page.evaluate(go, mime) and page.locator(selector).count(),
+          f"an output of type {mime} to come into view", seconds, every=1)
 
 
 def scroll_to_dashboard(page, seconds):
@@ -150,8 +154,10 @@ def test_tutorial_live(lab, page):
     # curves grow while a later cell runs
     first = until(lambda: min(curve(page, n) for n in ("lambda", "violation", "cosine")) > 1
                   and [curve(page, n) for n in ("lambda", "violation", "cosine")], "three curves")
-    until(lambda: all(curve(page, n) > k for n, k in zip(("lambda", "violation", "cosine"), first)), "the curves to grow")
-    assert page.locator(".jp-InputPrompt", has_text="[*]").count() > 0, "no later cell was running while the curves grew"
+    until(lambda: all(curve(page, n) > k for n, k in zip(("lambda", "violation", "cosine"), first)),
+          "the curves to grow")
+    assert (page.locator(".jp-InputPrompt", has_text="[*]").count()
+            > 0), "no later cell was running while the curves grew"
     page.wait_for_timeout(3000)
     shoot(page, "live_light")
 
@@ -175,13 +181,15 @@ def test_tutorial_live(lab, page):
     at = step(page)
     until(lambda: step(page) > at + 15, "steps under the new budget", 40)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    changes = [r for r in rows if r.get("event") == "control" and r["name"] == "epsilon_scale"]   # eight keys may reach the run one by one
+    # eight keys may reach the run one by one
+    changes = [r for r in rows if r.get("event") == "control" and r["name"] == "epsilon_scale"]
     assert changes[-1]["new"] < 1
     eps = {r["step"]: r["epsilon"] for r in rows if "event" not in r}
     lam = {r["step"]: r["lambda"] for r in rows if "event" not in r}
     s, n = changes[0]["step"], max(lam)
     assert eps[n] < .8*eps[max(1, s - 1)]
-    assert (lam[n] - lam[s])/(n - s) > (lam[s] - lam[max(1, s - 15)])/min(15, s - 1), "λ did not answer the tighter budget"
+    assert ((lam[n] - lam[s])/(n - s)
+            > (lam[s] - lam[max(1, s - 15)])/min(15, s - 1)), "λ did not answer the tighter budget"
 
     # dark, and half as wide
     command(page, "apputils:change-theme", theme="JupyterLab Dark")
@@ -203,14 +211,15 @@ def test_tutorial_live(lab, page):
     before = step(page)
     page.reload()
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=PATIENCE*60_000)
-    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status") == "idle",
-          "the kernel's answer")
+    until(lambda: page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status")
+          == "idle", "the kernel's answer")
     scroll_to_dashboard(page, 60)
     until(lambda: step(page) > before, "the dashboard to go on after the reload", 30)
     shoot(page, "after_reload")
     press(page, "Stop")
     until(lambda: state(page) == "stopped", "the run to stop", 30)
-    end = until(lambda: [r for r in map(json.loads, log.read_text().splitlines()) if r.get("event") == "end"], "the end row")
+    end = until(lambda: [r for r in map(json.loads, log.read_text().splitlines()) if r.get("event") == "end"],
+                "the end row")
     assert end[-1]["reason"] == "stopped"
     until((log.parent/"metrics.png").exists, "the picture beside the log", 30)
     shoot(page, "stopped")

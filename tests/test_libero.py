@@ -8,7 +8,8 @@ import pytest
 from craft_nb import libero_demo
 from craft_nb.demo import WORKLOADS, MetaWorld, Settings, door, parse
 
-with_libero = pytest.mark.skipif(WORKLOADS["libero_goal"].missing() is not None, reason="the simulator: pip install 'craft_nb[libero]'")
+with_libero = pytest.mark.skipif(WORKLOADS["libero_goal"].missing() is not None,
+                                 reason="the simulator: pip install 'craft_nb[libero]'")
 
 
 @pytest.fixture
@@ -24,21 +25,25 @@ def test_without_the_extra_one_line_says_what_to_install(absent, tmp_path):
 
 def test_a_study_without_the_extra_says_it_too(absent, tmp_path):
     from craft_nb.study import study_main
-    with pytest.raises(SystemExit, match="craft-study: --workload=libero_goal: .*craft_nb.libero."): study_main(["--workload=libero_goal", f"--out={tmp_path / 'x'}"])
+    with pytest.raises(SystemExit, match="craft-study: --workload=libero_goal: .*craft_nb.libero."):
+        study_main(["--workload=libero_goal", f"--out={tmp_path / 'x'}"])
     assert not (tmp_path / "x").exists()
 
 
 def test_help_needs_neither_extra_nor_lerobot():
-    code = ("import sys, craft_nb.cli as c\nsys.argv = ['craft-demo', '--workload=libero_goal', '--help']\ntry: c.demo()\nexcept SystemExit as e: assert not e.code, e.code\n"
-            "assert not {'lerobot', 'transformers', 'mujoco', 'torch'} & set(sys.modules)")
+    code = ("import sys, craft_nb.cli as c\nsys.argv = ['craft-demo', '--workload=libero_goal', '--help']\ntry: "
+            "c.demo()\nexcept SystemExit as e: assert not e.code, e.code\nassert not {'lerobot', 'transformers', "
+            "'mujoco', 'torch'} & set(sys.modules)")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert out.returncode == 0 and "outputs/libero_goal" in out.stdout and "--others" in out.stdout and "--spread" not in out.stdout, out.stderr
+    assert (out.returncode == 0 and "outputs/libero_goal" in out.stdout and "--others" in out.stdout
+            and "--spread" not in out.stdout), out.stderr
 
 
 def test_a_workload_brings_its_settings_and_leaves_meta_world_alone(monkeypatch):
     monkeypatch.setattr(libero_demo.LiberoGoal, "missing", lambda self: None)
     args, s = parse(["--workload=libero_goal", "--others=7"])
-    assert (args.folder, s.workload, s.others, type(door(s))) == ("outputs/libero_goal", "libero_goal", 7, libero_demo.LiberoGoal)
+    assert (args.folder, s.workload, s.others, type(door(s))) == ("outputs/libero_goal", "libero_goal", 7,
+                                                                  libero_demo.LiberoGoal)
     assert [s.episodes_of(t) for t in s.tasks] == [72, 7, 7]
     args, s = parse([])
     assert (args.folder, s, type(door(s))) == ("outputs/demo", Settings(), MetaWorld)
@@ -46,22 +51,27 @@ def test_a_workload_brings_its_settings_and_leaves_meta_world_alone(monkeypatch)
 
 def test_check_tasks_says_that_nothing_is_claimed_of_sight(tmp_path):
     from craft_nb.demo import Run, check_tasks
-    with pytest.raises(SystemExit, match="told apart by their instruction alone"): check_tasks(Run(tmp_path, libero_demo.GoalSettings()))
+    with pytest.raises(SystemExit, match="told apart by their instruction alone"):
+        check_tasks(Run(tmp_path, libero_demo.GoalSettings()))
 
 
 def test_told_and_done_counts_every_episode():
-    rows = [dict(task="a", arm=arm, done=done) for arm, done in (("teacher", ["a", "a", None]), ("sft", ["b", "b"]), ("sft", ["<c>"]))]
+    rows = [dict(task="a", arm=arm, done=done) for arm, done in (("teacher", ["a", "a", None]), ("sft", ["b", "b"]),
+                                                                 ("sft", ["<c>"]))]
     found = libero_demo.confusion(rows)
     assert found == {"a": {"teacher": {"a": 2, "": 1}, "sft": {"b": 2, "<c>": 1}}} == json.loads(json.dumps(found))
     page = libero_demo.confusion_section(found, ["a", "b"])
-    assert page.count("<th scope=col>") == 1 + 4 and "&lt;c&gt;" in page and "<c>" not in page and libero_demo.OBEDIENCE in page
+    assert (page.count("<th scope=col>") == 1 + 4 and "&lt;c&gt;" in page and "<c>" not in page
+            and libero_demo.OBEDIENCE in page)
 
 
 def test_the_picture_is_of_a_state_where_the_new_is_done_for_the_old():
     from types import SimpleNamespace
     from craft_nb.demo import picked
     run = SimpleNamespace(settings=libero_demo.GoalSettings(old="a", new="b"))
-    def row(arm, done): return dict(task="a", arm=arm, seeds=[5, 6, 7], success=[d == "a" for d in done], done=done, actions=[[arm, i] for i in range(3)])
+    def row(arm, done):
+        return dict(task="a", arm=arm, seeds=[5, 6, 7], success=[d == "a" for d in done], done=done,
+                    actions=[[arm, i] for i in range(3)])
     rows = [row("sft", ["a", None, "b"]), row("craft", ["a", "a", "a"])]
     assert picked(run, rows, ["sft", "craft"]) == {"a": (7, {"sft": (["sft", 2], "b"), "craft": (["craft", 2], "a")})}
     assert picked(run, rows, ["craft"])["a"][0] == 5
@@ -94,13 +104,19 @@ def test_lerobots_own_environment_runs_in_craft_eval(tmp_path):
     from craft_nb.libero import GoalWorkload
     from craft_nb.small import PI0FastSmallPolicy, save_checkpoint_folder
     work, ones = GoalWorkload(tmp_path), torch.ones(8)
-    fit_action_tokenizer(torch.rand(8, 10, 7, generator=torch.Generator().manual_seed(0)).numpy()).save_pretrained(work.tokenizers / "action")
+    fit_action_tokenizer(torch.rand(8, 10, 7, generator=torch.Generator().manual_seed(0))
+                         .numpy()).save_pretrained(work.tokenizers / "action")
     make_text_tokenizer(work.texts.values()).save_pretrained(work.tokenizers / "text")
-    inputs = {f"observation.images.{k}": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for k in ("image", "image2")} | {"observation.state": PolicyFeature(FeatureType.STATE, (8,))}
-    cfg = work.config(input_features=inputs, output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))}, max_state_dim=8, tokenizer_max_length=30)
+    inputs = ({f"observation.images.{k}": PolicyFeature(FeatureType.VISUAL, (3, 64, 64)) for k in ("image", "image2")}
+              | {"observation.state": PolicyFeature(FeatureType.STATE, (8,))})
+    cfg = work.config(input_features=inputs, output_features={"action": PolicyFeature(FeatureType.ACTION, (7,))},
+                      max_state_dim=8, tokenizer_max_length=30)
     stats = {k: dict(min=-x, max=x) for k, x in (("observation.state", ones), ("action", ones[:7]))}
-    save_checkpoint_folder(PI0FastSmallPolicy(cfg), *make_pre_post_processors(cfg, dataset_stats=stats), tmp_path / "policy")
-    cli.evaluate([f"--policy.path={tmp_path / 'policy'}", "--env.type=libero", "--env.task=libero_goal", "--env.task_ids=[8]", "--env.observation_height=64", "--env.observation_width=64",
-                  "--env.episode_length=11", "--eval.n_episodes=1", "--eval.batch_size=1", f"--out_dir={tmp_path / 'eval'}"])
+    save_checkpoint_folder(PI0FastSmallPolicy(cfg), *make_pre_post_processors(cfg, dataset_stats=stats),
+                           tmp_path / "policy")
+    cli.evaluate([f"--policy.path={tmp_path / 'policy'}", "--env.type=libero", "--env.task=libero_goal",
+                  "--env.task_ids=[8]", "--env.observation_height=64", "--env.observation_width=64",
+                  "--env.episode_length=11", "--eval.n_episodes=1", "--eval.batch_size=1",
+                  f"--out_dir={tmp_path / 'eval'}"])
     (cell,) = json.loads((tmp_path / "eval/eval.json").read_text())["success"].values()
     assert cell["n"] == 1

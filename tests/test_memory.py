@@ -1,6 +1,7 @@
 """The memory estimate that is printed before the first step, against the peak of whole training steps of a pi0_fast.
 
-What runs here at small size on a CPU runs at full size on a GPU: `python bench/bench_optimiser.py --only training --size pi0_fast`.
+What runs here at small size on a CPU runs at full size on a GPU:
+`python bench/bench_optimiser.py --only training --size pi0_fast`.
 """
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from bench_optimiser import training_memory  # noqa: E402
 
 
-@pytest.mark.parametrize("batch_size, how", [(2, {}), (16, {}), (4, dict(accumulate=2)), (8, dict(anchor_micro_batch=2))])
+@pytest.mark.parametrize("batch_size, how",
+                         [(2, {}), (16, {}), (4, dict(accumulate=2)), (8, dict(anchor_micro_batch=2))])
 def test_estimate_is_within_a_tenth(tmp_path, batch_size, how):
     found = training_memory("small", "cpu", batch_size, tmp_path, **how)
     assert list(found) == ["plain", "pooled", "action_logits"] + ["streamed"] * (not how)

@@ -33,11 +33,11 @@ def craft_run(clip=1.0, **config):
     policy = Linear(D, 0, 0)
     policy.w.weight.data.copy_(old)
     views = make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"], distance="mse")
-    ret = Retention(policy, ({"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]} for x in anchors), views, LinearAdapter(),
-                    CraftConfig(**config), STEPS)
+    ret = Retention(policy, ({"input_ids": x, "teacher_hidden": (x @ old.T)[:, None, None]} for x in anchors), views,
+                    LinearAdapter(), CraftConfig(**config), STEPS)
     keep = Keep()
-    CraftTrainer(policy, batches, torch.optim.SGD(policy.parameters(), LR), steps=STEPS, retention=ret, grad_clip_norm=clip,
-                 callbacks=[keep]).fit()
+    CraftTrainer(policy, batches, torch.optim.SGD(policy.parameters(), LR), steps=STEPS, retention=ret,
+                 grad_clip_norm=clip, callbacks=[keep]).fit()
     return policy.w.weight.detach(), keep.rows
 
 
@@ -55,7 +55,8 @@ def origin_loop(clip=1.0, K=5, lam=1.0, eps=(1.0, 0.1), lam_lr=0.01, threshold=-
             ret = (x @ w.T - x @ old.T).square().mean()
             r, = torch.autograd.grad(ret, w)
             norms = (g.norm() * r.norm()).item()
-            row |= dict(retention_loss=ret.item(), cosine=(g * r).sum().item() / norms if ret.item() > 1e-9 else None, projected=False)
+            row |= dict(retention_loss=ret.item(), cosine=(g * r).sum().item() / norms if ret.item() > 1e-9 else None,
+                        projected=False)
             if gate and row["cosine"] is not None and row["cosine"] < threshold:
                 g, row["projected"] = g - (g * r).sum() / (r * r).sum() * r, True
             g = g + lam * r
@@ -69,10 +70,12 @@ def origin_loop(clip=1.0, K=5, lam=1.0, eps=(1.0, 0.1), lam_lr=0.01, threshold=-
 
 def agree(ours, plain):
     for a, b in zip(ours, plain, strict=True):
-        assert math.isclose(a["task_loss"], b["task_loss"], rel_tol=1e-5) and math.isclose(a["lambda"], b["lambda"], rel_tol=1e-6)
+        assert (math.isclose(a["task_loss"], b["task_loss"], rel_tol=1e-5)
+                and math.isclose(a["lambda"], b["lambda"], rel_tol=1e-6))
         if "retention_loss" not in b: assert a["retention"] is False
         elif b["cosine"] is not None:
-            assert math.isclose(a["retention_loss"], b["retention_loss"], rel_tol=1e-4, abs_tol=1e-9) and a["projected"] == b["projected"]
+            assert (math.isclose(a["retention_loss"], b["retention_loss"], rel_tol=1e-4, abs_tol=1e-9)
+                    and a["projected"] == b["projected"])
             assert a["cosine"] is None or math.isclose(a["cosine"], b["cosine"], abs_tol=1e-4)
 
 
@@ -98,21 +101,24 @@ def test_a_sum_is_enough_where_nothing_projects(measure_every):
     w, rows = craft_run(retention_freq=1, lambda_lr=0.1, projection_gate="never", measure_every=measure_every)
     expected, plain = origin_loop(K=1, lam_lr=0.1, gate=False)
     agree(rows, [{k: v for k, v in r.items() if k != "projected"} | {"projected": False} for r in plain])
-    assert [r["step"] for r in rows if r["grad_norm_retain"] is None] == [s + 1 for s in range(10, STEPS) if s % measure_every]
+    assert ([r["step"] for r in rows if r["grad_norm_retain"] is None]
+            == [s + 1 for s in range(10, STEPS) if s % measure_every])
     torch.testing.assert_close(w, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sum_needs_no_second_gradient():
-    "Peak of storages that a step makes, in copies of the weights: one with g alone, and no more with anchors beside it."
+    """Peak of storages that a step makes, in copies of the weights: one with g alone, and no more with anchors beside
+    it."""
     from craft_nb.trainer import PeakMemory, nbytes, one_step
     def peak(**config):
         torch.manual_seed(0)
         policy, (x, y) = Linear(4, 0, 0), torch.randn(2, 8, 256)
         policy.w = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8)))
         anchors = itertools.repeat({"input_ids": x, "teacher_hidden": y[:, None, None]})
-        ret = Retention(policy, anchors, make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"]), LinearAdapter(),
-                        CraftConfig(retention_freq=1, **config), 1)
-        t = CraftTrainer(policy, itertools.repeat({"x": x, "y": y}), torch.optim.SGD(policy.parameters(), LR), steps=30, retention=ret)
+        ret = Retention(policy, anchors, make_views(["pooled"], layers=[-1], pooling=["vision_token_mean"]),
+                        LinearAdapter(), CraftConfig(retention_freq=1, **config), 1)
+        t = CraftTrainer(policy, itertools.repeat({"x": x, "y": y}), torch.optim.SGD(policy.parameters(), LR), steps=30,
+                         retention=ret)
         peaks = []
         for _ in range(12):
             with PeakMemory(*policy.parameters()) as memory: one_step(t)
@@ -137,7 +143,8 @@ def run(place, name, *more, code=0, argv=None, **craft):
     import kill_training as K
     work, cache, folder = place
     out, log = folder / name, folder / f"{name}.log"
-    craft = dict(controller="share", projection_gate="never", retention_freq=1, views="action_logits", heldout_fraction=0.25) | craft
+    craft = dict(controller="share", projection_gate="never", retention_freq=1, views="action_logits",
+                 heldout_fraction=0.25) | craft
     assert K.wait(K.child(argv or K.first_line(work, cache, out, *more, **craft), log)) == code, log.read_text()[-3000:]
     return out, log.read_text()
 
@@ -157,11 +164,15 @@ def test_a_budget_is_judged_on_held_out_anchors(place):
     rows = K.rows(out)
     assert [r["step"] for r in rows if r["held_out"] is not None] == [3, 6] and all(r["share"] >= 0 for r in rows[1:])
     kept, held = set_aside(cache_episodes(AnchorCacheDataset(place[1])), 0.25)
-    assert (c["anchors"], c["episodes"], c["met"]) == (len(held), 1, True) and c["held_out"] > 0 and c["unit"] == "nats per action token"
+    assert ((c["anchors"], c["episodes"], c["met"]) == (len(held), 1, True) and c["held_out"] > 0
+            and c["unit"] == "nats per action token")
     assert f"Budget 1e+03 nats per action token, held-out {c['held_out']:.3g} (1 episode), met" in said
     card = (out / "checkpoints/last/pretrained_model/README.md").read_text()
-    assert said[said.index("held-out"):].split(", met")[0] + ", met" in card and f"{len(held)} anchors that were not trained on" in card
-    assert all(x in card for x in ("| keeps by | ", "| held-out L_ret | ", ": met) |", "| old success, predicted, not measured | "))  # the report's own row
+    assert (said[said.index("held-out"):].split(", met")[0] + ", met" in card
+            and f"{len(held)} anchors that were not trained on" in card)
+    # the report's own row
+    assert all(x in card for x in ("| keeps by | ", "| held-out L_ret | ", ": met) |",
+                                   "| old success, predicted, not measured | "))
     out, said = run(place, "missed", "--craft.budget=1e-9", "--craft.require_budget=true", code=2)
     assert "not met" in said and events(out, "certificate")[0]["met"] is False
     # the judge agrees with a pass of its own
@@ -175,7 +186,8 @@ def test_a_budget_is_judged_on_held_out_anchors(place):
     policy, *_ = load_policy_alone(cfg)
     cache = AnchorCacheDataset(place[1], views=["action_logits"])
     with torch.no_grad():
-        loss = AnchorPass(adapter_for(policy), cache_views(cache, CraftConfig(views="action_logits")), cache.batch(held))(policy)
+        loss = AnchorPass(adapter_for(policy), cache_views(cache, CraftConfig(views="action_logits")),
+                          cache.batch(held))(policy)
     assert math.isclose(loss["action_logits"].item(), events(out, "certificate")[0]["held_out"], rel_tol=1e-4)
 
 
@@ -205,10 +217,12 @@ NEW = "--dataset.episodes=[0,1]"
 def test_every_method_trains_by_one_flag(place, method):
     import kill_training as K
     from craft_nb.monitor import read_records
-    out, said = run(place, f"method-{method}", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", NEW, "--steps=2", "--save_freq=2",
+    out, said = run(place, f"method-{method}", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}",
+                    NEW, "--steps=2", "--save_freq=2",
                     controller="ascent", heldout_fraction=0.0, views="pooled" if method == "aegis" else "action_logits")
     rows = K.rows(out)
-    assert [r["step"] for r in rows] == [1, 2] and all(r["skipped"] is None for r in rows) and "Trained to step 2/2" in said
+    assert ([r["step"] for r in rows] == [1, 2] and all(r["skipped"] is None for r in rows)
+            and "Trained to step 2/2" in said)
     assert (rows[-1]["retention_loss"] is not None) == (method not in ("sft", "retain", "consft"))
     assert read_records(out / "metrics.jsonl")[0]["craft"]["method"] == method
 
@@ -217,9 +231,11 @@ def test_every_method_trains_by_one_flag(place, method):
 def test_what_a_method_keeps_survives_a_resume(place, method):
     import kill_training as K
     more = [] if method == "l2sp" else [NEW]
-    whole, _ = run(place, f"{method}-whole", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}", *more, heldout_fraction=0.0)
+    whole, _ = run(place, f"{method}-whole", f"--craft.method={method}", f"--craft.method_options={METHODS[method]}",
+                   *more, heldout_fraction=0.0)
     config = whole / "checkpoints/000004/pretrained_model/train_config.json"
-    again, _ = run(place, f"{method}-again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / f'{method}-again'}"])
+    again, _ = run(place, f"{method}-again",
+                   argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / f'{method}-again'}"])
     a, b = K.result(whole), K.result(again)
     assert ("training_state/method.safetensors" in a) == (method != "replay")
     assert a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
@@ -243,7 +259,8 @@ def test_old_demonstrations_come_in_the_order_of_seed_and_rank(work):
     before = torch.get_rng_state()
     again, state = line(1, step=2, k=2, num_workers=1, multiprocessing_context="fork")
     assert again == right[2:4] and state["seen"] == 4 * 2 * b and torch.equal(before, torch.get_rng_state())
-    with pytest.raises(ValueError, match="other old demonstrations"): OldDemonstrations(data, rows[1:], b, None).load_state_dict(state)
+    with pytest.raises(ValueError, match="other old demonstrations"):
+        OldDemonstrations(data, rows[1:], b, None).load_state_dict(state)
 
 
 def test_old_demonstrations_that_do_not_fit_are_refused(work):
@@ -253,35 +270,47 @@ def test_old_demonstrations_that_do_not_fit_are_refused(work):
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
     trained = LeRobotDataset("local/all", root=work.root, episodes=[0, 1])
-    cfg = SimpleNamespace(dataset=DatasetConfig("local/all", root=str(work.root)), seed=0, policy=PreTrainedConfig.from_pretrained(work.policy_path))
-    def old(dataset="", root="", episodes="", fraction=1.0): return old_data(cfg, trained, dataset, root, episodes, fraction).episodes
+    cfg = SimpleNamespace(dataset=DatasetConfig("local/all", root=str(work.root)), seed=0,
+                          policy=PreTrainedConfig.from_pretrained(work.policy_path))
+    def old(dataset="", root="", episodes="", fraction=1.0):
+        return old_data(cfg, trained, dataset, root, episodes, fraction).episodes
     assert old(episodes="2-3") == [2, 3] == old(episodes="[3, 2]") and len(old(episodes="2-3", fraction=0.5)) == 1
     assert some_episodes(trained.meta, range(4), 0.1, 0) == some_episodes(trained.meta, range(4), 0.1, 0)
-    assert len({trained.meta.episodes["tasks"][e][0] for e in some_episodes(trained.meta, range(4), 0.01, 0)}) == 2  # one of each task
-    for why, which in {"the episodes 0, 1 are trained on already": dict(episodes="0-3"), "name the old demonstrations": dict(), "are trained on already": dict(root=str(work.root)),
-                       "no data set at": dict(dataset="/nowhere/at/all"), "fraction above 0": dict(episodes="2", fraction=0.0), "has episodes 0 … 3": dict(episodes="2-9")}.items():
+    # one of each task
+    assert len({trained.meta.episodes["tasks"][e][0] for e in some_episodes(trained.meta, range(4), 0.01, 0)}) == 2
+    for why, which in {"the episodes 0, 1 are trained on already": dict(episodes="0-3"),
+                       "name the old demonstrations": dict(), "are trained on already": dict(root=str(work.root)),
+                       "no data set at": dict(dataset="/nowhere/at/all"),
+                       "fraction above 0": dict(episodes="2", fraction=0.0),
+                       "has episodes 0 … 3": dict(episodes="2-9")}.items():
         with pytest.raises((ValueError, FileNotFoundError), match=why): old(**which)
 
 
 def test_an_unknown_method_is_refused(place):
     assert "method: expected one of craft, constant" in run(place, "nobody", "--craft.method=nobody", code=1)[1]
-    assert "method_options: l2sp takes alpha" in run(place, "beta", "--craft.method=l2sp", "--craft.method_options=beta:1", heldout_fraction=0.0, code=1)[1]
+    assert "method_options: l2sp takes alpha" in run(place, "beta", "--craft.method=l2sp",
+                                                     "--craft.method_options=beta:1", heldout_fraction=0.0, code=1)[1]
 
 
 def test_osf_of_peft_is_a_flag_away(place):
     import kill_training as K
-    whole, _ = run(place, "osf", "--peft.method_type=OSF", "--peft.target_modules=['q_proj','v_proj']", "--craft.method=constant", "--steps=4", controller="ascent", heldout_fraction=0.0)
+    whole, _ = run(place, "osf", "--peft.method_type=OSF", "--peft.target_modules=['q_proj','v_proj']",
+                   "--craft.method=constant", "--steps=4", controller="ascent", heldout_fraction=0.0)
     config = whole / "checkpoints/000002/pretrained_model/train_config.json"
-    again, _ = run(place, "osf-again", argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / 'osf-again'}"])
+    again, _ = run(place, "osf-again",
+                   argv=["--resume", f"--config_path={config}", f"--output_dir={place[2] / 'osf-again'}"])
     a, b = K.result(whole), K.result(again)
-    assert a.pop("rows")[2:] == b.pop("rows") and not K.difference(a, b) and "pretrained_model/adapter_model.safetensors" in a
+    assert (a.pop("rows")[2:] == b.pop("rows") and not K.difference(a, b)
+            and "pretrained_model/adapter_model.safetensors" in a)
 
 
 def test_a_method_of_ones_own_is_found_where_the_command_is_called(tmp_path, monkeypatch):
     from craft_nb.methods import MethodParts, find_method, make_method
-    (tmp_path / "mine_alone.py").write_text("from craft_nb.trainer import Method\nclass Ball(Method):\n    name, options = 'ball', dict(radius=1.0)\n"
-                                            "    def __init__(self, parts, radius): self.radius = radius\n")
+    (tmp_path / "mine_alone.py").write_text("from craft_nb.trainer import Method\nclass Ball(Method):\n    name, "
+                                            "options = 'ball', dict(radius=1.0)\n    def __init__(self, parts, "
+                                            "radius): self.radius = radius\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    assert make_method(MethodParts(None, CraftConfig(method="mine_alone:Ball", method_options="radius:0.5"), 1)).radius == 0.5
+    assert (make_method(MethodParts(None, CraftConfig(method="mine_alone:Ball", method_options="radius:0.5"), 1)).radius
+            == 0.5)
     with pytest.raises(ValueError, match="cannot be loaded"): find_method("mine_alone:Box")

@@ -1,4 +1,5 @@
-"""The monitor without a browser: faults of the log, decimation by property, widget traits, and notebooks under nbclient."""
+"""The monitor without a browser: faults of the log, decimation by property, widget traits, and notebooks under
+nbclient."""
 import json
 import os
 import signal
@@ -103,7 +104,8 @@ def test_tail_never_tears_a_line(tmp_path_factory, chunks):
 # --- curves --------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 40), st.floats(-1e6, 1e6)), min_size=1, max_size=300), st.sampled_from([2, 8, 64]))
+@given(st.lists(st.tuples(st.integers(1, 40), st.floats(-1e6, 1e6)), min_size=1, max_size=300),
+       st.sampled_from([2, 8, 64]))
 def test_decimation_keeps_min_and_max_of_every_bin(moves, cap):
     c, x, points = Curve(cap=cap), 0, []
     for dx, y in moves:
@@ -113,7 +115,8 @@ def test_decimation_keeps_min_and_max_of_every_bin(moves, cap):
     want = {}
     for x, y in points: want.setdefault(x//c.w, []).append(y)
     assert {i: sorted((a, b)) for i, a, b in c.bins} == {i: [min(v), max(v)] for i, v in want.items()}
-    assert len(c.bins) <= cap and (c.lo, c.hi, c.last) == (min(y for _, y in points), max(y for _, y in points), points[-1][1])
+    assert len(c.bins) <= cap and (c.lo, c.hi, c.last) == (min(y for _, y in points), max(y for _, y in points),
+                                                           points[-1][1])
 
 
 @settings(max_examples=30, deadline=None)
@@ -130,8 +133,8 @@ def test_path_written_piece_by_piece_is_the_path_written_at_once(ys):
 def test_memory_is_flat_over_100k_records():
     h, sizes = History(), []
     for n in range(1, 100_001):
-        h.add({"step": n, "task_loss": 1/n, "lambda": 1., "violation": .1, "epsilon": .1, "cosine": -.2, "conflict": True,
-               "seconds": .1})
+        h.add({"step": n, "task_loss": 1/n, "lambda": 1., "violation": .1, "epsilon": .1, "cosine": -.2,
+               "conflict": True, "seconds": .1})
         if n in (10_000, 100_000): sizes.append(sum(len(c.bins) for c in h.curves.values()) + len(h.hover))
     assert sizes[1] <= 1.3*sizes[0] and sizes[1] < 5000
     assert len(draw([h])) < 150_000
@@ -275,8 +278,8 @@ SETUP = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT/'tests')!r}]; fr
 
 def execute(tmp_path, *cells, errors=False):
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in (SETUP, *cells)])
-    NotebookClient(nb, timeout=120, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path))), allow_errors=errors,
-                   store_widget_state=False).execute()
+    NotebookClient(nb, timeout=120, kernel_name="python3", resources=dict(metadata=dict(path=str(tmp_path))),
+                   allow_errors=errors, store_widget_state=False).execute()
     return nb.cells[1:]
 
 def kinds(cell): return [set(o.data) for o in cell.outputs if o.output_type == "display_data"]

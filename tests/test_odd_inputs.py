@@ -1,4 +1,5 @@
-"""What real users hand over: wrong, odd and damaged inputs. Each gives one clear line or a right result, writes nothing where it refuses, and never a traceback."""
+"""What real users hand over: wrong, odd and damaged inputs. Each gives one clear line or a right result, writes nothing
+where it refuses, and never a traceback."""
 import json
 import os
 import shutil
@@ -22,17 +23,23 @@ def inside(work, tmp_path, monkeypatch):
     return Path("data")
 
 
-def call(main, own, flags): main([*(f"{k}={v}" for k, v in own.items() if k not in {f.partition("=")[0] for f in flags}), *flags])
+def call(main, own, flags):
+    main([*(f"{k}={v}" for k, v in own.items() if k not in {f.partition("=")[0] for f in flags}), *flags])
 def of(work): return {"--policy.path": work.policy_path, "--dataset.repo_id": "data"}
 def build(work, *flags): call(cli.build_cache, of(work) | {"--out_dir": "cache", "--num_anchors": 6}, flags)
-def train(work, *flags): call(cli.train, of(work) | {"--output_dir": "run", "--steps": 1, "--batch_size": 2, "--num_workers": 0, "--save_checkpoint": "false", "--craft.enabled": "false", "--craft.check": "false"}, flags)
-def evaluate(work, *flags): call(cli.evaluate, of(work) | {"--out_dir": "eval", "--max_frames": 4, "--batch_size": 4}, flags)
+def train(work, *flags):
+    call(cli.train, of(work) | {"--output_dir": "run", "--steps": 1, "--batch_size": 2, "--num_workers": 0,
+                                "--save_checkpoint": "false", "--craft.enabled": "false", "--craft.check": "false"},
+         flags)
+def evaluate(work, *flags):
+    call(cli.evaluate, of(work) | {"--out_dir": "eval", "--max_frames": 4, "--batch_size": 4}, flags)
 
 
 def refused(main, work, *flags, leaves=()):
     with pytest.raises(SystemExit) as stop: main(work, *flags)
     says = str(stop.value.code)
-    assert stop.value.code not in (0, None) and "Traceback" not in says and "object at 0x" not in says and not any(Path(p).exists() for p in ("cache", "run", "eval") if p not in leaves), says
+    assert (stop.value.code not in (0, None) and "Traceback" not in says and "object at 0x" not in says
+            and not any(Path(p).exists() for p in ("cache", "run", "eval") if p not in leaves)), says
     return says
 
 
@@ -89,39 +96,52 @@ REFUSED = {
     "rate in words": (lambda d: info(d, fps="thirty"), "fps"),
     "a still older format": (lambda d: info(d, codebase_version="v2.0"), "older LeRobot"),
     "rate true": (lambda d: info(d, fps=True), "fps"),
-    "info.json with a byte order mark": (lambda d: (f := d / "meta/info.json").write_bytes(b"\xef\xbb\xbf" + f.read_bytes()), "is not JSON"),
-    "info.json in another encoding": (lambda d: (f := d / "meta/info.json").write_bytes(f.read_bytes().replace(b"window", b"f\xfcnster").replace(b"{", b"{\"caf\xe9\": 1,", 1)), "is not JSON"),
+    "info.json with a byte order mark": (lambda d: (f := d / "meta/info.json")
+                                         .write_bytes(b"\xef\xbb\xbf" + f.read_bytes()), "is not JSON"),
+    "info.json in another encoding": (lambda d: (f := d / "meta/info.json").write_bytes(
+        f.read_bytes().replace(b"window", b"f\xfcnster").replace(b"{", b"{\"caf\xe9\": 1,", 1)), "is not JSON"),
     "a feature without a shape": (lambda d: features(d, lambda f: f["action"].pop("shape")), "action"),
     "a shape in words": (lambda d: features(d, lambda f: f["action"].update(shape="four")), "action"),
     "no table": (lambda d: next((d / "data").rglob("*.parquet")).unlink(), "file-000.parquet"),
-    "a table cut short": (lambda d: (f := next((d / "data").rglob("*.parquet"))).write_bytes(f.read_bytes()[:1000]), "file-000.parquet"),
+    "a table cut short": (lambda d: (f := next((d / "data").rglob("*.parquet"))).write_bytes(f.read_bytes()[:1000]),
+                          "file-000.parquet"),
     "an empty table file": (lambda d: next((d / "data").rglob("*.parquet")).write_bytes(b""), "file-000.parquet"),
     "no list of tasks": (lambda d: (d / "meta/tasks.parquet").unlink(), "tasks.parquet"),
     "no list of episodes": (lambda d: shutil.rmtree(d / "meta/episodes"), "meta/episodes"),
     "a gap in the episodes": (lambda d: episodes(d, lambda e: e[e["episode_index"] != 1]), "episode 1"),
-    "an index written by pandas": (lambda d: rows(d, lambda t: t.__setitem__("__index_level_0__", 0)), "__index_level_0__"),
-    "a camera renamed in info.json": (lambda d: features(d, lambda f: f.update({"observation.images.top": f.pop("observation.image")})), "observation.image"),
-    "states with NaN": (lambda d: rows(d, lambda t: t.at[5, "observation.state"].__setitem__(1, np.nan)), "episode 0, frame 5"),
+    "an index written by pandas": (lambda d: rows(d, lambda t: t.__setitem__("__index_level_0__", 0)),
+                                   "__index_level_0__"),
+    "a camera renamed in info.json": (lambda d: features(
+        d, lambda f: f.update({"observation.images.top": f.pop("observation.image")})), "observation.image"),
+    "states with NaN": (lambda d: rows(d, lambda t: t.at[5, "observation.state"].__setitem__(1, np.nan)),
+                        "episode 0, frame 5"),
     "tasks out of order": (lambda d: tasks(d, lambda t: t.__setitem__("task_index", [1, 0])), "task_index"),
     "statistics of text": (lambda d: (d / "meta/stats.json").write_text('{"action": "big"}'), "stats.json"),
     "info.json empty": (lambda d: (d / "meta/info.json").write_text(""), "is not JSON"),
     "info.json a list": (lambda d: (d / "meta/info.json").write_text("[]"), "info.json"),
     "no features": (lambda d: info(d, features={}), "observation"),
-    "features not there": (lambda d: [(f := d / "meta/info.json"), f.write_text(json.dumps({k: v for k, v in json.loads(f.read_text()).items() if k != "features"}))], "features"),
+    "features not there": (lambda d: [(f := d / "meta/info.json"), f.write_text(
+        json.dumps({k: v for k, v in json.loads(f.read_text()).items() if k != "features"}))], "features"),
     "no episodes": (lambda d: info(d, total_episodes=0), "no episode"),
     "more episodes than there are": (lambda d: info(d, total_episodes=9), "episode"),
     "episodes in words": (lambda d: info(d, total_episodes="four"), "total_episodes"),
-    "a feature without a column": (lambda d: features(d, lambda f: f.update({"observation.force": dict(dtype="float32", shape=[3], names=None)})), "observation.force"),
-    "state of another size": (lambda d: features(d, lambda f: f["observation.state"].update(shape=[6])), "observation.state"),
+    "a feature without a column": (lambda d: features(d, lambda f: f.update(
+        {"observation.force": dict(dtype="float32", shape=[3], names=None)})), "observation.force"),
+    "state of another size": (lambda d: features(d, lambda f: f["observation.state"].update(shape=[6])),
+                              "observation.state"),
     "tasks file damaged": (lambda d: (d / "meta/tasks.parquet").write_bytes(b"PAR1"), "tasks.parquet"),
     "statistics damaged": (lambda d: (d / "meta/stats.json").write_text("{"), "stats.json"),
     "a task that nobody named": (lambda d: rows(d, lambda t: t.__setitem__("task_index", 7)), "task"),
     "a huge task number": (lambda d: rows(d, lambda t: t.__setitem__("task_index", 2**40)), "task"),
     "a task below 0": (lambda d: rows(d, lambda t: t.__setitem__("task_index", -1)), "task"),
-    "a picture that is none": (lambda d: rows(d, lambda t: t.__setitem__("observation.image", [dict(bytes=b"\x89PNG nothing", path="a.png")] * len(t))), "observation.image"),
-    "a picture without bytes": (lambda d: rows(d, lambda t: t.__setitem__("observation.image", [dict(bytes=None, path="gone.png")] * len(t))), "observation.image"),
-    "no column of states": (lambda d: rows(d, lambda t: t.drop(columns="observation.state", inplace=True)), "observation.state"),
-    "states that are words": (lambda d: rows(d, lambda t: t.__setitem__("observation.state", "x")), "observation.state"),
+    "a picture that is none": (lambda d: rows(d, lambda t: t.__setitem__(
+        "observation.image", [dict(bytes=b"\x89PNG nothing", path="a.png")] * len(t))), "observation.image"),
+    "a picture without bytes": (lambda d: rows(d, lambda t: t.__setitem__(
+        "observation.image", [dict(bytes=None, path="gone.png")] * len(t))), "observation.image"),
+    "no column of states": (lambda d: rows(d, lambda t: t.drop(columns="observation.state", inplace=True)),
+                            "observation.state"),
+    "states that are words": (lambda d: rows(d, lambda t: t.__setitem__("observation.state", "x")),
+                              "observation.state"),
 }
 
 
@@ -130,11 +150,14 @@ def test_damaged_data_are_named(inside, work, name):
     spoil, says = REFUSED[name]
     spoil(inside)
     main = (build, evaluate, train)[[*REFUSED].index(name) % 3]
-    said = refused(main, work, leaves=["run"] * ("picture" in name))  # met by the first batch, when the run has its folder
+    # met by the first batch, when the run has its folder
+    said = refused(main, work, leaves=["run"] * ("picture" in name))
     assert says in said and len(said.splitlines()) <= 9, said
 
 
-TASKS = {"empty": ["", "Push and open a window"], "blank": ["  ", "x"], "alike but for a space": ["open it", "open  it"], "alike but for case": ["open it", "Open it"], "another language": ["öffne das Fenster", "打开窗户"], "a line break": ["open\nthe window", "push"],
+TASKS = {"empty": ["", "Push and open a window"], "blank": ["  ", "x"],
+         "alike but for a space": ["open it", "open  it"], "alike but for case": ["open it", "Open it"],
+         "another language": ["öffne das Fenster", "打开窗户"], "a line break": ["open\nthe window", "push"],
          "quotes and bars": ["open the 'window' | \"now\"", "50 % {x}"]}
 
 
@@ -165,15 +188,21 @@ def short(d):
 
 RIGHT = {
     "an episode of one frame": short,
-    "a name with spaces": lambda d: d.rename("my robot's data"), "a name in another script": lambda d: d.rename("数据 é"), "a name that looks like a number": lambda d: d.rename("1e3"),
-    "a link to a folder": lambda d: (d.rename("far"), Path("near").symlink_to("far")), "a slash at the end": lambda d: d.rename("data2"), "a folder that cannot be written": lambda d: [os.chmod(p, 0o555) for p in (d, *d.rglob("*")) if p.is_dir()],
-    "a column that nobody uses": lambda d: (features(d, lambda f: f.update(note=dict(dtype="int64", shape=[1], names=None))), rows(d, lambda t: t.__setitem__("note", 3))),
-    "files that do not belong there": lambda d: ((d / "data/.DS_Store").write_bytes(b"x"), (d / "README.txt").write_text("mine")),
+    "a name with spaces": lambda d: d.rename("my robot's data"), "a name in another script": lambda d: d.rename("数据 é"),
+    "a name that looks like a number": lambda d: d.rename("1e3"),
+    "a link to a folder": lambda d: (d.rename("far"), Path("near").symlink_to("far")),
+    "a slash at the end": lambda d: d.rename("data2"),
+    "a folder that cannot be written": lambda d: [os.chmod(p, 0o555) for p in (d, *d.rglob("*")) if p.is_dir()],
+    "a column that nobody uses": lambda d: (features(d, lambda f: f.update(
+        note=dict(dtype="int64", shape=[1], names=None))), rows(d, lambda t: t.__setitem__("note", 3))),
+    "files that do not belong there": lambda d: ((d / "data/.DS_Store").write_bytes(b"x"),
+                                                 (d / "README.txt").write_text("mine")),
     "rate with a fraction": lambda d: info(d, fps=80.0),
 }
 
 
-PLACES = {"a name with spaces": "my robot's data", "a name in another script": "数据 é", "a name that looks like a number": "1e3", "a link to a folder": "near", "a slash at the end": "data2/"}
+PLACES = {"a name with spaces": "my robot's data", "a name in another script": "数据 é",
+          "a name that looks like a number": "1e3", "a link to a folder": "near", "a slash at the end": "data2/"}
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -186,21 +215,36 @@ def test_odd_data_work(inside, work, name):
 
 
 FLAGS = [
-    (build, ["--dataset.episodes=[0,0]"], "duplicates"), (build, ["--dataset.episodes=[-1]"], "non-negative"), (build, ["--dataset.episodes=[0.5]"], "episodes"),
-    (build, ["--dataset.episodes=first"], "episodes"), (build, ["--dataset.repo_id="], "data set"), (build, ["--dataset.repo_id=data/meta/info.json"], "data set"),
-    (build, ["--dataset.repo_id=data/meta"], "data set"), (build, ["--prompts_file=nowhere.txt"], "nowhere.txt"), (build, ["--prompts_file=data"], "data"),
-    (build, ["--prompts_file=binary.txt"], "binary.txt"), (build, ["--prompts_file=broken.jsonl"], "line 2"), (build, ["--prompts_file=empty.txt"], "found none"), (build, ["--num_anchors=-3"], "num_anchors"),
-    (build, ["--num_anchors=1e3"], "num_anchors"), (build, ["--out_dir=empty.txt"], "empty.txt"), (build, ["--out_dir=empty.txt/cache"], "empty.txt"),
-    (build, ["--out_dir="], "out_dir"), (build, ["--out_dir=data"], "data"), (build, ["--policy.path=data"], "policy"), (build, ["--policy.path=empty.txt"], "policy"),
-    (build, ["--policy.path=empty"], "policy"), (build, ["--policy.path=json"], "config.json"), (build, ["--policy.path=alien"], "config.json"), (build, ["--policy.path=data", "--policy.path=empty"], "2 times"),
-    (build, ["--rename_map={"], "rename_map"), (build, ['--rename_map={"a": "b"}'], "a"), (build, ["--seed=first"], "seed"), (build, ["--shard_size=0"], "shard_size"),
-    (build, ["--top_k=0", "--views=action_logits"], "top-k"), (build, ["--views=hidden"], "views"), (build, ["--layers_to_save=9"], "layer"), (build, ["--layers_to_save="], "layers_to_save"), (build, ["--draws=0"], "draws"), (build, ["--images=jpg"], "images"), (build, ["--store_dtype=int8"], "dtype"),
-    (evaluate, ["--anchors=data"], "anchors"), (evaluate, ["--policy.path=data"], "is a LeRobot data set"), (evaluate, ["--dataset.repo_id=nowhere"], "nowhere"), (evaluate, ["--dataset.repo_id=a", "--dataset.repo_id=b"], "found 2"),
-    (evaluate, ["--batch_size=0"], "batch_size"), (evaluate, ["--dataset.episodes=[99999999999]"], "99999999999"), (train, ["--policy.path=data"], "is a LeRobot data set"), (train, ["--dataset.repo_id=[data, other]"], "found 2"),
-    (train, ["--steps=-5"], "steps"), (train, ["--seed=-1"], "seed"), (train, ["--num_workers=-1"], "num_workers"), (train, ["--craft.enabled=true", "--craft.anchor_cache_dir=data"], "anchors.json"), (evaluate, ["--max_frames=-1"], "max_frames"), (evaluate, ["--seed=x"], "seed"), (evaluate, ["--out_dir=data"], "data"),
-    (train, ["--dataset.eval_split=1.5"], "eval_split"), (train, ["--batch_size=0"], "batch_size"), (train, ["--craft.anchor_dataset.root=data"], "anchor_dataset.repo_id"),
-    (train, ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.episodes=[9]"], "has episodes 0"),
-    (train, ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=nowhere"], "nowhere"), (train, ["--craft.anchor_dataset.frames=3"], "anchor_dataset.frames"),
+    (build, ["--dataset.episodes=[0,0]"], "duplicates"), (build, ["--dataset.episodes=[-1]"], "non-negative"),
+    (build, ["--dataset.episodes=[0.5]"], "episodes"), (build, ["--dataset.episodes=first"], "episodes"),
+    (build, ["--dataset.repo_id="], "data set"), (build, ["--dataset.repo_id=data/meta/info.json"], "data set"),
+    (build, ["--dataset.repo_id=data/meta"], "data set"), (build, ["--prompts_file=nowhere.txt"], "nowhere.txt"),
+    (build, ["--prompts_file=data"], "data"), (build, ["--prompts_file=binary.txt"], "binary.txt"),
+    (build, ["--prompts_file=broken.jsonl"], "line 2"), (build, ["--prompts_file=empty.txt"], "found none"),
+    (build, ["--num_anchors=-3"], "num_anchors"), (build, ["--num_anchors=1e3"], "num_anchors"),
+    (build, ["--out_dir=empty.txt"], "empty.txt"), (build, ["--out_dir=empty.txt/cache"], "empty.txt"),
+    (build, ["--out_dir="], "out_dir"), (build, ["--out_dir=data"], "data"), (build, ["--policy.path=data"], "policy"),
+    (build, ["--policy.path=empty.txt"], "policy"),
+    (build, ["--policy.path=empty"], "policy"), (build, ["--policy.path=json"], "config.json"),
+    (build, ["--policy.path=alien"], "config.json"), (build, ["--policy.path=data", "--policy.path=empty"], "2 times"),
+    (build, ["--rename_map={"], "rename_map"), (build, ['--rename_map={"a": "b"}'], "a"),
+    (build, ["--seed=first"], "seed"), (build, ["--shard_size=0"], "shard_size"),
+    (build, ["--top_k=0", "--views=action_logits"], "top-k"), (build, ["--views=hidden"], "views"),
+    (build, ["--layers_to_save=9"], "layer"), (build, ["--layers_to_save="], "layers_to_save"),
+    (build, ["--draws=0"], "draws"), (build, ["--images=jpg"], "images"), (build, ["--store_dtype=int8"], "dtype"),
+    (evaluate, ["--anchors=data"], "anchors"), (evaluate, ["--policy.path=data"], "is a LeRobot data set"),
+    (evaluate, ["--dataset.repo_id=nowhere"], "nowhere"),
+    (evaluate, ["--dataset.repo_id=a", "--dataset.repo_id=b"], "found 2"),
+    (evaluate, ["--batch_size=0"], "batch_size"), (evaluate, ["--dataset.episodes=[99999999999]"], "99999999999"),
+    (train, ["--policy.path=data"], "is a LeRobot data set"), (train, ["--dataset.repo_id=[data, other]"], "found 2"),
+    (train, ["--steps=-5"], "steps"), (train, ["--seed=-1"], "seed"), (train, ["--num_workers=-1"], "num_workers"),
+    (train, ["--craft.enabled=true", "--craft.anchor_cache_dir=data"], "anchors.json"),
+    (evaluate, ["--max_frames=-1"], "max_frames"), (evaluate, ["--seed=x"], "seed"),
+    (evaluate, ["--out_dir=data"], "data"), (train, ["--dataset.eval_split=1.5"], "eval_split"),
+    (train, ["--batch_size=0"], "batch_size"), (train, ["--craft.anchor_dataset.root=data"], "anchor_dataset.repo_id"),
+    (train, ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.episodes=[9]"],
+     "has episodes 0"), (train, ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=nowhere"], "nowhere"),
+    (train, ["--craft.anchor_dataset.frames=3"], "anchor_dataset.frames"),
 ]
 
 
@@ -222,7 +266,8 @@ def test_odd_flags_are_refused(inside, work, case, capsys):
 
 
 def test_prompts_as_editors_write_them(inside, work):
-    for name, text in (("p.txt", "\ufefföffne das Fenster\r\npush\r\n\r\n"), ("p.jsonl", '\ufeff{"prompt": "öffne das Fenster", "id": 1}\r\n\r\n"push"')):
+    for name, text in (("p.txt", "\ufefföffne das Fenster\r\npush\r\n\r\n"),
+                       ("p.jsonl", '\ufeff{"prompt": "öffne das Fenster", "id": 1}\r\n\r\n"push"')):
         Path(name).write_bytes(text.encode())
         build(work, f"--prompts_file={name}")
         assert AnchorCacheDataset("cache").manifest["prompts"] == ["öffne das Fenster", "push"]
@@ -235,34 +280,43 @@ def test_a_full_disk_while_a_run_builds_its_anchors(inside, work, monkeypatch):
     def full(self, x): raise OSError(28, "No space left on device")
     monkeypatch.setattr(AnchorWriter, "add", full)
     copy(work, "other", ["lift it", "drop it"])
-    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.repo_id=other", "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2"]
+    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.repo_id=other",
+           "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2"]
     with pytest.raises(SystemExit) as stop: train(work, *own)
     assert "No space left on device" in str(stop.value.code)
     monkeypatch.setattr(AnchorWriter, "add", whole)
     train(work, *own)  # the same line, once there is room
-    assert sorted(set(AnchorCacheDataset("run/anchors").column("source_index").tolist())) == [0, 1] and not list(Path("run").glob(".anchors*"))
+    assert (sorted(set(AnchorCacheDataset("run/anchors").column("source_index").tolist())) == [0, 1]
+            and not list(Path("run").glob(".anchors*")))
 
 
 def test_anchors_that_were_built_need_their_source_no_more(inside, work, capsys):
-    "The old data and the prompts are moved, or gone: a run goes on with what lies in its folder, to the same bits; `craft-check` says the same."
+    """The old data and the prompts are moved, or gone: a run goes on with what lies in its folder, to the same bits;
+    `craft-check` says the same."""
     copy(work, "other")
     Path("prompts.txt").write_text("open it\npush it\n")
-    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=other", "--craft.anchor_dataset.prompts_file=prompts.txt", "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2"]
+    own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=other",
+           "--craft.anchor_dataset.prompts_file=prompts.txt", "--craft.anchor_dataset.num_anchors=6",
+           "--craft.anchor_batch_size=2"]
     train(work, *own, "--steps=2", "--save_freq=1", "--save_checkpoint=true")
     def weights(): return Path("run/checkpoints/000002/pretrained_model/model.safetensors").read_bytes()
-    whole, again = weights(), ["--resume=true", "--config_path=run/checkpoints/000001/pretrained_model/train_config.json"]
+    whole, again = (weights(),
+                    ["--resume=true", "--config_path=run/checkpoints/000001/pretrained_model/train_config.json"])
     Path("other").rename("elsewhere")
     Path("prompts.txt").rename("told.txt")
     cli.train([*again, "--craft.anchor_dataset.repo_id=elsewhere", "--craft.anchor_dataset.prompts_file=told.txt"])
     assert weights() == whole
-    says = refused(lambda work, *f: cli.train([*f]), work, *again, "--craft.anchor_dataset.repo_id=nowhere", leaves=("run",))
+    says = refused(lambda work, *f: cli.train([*f]), work, *again, "--craft.anchor_dataset.repo_id=nowhere",
+                   leaves=("run",))
     assert "what was built needs its data no more: leave the flag out" in says
     with pytest.raises(SystemExit) as stop: cli.check(again)
     assert stop.value.code == 0, capsys.readouterr().out
     Path("run/anchors").rename("begun")
     with pytest.raises(SystemExit) as stop: cli.check(again)
     said = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 1 and "1 refused" in said and "run/anchors: the anchors that this run was trained with are not there" in said and "craft-check-" not in said
+    assert (stop.value.code == 1 and "1 refused" in said
+            and "run/anchors: the anchors that this run was trained with are not there" in said
+            and "craft-check-" not in said)
 
 
 # old data in several places, some tasks of many, pictures alone
@@ -276,37 +330,53 @@ def copy(work, name, tasks=None, change=None):
 
 def test_several_data_sets_give_one_cache_even_over_tasks(inside, work, capsys):
     copy(work, "other", ["Push and open a window", "lift it"])
-    (f := Path("other/meta/info.json")).write_text(f.read_text().replace('"observation.image"', '"observation.images.top"'))
+    (f := Path("other/meta/info.json")).write_text(f.read_text()
+                                                   .replace('"observation.image"', '"observation.images.top"'))
     rows(Path("other"), lambda t: t.rename(columns={"observation.image": "observation.images.top"}, inplace=True))
-    both = ["--dataset.repo_id=data", "--dataset.repo_id=other", "--num_anchors=24", "--rename_map={\"observation.images.top\": \"observation.image\"}"]
+    both = ["--dataset.repo_id=data", "--dataset.repo_id=other", "--num_anchors=24",
+            "--rename_map={\"observation.images.top\": \"observation.image\"}"]
     build(work, *both)
     ds = AnchorCacheDataset("cache")
     told, source = ds.instructions(), ds.column("source_index").tolist()
-    assert {t: told.count(t) for t in set(told)} == {"Push and open a window": 8, "Press a button from the top": 8, "lift it": 8}
-    assert {s for s, t in zip(source, told, strict=True) if t == "Push and open a window"} == {0, 1} and not list(Path(".").glob(".*"))
+    assert {t: told.count(t) for t in set(told)} == {"Push and open a window": 8, "Press a button from the top": 8,
+                                                     "lift it": 8}
+    assert ({s for s, t in zip(source, told, strict=True) if t == "Push and open a window"} == {0, 1}
+            and not list(Path(".").glob(".*")))
     frames = work.dataset().hf_dataset.data["episode_index"].to_pylist()  # both hold the same episodes
     assert [frames[f] for f in ds.column("frame_index").tolist()] == ds.column("episode_index").tolist()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop: cli.cache(["info", "cache"])
-    assert not stop.value.code and all(x in capsys.readouterr().out for x in ("of local/data",)) and [x["repo_id"] for x in ds.manifest["dataset"]["sources"]] == ["local/data", "local/other"]
+    assert (not stop.value.code and all(x in capsys.readouterr().out for x in ("of local/data",))
+            and [x["repo_id"] for x in ds.manifest["dataset"]["sources"]] == ["local/data", "local/other"])
 
 
 SEVERAL = {
     "one twice": (lambda d: None, ["--dataset.repo_id=data", "--dataset.repo_id=./data"], "given twice"),
     "one that is not there": (lambda d: None, ["--dataset.repo_id=[data, nowhere]"], "nowhere"),
     "another rate": (lambda d: info(d, fps=40), ["--dataset.repo_id=[data, other]"], "other: fps is 40, in"),
-    "another action": (lambda d: (features(d, lambda f: f["action"].update(shape=[3])), rows(d, lambda t: t.__setitem__("action", [a[:3] for a in t["action"]]))), ["--dataset.repo_id=[data, other]", "--actions=dataset"], "action"),
-    "another state": (lambda d: (features(d, lambda f: f["observation.state"].update(shape=[3])), rows(d, lambda t: t.__setitem__("observation.state", [a[:3] for a in t["observation.state"]]))),
-                      ["--dataset.repo_id=[data, other]"], "observation.state"),
-    "another camera": (lambda d: (features(d, lambda f: f.update({"observation.images.top": f.pop("observation.image")})), rows(d, lambda t: t.rename(columns={"observation.image": "observation.images.top"}, inplace=True))),
-                       ["--dataset.repo_id=[data, other]"], "observation.images.top"),
-    "a map that fits none": (lambda d: None, ["--dataset.repo_id=[data, other]", '--rename_map={"observation.images.x": "observation.image"}'], "observation.images.x"),
+    "another action": (lambda d: (features(d, lambda f: f["action"].update(shape=[3])),
+                                  rows(d, lambda t: t.__setitem__("action", [a[:3] for a in t["action"]]))),
+                       ["--dataset.repo_id=[data, other]", "--actions=dataset"], "action"),
+    "another state": (
+        lambda d: (features(d, lambda f: f["observation.state"].update(shape=[3])),
+                   rows(d, lambda t: t.__setitem__("observation.state", [a[:3] for a in t["observation.state"]]))),
+        ["--dataset.repo_id=[data, other]"], "observation.state"),
+    "another camera": (
+        lambda d: (features(d, lambda f: f.update({"observation.images.top": f.pop("observation.image")})),
+                   rows(d, lambda t: t.rename(columns={"observation.image": "observation.images.top"}, inplace=True))),
+        ["--dataset.repo_id=[data, other]"], "observation.images.top"),
+    "a map that fits none": (lambda d: None, ["--dataset.repo_id=[data, other]",
+                                              '--rename_map={"observation.images.x": "observation.image"}'],
+                             "observation.images.x"),
     "fewer folders than names": (lambda d: None, ["--dataset.repo_id=[a, b]", "--dataset.root=data"], "dataset.root"),
     "episodes of which": (lambda d: None, ["--dataset.repo_id=[data, other]", "--dataset.episodes=[0]"], "--tasks"),
     "bytes for all": (lambda d: None, ["--dataset.repo_id=[data, other]", "--max_bytes=1MB"], "max_bytes"),
-    "a task of neither": (lambda d: None, ["--dataset.repo_id=[data, other]", "--tasks=fly"], "'Press a button from the top', 'Push and open a window'"),
-    "a task of one": (lambda d: renamed(d, ["x", "y"]), ["--dataset.repo_id=[data, other]", "--tasks=x"], "leave it out"),
-    "damage in one": (lambda d: (d / "meta/stats.json").write_text("{"), ["--dataset.repo_id=[data, other]"], "other/meta/stats.json"),
+    "a task of neither": (lambda d: None, ["--dataset.repo_id=[data, other]", "--tasks=fly"],
+                          "'Press a button from the top', 'Push and open a window'"),
+    "a task of one": (lambda d: renamed(d, ["x", "y"]), ["--dataset.repo_id=[data, other]", "--tasks=x"],
+                      "leave it out"),
+    "damage in one": (lambda d: (d / "meta/stats.json").write_text("{"), ["--dataset.repo_id=[data, other]"],
+                      "other/meta/stats.json"),
     "a task misspelt": (lambda d: None, ["--tasks=Push and open a widow"], "did you mean 'Push and open a window'?"),
 }
 
@@ -316,40 +386,54 @@ def test_several_that_do_not_fit_are_refused(inside, work, name):
     spoil, flags, says = SEVERAL[name]
     copy(work, "other", change=spoil)
     said = refused(build, work, *flags)
-    assert says in said and ("other" in said or name not in ("another action", "another state", "another camera")) and not list(Path(".").glob(".cache*")), said
+    assert (says in said and ("other" in said or name not in ("another action", "another state", "another camera"))
+            and not list(Path(".").glob(".cache*"))), said
 
 
 def test_anchors_of_some_tasks(inside, work):
     build(work, "--tasks=push and open a window", "--num_anchors=4")
     ds = AnchorCacheDataset("cache")
-    assert set(ds.instructions()) == {"Push and open a window"} == set(ds.manifest["dataset"]["tasks"].values()) and ds.manifest["dataset"]["episodes"] == 2
+    assert (set(ds.instructions()) == {"Push and open a window"} == set(ds.manifest["dataset"]["tasks"].values())
+            and ds.manifest["dataset"]["episodes"] == 2)
 
 
 def test_some_tasks_are_trained_on_evaluated_and_answered_for(inside, work, capsys):
     one, other = "Push and open a window", "Press a button from the top"
     def made(*flags):
         from craft_nb.lerobot import CraftTrainConfig, make_trainer
-        cfg = cli.parsed(CraftTrainConfig, cli.today([f"--policy.path={work.policy_path}", "--dataset.repo_id=data", "--output_dir=run", "--steps=1", "--batch_size=2", "--num_workers=0", "--save_checkpoint=false",
-                                                      "--craft.anchor_batch_size=4", *flags], training=True))
+        cfg = cli.parsed(CraftTrainConfig,
+                         cli.today([f"--policy.path={work.policy_path}", "--dataset.repo_id=data", "--output_dir=run",
+                                    "--steps=1", "--batch_size=2", "--num_workers=0", "--save_checkpoint=false",
+                                    "--craft.anchor_batch_size=4", *flags], training=True))
         t = make_trainer(cfg, quiet=True)
         t.parts.lock.release()
         return t
     def told(d): return {d.meta.tasks.iloc[i].name for i in d.hf_dataset.data["task_index"].to_pylist()}
     t = made("--craft.enabled=false", "--tasks=push and  open a window")  # as the build: case and spaces do not matter
-    assert told(t.parts.dataset) == {one} and t.parts.cfg.dataset.episodes == t.parts.dataset.episodes and len(t.parts.dataset.episodes) == 2
-    assert made("--craft.enabled=false", f"--tasks={one}", f"--tasks={other}").parts.cfg.dataset.episodes == [0, 1, 2, 3]
+    assert (told(t.parts.dataset) == {one} and t.parts.cfg.dataset.episodes == t.parts.dataset.episodes
+            and len(t.parts.dataset.episodes) == 2)
+    assert (made("--craft.enabled=false", f"--tasks={one}", f"--tasks={other}").parts.cfg.dataset.episodes
+            == [0, 1, 2, 3])
     frames = ["--craft.teacher=" + str(work.policy_path), "--craft.anchor_dataset.repo_id=data", "--craft.views=pooled"]
-    live = made(f"--tasks={one}", *frames, f"--craft.anchor_dataset.tasks={other}", "--craft.anchor_dataset.num_anchors=6").parts.cache
-    assert set(live.instructions()) == {other} and len(live) == 6 and set(live.frames.load([0], [live.frames.picked[0]])["task"]) == {other}
+    live = made(f"--tasks={one}", *frames, f"--craft.anchor_dataset.tasks={other}",
+                "--craft.anchor_dataset.num_anchors=6").parts.cache
+    assert (set(live.instructions()) == {other} and len(live) == 6
+            and set(live.frames.load([0], [live.frames.picked[0]])["task"]) == {other})
     whole = made(*frames, f"--craft.anchor_dataset.tasks={other}").parts.cache
-    assert len(whole) == sum(work.meta.tasks.iloc[i].name == other for i in work.dataset().hf_dataset.data["task_index"].to_pylist())
+    assert len(whole) == sum(work.meta.tasks.iloc[i].name == other
+                             for i in work.dataset().hf_dataset.data["task_index"].to_pylist())
     evaluate(work, f"--tasks={other}", "--action_frames=0")
     result = json.loads(Path("eval/eval.json").read_text())
-    assert set(result["task_loss"]["tasks"]) == {other} and result["task_loss"]["frames"] <= 4 and result["data"]["tasks"] == [other]
+    assert (set(result["task_loss"]["tasks"]) == {other} and result["task_loss"]["frames"] <= 4
+            and result["data"]["tasks"] == [other])
     shutil.rmtree("eval")
-    for main, flags, says in ((train, ["--tasks=open the widow"], "no task 'open the widow'"), (train, [f"--tasks={one}", "--dataset.episodes=[]"], "at least one"), (evaluate, ["--tasks=fly"], "no task 'fly'"),
-                              (train, ["--craft.enabled=true", *frames, "--craft.anchor_dataset.tasks=fly"], "no task 'fly'"),
-                              (train, ["--craft.enabled=true", *frames, "--craft.anchor_dataset.repo_id=other"], "frames of one data set")):
+    for main, flags, says in ((train, ["--tasks=open the widow"], "no task 'open the widow'"),
+                              (train, [f"--tasks={one}", "--dataset.episodes=[]"], "at least one"),
+                              (evaluate, ["--tasks=fly"], "no task 'fly'"),
+                              (train, ["--craft.enabled=true", *frames, "--craft.anchor_dataset.tasks=fly"],
+                               "no task 'fly'"),
+                              (train, ["--craft.enabled=true", *frames, "--craft.anchor_dataset.repo_id=other"],
+                               "frames of one data set")):
         assert says in refused(main, work, *flags)
     def mix(t): t.at[1, "tasks"] = np.array([one, other]); return t
     episodes(Path("data"), mix)
@@ -365,12 +449,18 @@ def test_pictures_and_prompts_alone(inside, work):
     alone = ["--dataset.repo_id=", "--image_dir=seen", "--prompts_file=p.txt"]
     build(work, *alone)
     ds = AnchorCacheDataset("cache")
-    m, state = ds.manifest["dataset"], np.asarray(json.loads((work.root / "meta/stats.json").read_text())["observation.state"]["mean"])
-    assert sorted(zip(ds.column("episode_index").tolist(), ds.instructions(), strict=True)) == sorted((i, t) for i in range(3) for t in Path("p.txt").read_text().splitlines())
-    assert m["repo_id"] == "pictures/seen" and m["pictures"] == ["0.png", "1.png", "2.png"] and np.allclose(m["state"], state, atol=1e-4) and "mean" in m["state_is"]
+    m, state = (ds.manifest["dataset"],
+                np.asarray(json.loads((work.root / "meta/stats.json").read_text())["observation.state"]["mean"]))
+    assert (sorted(zip(ds.column("episode_index").tolist(), ds.instructions(), strict=True))
+            == sorted((i, t) for i in range(3) for t in Path("p.txt").read_text().splitlines()))
+    assert (m["repo_id"] == "pictures/seen" and m["pictures"] == ["0.png", "1.png", "2.png"]
+            and np.allclose(m["state"], state, atol=1e-4) and "mean" in m["state_is"])
     shutil.rmtree("cache")
-    for flags, says in ((["--dataset.repo_id=data", *alone[1:]], "in the place of a data set"), (alone[:2], "--prompts_file"), ([*alone, "--actions=dataset"], "no actions"), ([*alone, "--state=1,2"], "expected 4 numbers"),
-                        ([*alone, "--tasks=x"], "tasks"), (["--dataset.repo_id=", "--image_dir=data", "--prompts_file=p.txt"], "no picture"), (["--dataset.repo_id=", "--image_dir=gone", "--prompts_file=p.txt"], "no folder at gone"),
+    for flags, says in ((["--dataset.repo_id=data", *alone[1:]], "in the place of a data set"),
+                        (alone[:2], "--prompts_file"), ([*alone, "--actions=dataset"], "no actions"),
+                        ([*alone, "--state=1,2"], "expected 4 numbers"), ([*alone, "--tasks=x"], "tasks"),
+                        (["--dataset.repo_id=", "--image_dir=data", "--prompts_file=p.txt"], "no picture"),
+                        (["--dataset.repo_id=", "--image_dir=gone", "--prompts_file=p.txt"], "no folder at gone"),
                         (["--state=1,2,3,4"], "image_dir"), (["--dataset.repo_id="], "nothing to take anchors from")):
         assert says in refused(build, work, *flags)
     Path("seen/9.png").write_bytes(b"no picture")

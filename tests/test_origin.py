@@ -1,4 +1,5 @@
-"""What the origin documents, value by value: its functions under its names, its defaults, its caches. Its command lines: test_commands."""
+"""What the origin documents, value by value: its functions under its names, its defaults, its caches. Its command
+lines: test_commands."""
 import json
 import math
 
@@ -6,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from craft_nb import (AnchorCacheDataset, CraftConfig, compute_dot, compute_retention_loss_hidden, epsilon_schedule, merge_grads,
-                      project_if_conflict, update_lambda)
+from craft_nb import (AnchorCacheDataset, CraftConfig, compute_dot, compute_retention_loss_hidden, epsilon_schedule,
+                      merge_grads, project_if_conflict, update_lambda)
 from craft_nb.features import Features, pool
 from craft_nb.losses import TokenCEView, View, make_views
 from craft_nb.surgery import StreamingSurgery, Surgery
@@ -31,7 +32,8 @@ def test_merges(mode):
     torch.testing.assert_close(g[0], want)
     assert found.merged_norm == pytest.approx(want.norm().item()) and not found.projected
     torch.testing.assert_close(merge_grads([G], [None], 2.0, mode)[0], G * (0.5 if mode == "equal" else 1))
-    torch.testing.assert_close(merge_grads([None], [R], 2.0, mode)[0], R * {"weighted": 2, "equal": 0.5, "task_priority": 1}[mode])
+    torch.testing.assert_close(merge_grads([None], [R], 2.0, mode)[0],
+                               R * {"weighted": 2, "equal": 0.5, "task_priority": 1}[mode])
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "tensor"])
@@ -47,7 +49,8 @@ def test_merges_after_a_projection_and_clipped(mode, scope):
         assert conflict
         for i, m in zip(part, merge_grads(p, q, 2.0, mode)): want[i] = m
     norm = compute_dot(want, want).sqrt().item()
-    result = Surgery([("layers.0.w", g[0]), ("layers.1.w", g[1])], scope, mode=mode).merge_(g, r, 2.0, True, max_norm=norm / 2)
+    result = Surgery([("layers.0.w", g[0]), ("layers.1.w", g[1])], scope,
+                     mode=mode).merge_(g, r, 2.0, True, max_norm=norm / 2)
     assert result.projected and result.clipped and result.merged_norm == pytest.approx(norm, rel=1e-5)
     for a, b in zip(g, want): torch.testing.assert_close(a, b / 2, rtol=1e-4, atol=1e-5)
 
@@ -94,12 +97,13 @@ def test_merges_in_training(mode, shared, project):
     cfg = CraftConfig(initial_lambda=2.0, projection_mode=mode, shared_lambda=shared, views="a:2,b:1", retention_freq=1,
                       use_grad_projection=project, conflict_threshold=-0.1)
     ret = Retention(policy, iter(lambda: {"input_ids": torch.zeros(1)}, None), views, Adapter(), cfg, 1)
-    record = CraftTrainer(policy, iter(lambda: {}, None), torch.optim.SGD(policy.parameters(), 1.0), steps=1, retention=ret,
-                          grad_clip_norm=0).fit()
+    record = CraftTrainer(policy, iter(lambda: {}, None), torch.optim.SGD(policy.parameters(), 1.0), steps=1,
+                          retention=ret, grad_clip_norm=0).fit()
     g = project_if_conflict([G], [R])[0] if project else [G]
     want = merge_grads(g, [R], 2.0, mode)[0]
     torch.testing.assert_close(-policy.w.detach(), want)
-    assert record["conflict"] and record["projected"] == project and record["grad_norm"] == pytest.approx(want.norm().item(), rel=1e-5)
+    assert (record["conflict"] and record["projected"] == project
+            and record["grad_norm"] == pytest.approx(want.norm().item(), rel=1e-5))
 
 
 def test_projection():
@@ -119,7 +123,8 @@ def test_schedules():
     for u in (0.0, 0.13, 0.5, 1.0):
         assert at("exponential", round(100 * u))[0] == pytest.approx(0.1 + 0.9 * math.exp(-5 * u))
     assert epsilon_schedule(3, 2.0, 0.0, 10, "exponential") == pytest.approx(2 * math.exp(-1.5))
-    assert epsilon_schedule(5, 0.1, 1.0, 10, "exponential") == pytest.approx(1 - 0.9 * math.exp(-2.5))  # upwards as well
+    # upwards as well
+    assert epsilon_schedule(5, 0.1, 1.0, 10, "exponential") == pytest.approx(1 - 0.9 * math.exp(-2.5))
     assert at("geometric", 0, 50, 100) == pytest.approx([1, 0.1**0.5, 0.1])  # ours
 
 
@@ -149,19 +154,25 @@ def test_losses(kind, shape):
 
 def test_losses_written_out():
     s, t = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]]), torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])  # (1, 1, 2, 2)
-    assert [compute_retention_loss_hidden(s, t, k, "none").tolist() for k in ("mse", "l1", "cosine")] == [[0.5], [0.5], [pytest.approx(0.5)]]
+    assert ([compute_retention_loss_hidden(s, t, k, "none").tolist() for k in ("mse", "l1", "cosine")]
+            == [[0.5], [0.5], [pytest.approx(0.5)]])
     s, t = torch.tensor([[[[3.0, 0.0], [0.0, 1.0]]]]), torch.tensor([[[[3.0, 0.0], [0.0, -1.0]]]])
-    assert compute_retention_loss_hidden(s, t, "cosine").item() == pytest.approx(0.2)  # 1 − 8/10: the long vector speaks louder
-    assert compute_retention_loss_hidden(s, t, "cosine_vectors").item() == pytest.approx(1.0)  # ours: the mean of 0 and 2
+    # 1 − 8/10: the long vector speaks louder
+    assert compute_retention_loss_hidden(s, t, "cosine").item() == pytest.approx(0.2)
+    # ours: the mean of 0 and 2
+    assert compute_retention_loss_hidden(s, t, "cosine_vectors").item() == pytest.approx(1.0)
 
 
 def test_cosine_of_a_cache_is_the_origins():
-    "Training on `pooled` with `--craft.distance=cosine` minimises what the origin's `cosine` says, whatever the batch is cut into."
+    """Training on `pooled` with `--craft.distance=cosine` minimises what the origin's `cosine` says, whatever the batch
+    is cut into."""
     f = {s: Features({i: torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(s + i)) for i in (-2, -1)},
-                     torch.tensor([[1, 1, 0, 0, 0]] * 4).bool(), torch.tensor([[0, 0, 1, 1, 0]] * 4).bool()) for s in (0, 10)}
+                     torch.tensor([[1, 1, 0, 0, 0]] * 4).bool(), torch.tensor([[0, 0, 1, 1, 0]] * 4).bool())
+         for s in (0, 10)}
     view = make_views(["pooled"], distance="cosine")["pooled"]
     stored, student = view.targets(f[0]), pool(f[10], [-2, -1], ["vision_token_mean", "text_token_last"])
-    torch.testing.assert_close(view.loss(f[10], stored), compute_retention_loss_hidden(student, stored["teacher_hidden"], "cosine"))
+    torch.testing.assert_close(view.loss(f[10], stored),
+                               compute_retention_loss_hidden(student, stored["teacher_hidden"], "cosine"))
     assert len(view.per_row(f[10], stored)) == view.terms(stored) == 4
 
 
@@ -174,18 +185,21 @@ def test_two_vectors_a_layer():
 
 def test_defaults():
     cfg = CraftConfig()
-    want = dict(enabled=True, anchor_cache_dir="data/anchor_cache_hidden", anchor_batch_size=16, retention_freq=5, retention_mode="hidden",
-                initial_lambda=1.0, lambda_lr=0.01, lambda_max=10.0, epsilon_start=1.0, epsilon_end=0.1, epsilon_decay_steps=0,
-                use_grad_projection=True, conflict_threshold=-0.1, projection_mode="weighted", epsilon_schedule="linear")
+    want = dict(enabled=True, anchor_cache_dir="data/anchor_cache_hidden", anchor_batch_size=16, retention_freq=5,
+                retention_mode="hidden", initial_lambda=1.0, lambda_lr=0.01, lambda_max=10.0, epsilon_start=1.0,
+                epsilon_end=0.1, epsilon_decay_steps=0, use_grad_projection=True, conflict_threshold=-0.1,
+                projection_mode="weighted", epsilon_schedule="linear")
     assert {k: getattr(cfg, k) for k in want} == want
     view = make_views(["pooled"])["pooled"]
     assert (view.layers, view.pooling, view.distance) == ([-2, -1], ["vision_token_mean", "text_token_last"], "mse")
 
 
-@pytest.mark.parametrize("kind,rows", [("hidden", dict(teacher_hidden=torch.randn(6, 2, 2, 4))), ("pooled_features", dict(target_features=torch.randn(6, 4))),
+@pytest.mark.parametrize("kind,rows", [("hidden", dict(teacher_hidden=torch.randn(6, 2, 2, 4))),
+                                       ("pooled_features", dict(target_features=torch.randn(6, 4))),
                                        ("token_level", dict(labels=torch.tensor([[-100, 3, 4]] * 6)))])
 def test_old_caches_are_told_apart(tmp_path, kind, rows):
-    inputs = dict(pixel_values=torch.zeros(6, 3, 8, 8), input_ids=torch.ones(6, 3, dtype=torch.long), attention_mask=torch.ones(6, 3))
+    inputs = dict(pixel_values=torch.zeros(6, 3, 8, 8), input_ids=torch.ones(6, 3, dtype=torch.long),
+                  attention_mask=torch.ones(6, 3))
     torch.save(inputs | rows, tmp_path / "shard_0000.pt")
     (tmp_path / "metadata.json").write_text(json.dumps(dict(num_anchors=6, layers_to_save=[-2, -1])))
     cache = AnchorCacheDataset(tmp_path)

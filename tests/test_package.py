@@ -60,7 +60,8 @@ def test_archives_hold_the_package_and_nothing_else(archives):
 
 
 def test_import_without_extras(alone):
-    found = run([alone / "venv/bin/python", "-c", "import craft_nb, sys; print(craft_nb.__version__, 'lerobot' in sys.modules)"],
+    found = run([alone / "venv/bin/python", "-c",
+                 "import craft_nb, sys; print(craft_nb.__version__, 'lerobot' in sys.modules)"],
                 cwd=alone, env=clean_environment())
     assert re.fullmatch(r"\d+\.\d+\.\d+ False\n", found)
 
@@ -76,6 +77,7 @@ def test_the_readmes_twenty_lines_run_without_extras(alone):
 
 def test_commands_without_extras_say_what_to_install(alone):
     assert "usage: craft-demo" in run([alone / "venv/bin/craft-demo", "--help"], cwd=alone, env=clean_environment())
-    out = subprocess.run([alone / "venv/bin/craft-train", "--craft.enabled=false", "--policy.path=x", "--dataset.repo_id=y"], cwd=alone,
+    out = subprocess.run([alone / "venv/bin/craft-train", "--craft.enabled=false", "--policy.path=x",
+                          "--dataset.repo_id=y"], cwd=alone,
                          env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert out.returncode == 1 and "craft_nb[lerobot]" in out.stderr and "Traceback" not in out.stderr, out.stderr

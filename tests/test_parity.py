@@ -15,9 +15,9 @@ def config_of(work, tmp_path_factory):
     def make(cls, name, **more):
         policy = PreTrainedConfig.from_pretrained(work.policy_path)
         policy.pretrained_path, policy.push_to_hub = Path(work.policy_path), False
-        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy, output_dir=root / name,
-                   steps=STEPS, batch_size=4, num_workers=0,
-                   dataloader_multiprocessing_context=None, log_freq=1, save_freq=STEPS, env_eval_freq=0, seed=7, **more)
+        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy, output_dir=root
+                   / name, steps=STEPS, batch_size=4, num_workers=0, dataloader_multiprocessing_context=None,
+                   log_freq=1, save_freq=STEPS, env_eval_freq=0, seed=7, **more)
     return make
 
 
@@ -55,5 +55,6 @@ def test_disabled_craft_is_stock_lerobot(config_of, monkeypatch):
         assert row["retention"] is False and row["cache_type"] is None
     a, b = final_weights(stock), final_weights(ours)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert not all(torch.equal(a[k], v) for k, v in weights_at(ours.policy.pretrained_path).items())  # and they did train
+    # and they did train
+    assert not all(torch.equal(a[k], v) for k, v in weights_at(ours.policy.pretrained_path).items())
 

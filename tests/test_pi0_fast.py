@@ -1,4 +1,5 @@
-"""The adapter of pi0_fast: hidden states bit for bit, several cameras, missing cameras, bfloat16, L_ret = 0 at the start."""
+"""The adapter of pi0_fast: hidden states bit for bit, several cameras, missing cameras, bfloat16, L_ret = 0 at the
+start."""
 import contextlib
 
 import pytest
@@ -68,20 +69,23 @@ def test_retention_loss_is_zero_at_the_start(work, present, missing, dtype, limi
     for name, view in views.items():
         loss = view.loss(f, part)
         assert abs(loss.item()) <= limit, (name, loss.item())
-        assert loss <= view.rounding(part, rounding_error(getattr(torch, dtype))), (name, loss.item())  # so that training takes it for 0
+        # so that training takes it for 0
+        assert loss <= view.rounding(part, rounding_error(getattr(torch, dtype))), (name, loss.item())
         other = view.loss(perturbed(f), part)
         assert other > 100 * limit, (name, other.item())  # the view does see a difference
 
 
 def whole_attention():
-    "PyTorch's fused attention in bfloat16 needs AVX-512 where the processor has it, also if ATEN_CPU_CAPABILITY hides it."
+    """PyTorch's fused attention in bfloat16 needs AVX-512 where the processor has it, also if ATEN_CPU_CAPABILITY hides
+    it."""
     hidden = torch.backends.cpu.get_cpu_capability() == "DEFAULT"
     return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if hidden else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("lr,least", [(1e-5, 100), (1e-4, 1000)])
 def test_one_small_step_is_drift(work, lr, least):
-    "What rounding shows is far below what a step shows, whatever the batch is cut into: ratios of numbers off, not of their squares."
+    """What rounding shows is far below what a step shows, whatever the batch is cut into: ratios of numbers off, not of
+    their squares."""
     policy, batch = with_cameras(work, 1)
     adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)
     stored, limit = anchor_batch_targets(policy, batch, views), rounding_error()
@@ -109,7 +113,8 @@ def test_pass_is_no_deeper_than_it_must_be(work):
     anchors, decoder = adapter.prepare(policy, adapter.inputs(policy, batch)), adapter.decoder(policy)
     ran = []
     hooks = [b.register_forward_hook(lambda *a, i=i: ran.append(i)) for i, b in enumerate(decoder.layers)]
-    hooks.append(policy.model.paligemma_with_expert.paligemma.lm_head.register_forward_hook(lambda *a: ran.append("head")))
+    hooks.append(
+        policy.model.paligemma_with_expert.paligemma.lm_head.register_forward_hook(lambda *a: ran.append("head")))
     adapter.features(policy, anchors, [2], False, False)
     assert ran == [0, 1]
     ran.clear()
@@ -125,7 +130,8 @@ def test_decoding_is_what_the_policy_does(work):
     anchors = adapter.inputs(policy, batch)
     got = adapter.decode(policy, anchors)
     images, masks = policy._preprocess_images(batch)
-    said = policy.model.sample_actions_fast_kv_cache(images, masks, anchors["input_ids"].long(), anchors["attention_mask"],
+    said = policy.model.sample_actions_fast_kv_cache(images, masks, anchors["input_ids"].long(),
+                                                     anchors["attention_mask"],
                                                      max_decoding_steps=policy.config.max_action_tokens - 1)
     n = min(said.shape[1], got["action_ids"].shape[1] - 1)
     want = torch.where(got["action_mask"][:, 1 : n + 1], said[:, :n], 0)
@@ -141,9 +147,9 @@ def test_lerobots_own_class(work, monkeypatch):
     small = work.policy()
     vocab = small.model.paligemma_with_expert.paligemma.config.text_config.vocab_size
     monkeypatch.setattr(own, "PI0FastPaliGemma", lambda *args, **kw: PI0FastSmallPaliGemma(small.config, vocab))
-    same = ("chunk_size", "n_action_steps", "max_action_tokens", "max_decoding_steps", "fast_skip_tokens", "image_resolution",
-            "tokenizer_max_length", "text_tokenizer_name", "action_tokenizer_name", "input_features", "output_features",
-            "normalization_mapping", "device")
+    same = ("chunk_size", "n_action_steps", "max_action_tokens", "max_decoding_steps", "fast_skip_tokens",
+            "image_resolution", "tokenizer_max_length", "text_tokenizer_name", "action_tokenizer_name",
+            "input_features", "output_features", "normalization_mapping", "device")
     policy = own.PI0FastPolicy(PI0FastConfig(**{k: getattr(small.config, k) for k in same}))
     assert type(policy) is own.PI0FastPolicy and type(policy.model) is own.PI0FastPytorch
     adapter, views = adapter_for(policy), make_views(VIEWS, layers=[-2, -1], top_k=16)

@@ -14,8 +14,8 @@ from craft_nb.policies import adapter_for
 from craft_nb.trainer import AnchorPass
 from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
 
-MODULE = dict(pi0="model.action_out_proj", pi05="model.action_out_proj", smolvla="model.action_out_proj", act="model.action_head",
-              diffusion="diffusion.unet")
+MODULE = dict(pi0="model.action_out_proj", pi05="model.action_out_proj", smolvla="model.action_out_proj",
+              act="model.action_head", diffusion="diffusion.unet")
 ROWS = [0, 7, 23, 40, 41]
 
 
@@ -67,8 +67,8 @@ def test_targets_are_what_lerobots_forward_says(work, zoo, kind, actions):
             torch.manual_seed(int(seeds[i, 0]) * 16 + 1)
             policy.reset()
             observed = {k: v for k, v in one_row(batch, i).items() if k != "action"}
-            chunk = (policy.diffusion.conditional_sample(1, policy.diffusion._prepare_global_conditioning(as_diffusion(observed)))
-                     if kind == "diffusion" else policy.predict_action_chunk(observed))
+            chunk = (policy.diffusion.conditional_sample(1, policy.diffusion._prepare_global_conditioning(
+                as_diffusion(observed))) if kind == "diffusion" else policy.predict_action_chunk(observed))
             row["action"] = chunk.detach()
             torch.testing.assert_close(got["action"][i], row["action"][0], rtol=1e-5, atol=1e-5)
         for j in range(got["answer"].shape[1]):
@@ -96,7 +96,8 @@ def test_first_loss_is_zero_and_rows_do_not_depend_on_their_batch(work, zoo, kin
         for name, loss in losses(which).items():
             assert loss.requires_grad and abs(loss.item()) <= 1e-6, (name, which, loss.item())
     with torch.no_grad():
-        for p in policy.parameters(): p.add_(0.1 * p.std().nan_to_num(0.1) * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        for p in policy.parameters():
+            p.add_(0.1 * p.std().nan_to_num(0.1) * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
         alone = {n: [losses([i])[n].item() for i in range(len(ROWS))] for n in views}
         answer = views["answer"]
         for order in ([4, 2, 0, 1, 3], [1, 0], [3, 2, 4]):
@@ -110,7 +111,8 @@ def test_first_loss_is_zero_and_rows_do_not_depend_on_their_batch(work, zoo, kin
 
 
 def test_padding_of_actions_does_not_count(work, zoo):
-    "A policy with 6 action dims for 4 real ones: the answer holds 4. Steps behind an episode's end count only where the chunk is the teacher's own."
+    """A policy with 6 action dims for 4 real ones: the answer holds 4. Steps behind an episode's end count only where
+    the chunk is the teacher's own."""
     policy, batch = loaded(work, zoo, "pi0")
     end = torch.arange(10) >= 3
     batch["action_is_pad"] = end.expand(len(ROWS), -1).clone()
@@ -123,7 +125,8 @@ def test_padding_of_actions_does_not_count(work, zoo):
 def test_the_observation_is_seen_once_for_all_draws(work, zoo):
     policy, batch = loaded(work, zoo, "smolvla")
     rows, seen = stored(policy, batch, draw_seeds(0, range(len(ROWS)), 3)), []
-    hook = policy.model.vlm_with_expert.vlm.model.vision_model.register_forward_hook(lambda m, a, kw, y: seen.append(len(kw["pixel_values"])), with_kwargs=True)
+    hook = policy.model.vlm_with_expert.vlm.model.vision_model.register_forward_hook(
+        lambda m, a, kw, y: seen.append(len(kw["pixel_values"])), with_kwargs=True)
     adapter = adapter_for(policy)
     adapter.features(policy, adapter.prepare(policy, rows), [], True, False)
     hook.remove()
@@ -132,15 +135,18 @@ def test_the_observation_is_seen_once_for_all_draws(work, zoo):
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05", "smolvla"])
 def test_draws_share_one_prefix(work, zoo, kind):
-    "The language model reads each observation once for three draws, the expert three suffixes in a row; what comes out is that of three passes."
+    """The language model reads each observation once for three draws, the expert three suffixes in a row; what comes
+    out is that of three passes."""
     policy, batch = loaded(work, zoo, kind)
     adapter, seeds = adapter_for(policy), draw_seeds(0, range(len(ROWS)), 3)
     rows = adapter.condition(policy, adapter.inputs(policy, batch), "dataset", seeds)
     shapes, norm = [], policy.get_submodule(adapter.decoder).layers[0].input_layernorm
-    hook = norm.register_forward_pre_hook(lambda m, args, kw: shapes.append(tuple((args[0] if args else kw["hidden_states"]).shape[:2])), with_kwargs=True)
+    hook = norm.register_forward_pre_hook(lambda m, args, kw: shapes.append(
+        tuple((args[0] if args else kw["hidden_states"]).shape[:2])), with_kwargs=True)
     with torch.no_grad():
         f = adapter.features(policy, adapter.prepare(policy, rows), [-2, -1], True, False)
-        alone = [adapter.features(policy, adapter.prepare(policy, rows | {"draw_seed": seeds[:, j : j + 1]}), [-2, -1], True, False) for j in range(3)]
+        alone = [adapter.features(policy, adapter.prepare(policy, rows | {"draw_seed": seeds[:, j : j + 1]}), [-2, -1],
+                                  True, False) for j in range(3)]
     hook.remove()
     assert len(set(shapes)) == 1 and shapes[0][0] == len(ROWS)
     torch.testing.assert_close(f.answer, torch.cat([a.answer for a in alone], 1), rtol=1e-5, atol=1e-5)
@@ -161,11 +167,13 @@ def run_parity(kind, work, folder, root, monkeypatch):
     def config(cls, name, **more):
         policy = PreTrainedConfig.from_pretrained(folder)
         policy.pretrained_path, policy.push_to_hub = Path(folder), False
-        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy, output_dir=root / name, steps=10,
-                   batch_size=4, num_workers=0, dataloader_multiprocessing_context=None, log_freq=5, save_freq=10, env_eval_freq=0, seed=7, **more)
+        return cls(dataset=DatasetConfig(repo_id=work.repo_id, root=str(work.root)), policy=policy,
+                   output_dir=root / name, steps=10, batch_size=4, num_workers=0,
+                   dataloader_multiprocessing_context=None, log_freq=5, save_freq=10, env_eval_freq=0, seed=7, **more)
     lerobot_train.train.__wrapped__(config(TrainPipelineConfig, "stock"))
     train(config(CraftTrainConfig, "ours", craft=CraftConfig(enabled=False)), quiet=True)
-    return [load_file(root / n / "checkpoints/last/pretrained_model/model.safetensors") for n in ("stock", "ours")] + [load_file(Path(folder) / "model.safetensors")]
+    return ([load_file(root / n / "checkpoints/last/pretrained_model/model.safetensors") for n in ("stock", "ours")]
+            + [load_file(Path(folder) / "model.safetensors")])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,18 +191,21 @@ def inside(tmp_path, monkeypatch):
 
 
 def build(work, folder, out="cache", *more):
-    cli.build_cache([f"--policy.path={folder}", f"--dataset.repo_id={work.root}", f"--out_dir={out}", "--num_anchors=12", *more])
+    cli.build_cache([f"--policy.path={folder}", f"--dataset.repo_id={work.root}", f"--out_dir={out}",
+                     "--num_anchors=12", *more])
     return json.loads(Path(out, "anchors.json").read_text())
 
 
 def train(work, folder, *more):
-    flags = [f"--policy.path={folder}", f"--dataset.repo_id={work.root}", "--output_dir=run", "--craft.anchor_cache_dir=cache", "--batch_size=4",
+    flags = [f"--policy.path={folder}", f"--dataset.repo_id={work.root}", "--output_dir=run",
+             "--craft.anchor_cache_dir=cache", "--batch_size=4",
              "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--num_workers=0", "--seed=3"]
     named = {m.split("=")[0] for m in more}
     cli.train([*(f for f in flags if f.split("=")[0] not in named), *more])
 
 
-def steps(run="run"): return [r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) if "event" not in r]
+def steps(run="run"):
+    return [r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) if "event" not in r]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -202,7 +213,8 @@ def test_the_commands(work, zoo, kind, inside, capsys):
     folder = zoo(kind)
     m = build(work, folder)
     said_to_be = dict(act="action", diffusion="noise").get(kind, "velocity")
-    assert list(m["views"]) == ["answer"] and m["views"]["answer"]["unit"] == f"squared {said_to_be} per action dimension"
+    assert (list(m["views"]) == ["answer"]
+            and m["views"]["answer"]["unit"] == f"squared {said_to_be} per action dimension")
     with pytest.raises(SystemExit) as stop: cli.cache(["verify", "cache", "--policy", str(folder)])
     assert not stop.value.code, capsys.readouterr().err
     train(work, folder, "--steps=2", "--save_freq=1")
@@ -210,8 +222,8 @@ def test_the_commands(work, zoo, kind, inside, capsys):
     rows = steps()
     assert [r["step"] for r in rows] == [1, 2, 3] and rows[0]["retention_loss"] <= 1e-6
     assert rows[2]["retention_loss"] > 1e4 * max(rows[0]["retention_loss"], 1e-14)  # Diffusion warms up for 500 steps
-    cli.evaluate(["--policy.path=run/checkpoints/last/pretrained_model", "--anchors=cache", f"--dataset.repo_id={work.root}", "--max_frames=8",
-                  "--out_dir=seen"])
+    cli.evaluate(["--policy.path=run/checkpoints/last/pretrained_model", "--anchors=cache",
+                  f"--dataset.repo_id={work.root}", "--max_frames=8", "--out_dir=seen"])
     assert "retention loss answer" in Path("seen/eval.md").read_text()
 
 
@@ -221,7 +233,9 @@ def test_a_resumed_run_is_the_unbroken_one(work, zoo, inside):
     train(work, zoo("smolvla"), "--steps=4", "--save_freq=2")
     whole = load_file("run/checkpoints/last/pretrained_model/model.safetensors")
     Path("run/checkpoints/last").unlink()
-    cli.train(["--resume", f"--config_path=run/checkpoints/{sorted(p.name for p in Path('run/checkpoints').iterdir())[0]}/pretrained_model/train_config.json"])
+    cli.train(
+        ["--resume",
+         f"--config_path=run/checkpoints/{sorted(p.name for p in Path('run/checkpoints').iterdir())[0]}/pretrained_model/train_config.json"])
     again = load_file("run/checkpoints/last/pretrained_model/model.safetensors")
     assert all(torch.equal(whole[k], again[k]) for k in whole)
 
@@ -246,33 +260,41 @@ def test_wrong_use_is_one_line_and_writes_nothing(work, zoo, inside):
     ]:
         line = refused(cli.build_cache, f"--policy.path={zoo(kind)}", data, "--out_dir=new", "--num_anchors=4", *flags)
         assert says in line and not Path("new").exists(), (flags, line)
-    pi0_fast = refused(cli.build_cache, f"--policy.path={work.policy_path}", data, "--out_dir=new", "--num_anchors=4", "--views=answer")
+    pi0_fast = refused(cli.build_cache, f"--policy.path={work.policy_path}", data, "--out_dir=new", "--num_anchors=4",
+                       "--views=answer")
     assert "pi0_fast_small has no action module. It can have: pooled" in pi0_fast and not Path("new").exists()
 
 
 def test_a_cache_of_another_policy_type_is_refused(work, zoo, inside):
     build(work, zoo("act"))
-    base = [data := f"--dataset.repo_id={work.root}", "--output_dir=new", "--craft.anchor_cache_dir=cache", "--craft.anchor_batch_size=4", "--steps=1"]
+    base = [data := f"--dataset.repo_id={work.root}", "--output_dir=new", "--craft.anchor_cache_dir=cache",
+            "--craft.anchor_batch_size=4", "--steps=1"]
     for folder in (zoo("pi0"), work.policy_path):
         line = refused(cli.train, f"--policy.path={folder}", *base)
-        assert "policy_type: cache act, this run" in line and "Build one with this policy" in line and "mismatch=" not in line and not Path("new").exists(), line
+        assert ("policy_type: cache act, this run" in line and "Build one with this policy" in line
+                and "mismatch=" not in line and not Path("new").exists()), line
     line = refused(cli.train, f"--policy.path={zoo('act')}", *base, "--craft.capture=model.decoder")
     assert "capture: cache model.action_head" in line and "cannot waive extra.capture" in line
-    assert "policy_type: cache act" in refused(cli.evaluate, f"--policy.path={zoo('pi0')}", "--anchors=cache", "--out_dir=new")
+    assert "policy_type: cache act" in refused(cli.evaluate, f"--policy.path={zoo('pi0')}", "--anchors=cache",
+                                               "--out_dir=new")
     for word, own in (("policy_type", "policy_type"), ("weights,extra.capture", "capture")):
-        for main, flags in ((cli.train, [*base, f"--craft.allow_mismatch={word}"]), (cli.build_cache, [data, "--out_dir=new", f"--allow_mismatch={word}"]),
+        for main, flags in ((cli.train, [*base, f"--craft.allow_mismatch={word}"]),
+                            (cli.build_cache, [data, "--out_dir=new", f"--allow_mismatch={word}"]),
                             (cli.evaluate, ["--anchors=cache", "--out_dir=new", f"--allow_mismatch={word}"])):
             assert f"allow_mismatch: {own} cannot be waived" in refused(main, f"--policy.path={zoo('pi0')}", *flags)
     assert not Path("new").exists()
 
 
 def test_a_type_in_no_table_needs_one_flag(work, zoo, inside, monkeypatch):
-    "ACT as if nobody had heard of it: refused with what to name, then built, trained and evaluated through that module."
+    """ACT as if nobody had heard of it: refused with what to name, then built, trained and evaluated through that
+    module."""
     from craft_nb import policies
     whole = build(work, zoo("act"), "known")
     monkeypatch.setattr(policies, "ADAPTERS", {})
-    line = refused(cli.build_cache, f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--out_dir=cache", "--num_anchors=12")
-    assert "no anchor adapter for ACTPolicy" in line and "--craft.capture=MODULE (out of" in line and "model.action_head" in line and not Path("cache").exists()
+    line = refused(cli.build_cache, f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--out_dir=cache",
+                   "--num_anchors=12")
+    assert ("no anchor adapter for ACTPolicy" in line and "--craft.capture=MODULE (out of" in line
+            and "model.action_head" in line and not Path("cache").exists())
     m = build(work, zoo("act"), "cache", "--craft.capture=model.action_head")
     assert m["extra"]["capture"] == "model.action_head" and m["extra"]["draws"] == 1
     train(work, zoo("act"), "--steps=2")
@@ -316,7 +338,8 @@ def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind
     train(work, end, "--output_dir=more", "--steps=1", "--save_freq=1", "--craft.anchor_batch_size=12")
     assert steps("more")[0]["retention_loss"] == pytest.approx(drift, rel=1e-4)  # where the adapter stood
     more = load_file("more/checkpoints/last/pretrained_model/adapter_model.safetensors")
-    assert {k: v.shape for k, v in more.items()} == {k: v.shape for k, v in whole.items()}  # neither dropped nor wrapped anew
+    # neither dropped nor wrapped anew
+    assert {k: v.shape for k, v in more.items()} == {k: v.shape for k, v in whole.items()}
     from craft_nb.anchors import AnchorCacheDataset
     from craft_nb.lerobot import load_policy_alone
     from craft_nb.small import save_checkpoint_folder
@@ -334,12 +357,14 @@ def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind
 
 
 def event(what, run="run"):
-    return next(r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines()) if r.get("event") == what)
+    return next(r for r in map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())
+                if r.get("event") == what)
 
 
 @pytest.mark.parametrize("kind", ["act", "smolvla"])
 def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
-    "Inside a student with adapters, and as a second model: the losses of a cached run; the first is 0; a resumed run is the unbroken one."
+    """Inside a student with adapters, and as a second model: the losses of a cached run; the first is 0; a resumed run
+    is the unbroken one."""
     from safetensors.torch import load_file
     build(work, zoo(kind))
     how = ["--steps=10", "--save_freq=5", "--craft.check=false", *adapters(kind)]
@@ -349,7 +374,8 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
     cached, live, second = steps(), steps("live"), steps("second")
     assert live[0]["retention_loss"] == 0 and cached[9]["retention_loss"] > 1e-6
     for rows in (live, second):
-        assert [r["retention_loss"] for r in rows] == pytest.approx([r["retention_loss"] for r in cached], abs=1e-5, rel=0)
+        assert [r["retention_loss"] for r in rows] == pytest.approx([r["retention_loss"] for r in cached], abs=1e-5,
+                                                                    rel=0)
         assert [r["task_loss"] for r in rows] == pytest.approx([r["task_loss"] for r in cached], abs=1e-5, rel=0)
     m, mine = event("memory", "second"), event("memory", "live")
     assert m["peak"] - mine["peak"] >= m["teacher"] > 0.5 * m["weights"] and "teacher" not in mine
@@ -361,11 +387,13 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
 
 def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
     from safetensors.torch import load_file
-    how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}", "--craft.anchor_dataset.episodes=[0,1]", "--craft.views=answer,action_tokens,pooled",
+    how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}",
+           "--craft.anchor_dataset.episodes=[0,1]", "--craft.views=answer,action_tokens,pooled",
            "--craft.heldout_fraction=0.5", "--craft.check=false", "--steps=4", "--save_freq=2", *adapters("pi0")]
     train(work, zoo("pi0"), *how)
     rows = steps()
-    assert rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"] and set(rows[0]["retention_losses"]) == {"answer", "action_tokens", "pooled"}
+    assert (rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"]
+            and set(rows[0]["retention_losses"]) == {"answer", "action_tokens", "pooled"})
     assert event("certificate")["held_out"] > 0 and rows[0]["cache_type"] == "frames"
     whole = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
     cli.train(["--resume", "--config_path=run/checkpoints/000002/pretrained_model/train_config.json"])
@@ -374,7 +402,8 @@ def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
 
 
 def test_live_frames_are_augmented_as_the_task_is(work, zoo, inside, monkeypatch):
-    "LeRobot's own `dataset.image_transforms`: another picture each turn, the same after a restart; what is held out and judged stays as it is."
+    """LeRobot's own `dataset.image_transforms`: another picture each turn, the same after a restart; what is held out
+    and judged stays as it is."""
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.transforms import ImageTransforms, ImageTransformsConfig
     from safetensors.torch import load_file
@@ -389,13 +418,16 @@ def test_live_frames_are_augmented_as_the_task_is(work, zoo, inside, monkeypatch
     plain = {int(i): x for i, x in zip(*(frames.batch(range(4))[k] for k in ("index", "observation.image")))}
     seen = [{int(i): x for i, x in zip(b["index"], b["observation.image"])} for b in turns]
     assert all(s.keys() == plain.keys() for s in seen)
-    assert all(not torch.equal(a[i], b[i]) for i in plain for a, b in ((seen[0], plain), (seen[0], seen[1]), (seen[1], seen[2])))
+    assert all(not torch.equal(a[i], b[i]) for i in plain
+               for a, b in ((seen[0], plain), (seen[0], seen[1]), (seen[1], seen[2])))
     drawn, real = [], LiveFrames.drawn
     monkeypatch.setattr(LiveFrames, "drawn", lambda self, turns: drawn.append(turns) or real(self, turns))
-    how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}", "--craft.check=false", "--steps=4", "--save_freq=2", *adapters("act")]
+    how = ["--craft.teacher=inside", f"--craft.anchor_dataset.repo_id={work.root}", "--craft.check=false", "--steps=4",
+           "--save_freq=2", *adapters("act")]
     train(work, zoo("act"), *how, "--dataset.image_transforms.enable=true")
     rows = steps()
-    assert len(drawn) >= 4 and rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"]  # the memory estimate draws one more
+    # the memory estimate draws one more
+    assert len(drawn) >= 4 and rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"]
     whole = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
     cli.train(["--resume", "--config_path=run/checkpoints/000002/pretrained_model/train_config.json"])
     again = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
@@ -409,27 +441,33 @@ def test_a_second_model_answers_in_views_that_no_cache_holds(work, inside):
     build(work, work.policy_path, "cache", "--views=pooled")
     train(work, work.policy_path, "--craft.views=pooled,tokens", f"--craft.teacher={work.policy_path}", "--steps=2")
     rows = steps()
-    assert set(rows[0]["retention_losses"]) == {"pooled", "tokens"} and rows[0]["retention_loss"] <= 1e-6 and rows[1]["retention_loss"] > 0
+    assert (set(rows[0]["retention_losses"]) == {"pooled", "tokens"} and rows[0]["retention_loss"] <= 1e-6
+            and rows[1]["retention_loss"] > 0)
 
 
 def test_wrong_teachers_are_one_line(work, zoo, inside):
     build(work, zoo("act"), "cache")
-    base = [f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--output_dir=new", "--craft.anchor_cache_dir=cache", "--steps=1",
-            "--craft.anchor_batch_size=4"]
+    base = [f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--output_dir=new",
+            "--craft.anchor_cache_dir=cache", "--steps=1", "--craft.anchor_batch_size=4"]
     frames = f"--craft.anchor_dataset.repo_id={work.root}"
     for flags, says in [
-        (["--craft.teacher=inside"], "this run trains without adapters. Train some with --peft.method_type=LORA"),
-        (["--craft.teacher=inside", frames, "--craft.anchor_cache_dir=none"], "this run trains without adapters"),
-        (["--craft.teacher=insde"], "expected inside, or the folder of a policy"),
-        ([f"--craft.teacher={zoo('pi0')}"], "is a pi0_small, this run trains a act"),
-        (["--craft.teacher=inside", frames, "--craft.anchor_dataset.episodes=[9]"], "not there"),
-        (["--craft.teacher=inside", frames, "--craft.anchor_dataset.prompts_file=x"], "keep their own instructions"),
-        (["--craft.teacher=inside", "--craft.views=pooled", *adapters("act")], "act has no hidden states of a language model. It can have: answer"),
-        (["--craft.teacher=inside", "--craft.anchor_cache_dir=none"], "there is no anchor cache at none"),
+            (["--craft.teacher=inside"], "this run trains without adapters. Train some with --peft.method_type=LORA"),
+            (["--craft.teacher=inside", frames, "--craft.anchor_cache_dir=none"], "this run trains without adapters"),
+            (["--craft.teacher=insde"], "expected inside, or the folder of a policy"),
+            ([f"--craft.teacher={zoo('pi0')}"], "is a pi0_small, this run trains a act"),
+            (["--craft.teacher=inside", frames, "--craft.anchor_dataset.episodes=[9]"], "not there"),
+            (["--craft.teacher=inside", frames, "--craft.anchor_dataset.prompts_file=x"],
+             "keep their own instructions"),
+            (["--craft.teacher=inside", "--craft.views=pooled", *adapters("act")],
+             "act has no hidden states of a language model. It can have: answer"),
+            (["--craft.teacher=inside", "--craft.anchor_cache_dir=none"], "there is no anchor cache at none"),
     ]:
         line = refused(cli.train, *base, *flags)
-        assert says in line and len(line.replace("(CRAFT_DEBUG=1 shows where)", "").strip().splitlines()) == 1 and not Path("new").exists(), (flags, line)
+        assert (says in line and len(line.replace("(CRAFT_DEBUG=1 shows where)", "").strip().splitlines()) == 1
+                and not Path("new").exists()), (flags, line)
     build(work, work.policy_path, "of_tokens", "--views=pooled")
-    line = refused(cli.train, *[f"--policy.path={work.policy_path}" if "policy.path" in b else b for b in base], f"--craft.teacher={work.policy_path}",
+    line = refused(cli.train, *[f"--policy.path={work.policy_path}" if "policy.path" in b else b for b in base],
+                   f"--craft.teacher={work.policy_path}",
                    "--craft.anchor_cache_dir=of_tokens", "--craft.views=action_logits")
-    assert "hold no actions to ask about" in line and "--craft.anchor_dataset.repo_id" in line and not Path("new").exists()
+    assert ("hold no actions to ask about" in line and "--craft.anchor_dataset.repo_id" in line
+            and not Path("new").exists())

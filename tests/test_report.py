@@ -1,4 +1,5 @@
-"""report.html in a real browser: nothing fetched, every picture drawn, both colour schemes, no page wider than a phone."""
+"""report.html in a real browser: nothing fetched, every picture drawn, both colour schemes, no page wider than a
+phone."""
 import io, shutil
 
 import numpy as np
@@ -12,11 +13,14 @@ chromium = shutil.which('chromium') or shutil.which('google-chrome') or shutil.w
 def example():
     g = torch.Generator().manual_seed(0)
     t = torch.randn(12, 2, 2, 8, generator=g)
-    drift = hidden_drift(t + 0.3 * torch.randn(t.shape, generator=g), t, [-2, -1], ['vision_token_mean', 'text_token_last'])
+    drift = hidden_drift(t + 0.3 * torch.randn(t.shape, generator=g), t, [-2, -1],
+                         ['vision_token_mean', 'text_token_last'])
     def row(*s): return dict(zip(('teacher', 'sft', 'origin', 'craft:action_logits'), (rate(x, 20) for x in s)))
-    return dict(tasks=dict(old=['drawer-close', 'button-press'], new=['window-open']), minutes=1.0, drift=dict(sft=drift),
-                success={'drawer-close': row(20, 1, 8, 19), 'button-press': row(19, 1, 3, 17), 'window-open': row(0, 17, 16, 15)},
-                step_seconds={'sft': .2, 'craft:action_logits': .3}, settings={'seed': 0, 'note': '<script>alert(1)</script>'},
+    return dict(tasks=dict(old=['drawer-close', 'button-press'], new=['window-open']), minutes=1.0,
+                drift=dict(sft=drift), success={'drawer-close': row(20, 1, 8, 19), 'button-press': row(19, 1, 3, 17),
+                                                'window-open': row(0, 17, 16, 15)},
+                step_seconds={'sft': .2, 'craft:action_logits': .3},
+                settings={'seed': 0, 'note': '<script>alert(1)</script>'},
                 views=dict(action_logits=dict(arm='craft:action_logits', bytes_per_anchor=1536, build_seconds=9.5)),
                 blind={'window-open': dict(grey=rate(0, 20), constant=rate(1, 20))}, stages=dict(record=.5, train=.5))
 
@@ -63,7 +67,8 @@ def test_report_in_a_browser(tmp_path):
 
 
 def test_same_skill_needs_no_clips(tmp_path):
-    report = {k: v for k, v in example().items() if k in ('tasks', 'minutes', 'success', 'step_seconds')} | dict(drift={})
+    report = ({k: v for k, v in example().items() if k in ('tasks', 'minutes', 'success', 'step_seconds')}
+              | dict(drift={}))
     text = render_report(report, {}, {}, tmp_path).read_text()
     assert 'side by side' not in text and 'Where the network moved' not in text and 'What was kept' in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ['report.html', 'report.json', 'success.png']

@@ -67,7 +67,9 @@ def test_bit_equal_from_every_step(place, ranks, workers, more):
              if not f.startswith(("--batch_size", "--num_workers"))]
     flags += [f"--batch_size={size}", f"--num_workers={workers}", f"--persistent_workers={persistent}"]
     name.mkdir()
-    def train(argv, out): R.on_ranks(ranks, f"{out}.log", lambda rank: R.train_rank(argv, "ddp", [Draws(f"{out}.draws")] if rank == 0 else []))
+    def train(argv, out):
+        R.on_ranks(ranks, f"{out}.log",
+                   lambda rank: R.train_rank(argv, "ddp", [Draws(f"{out}.draws")] if rank == 0 else []))
     def draws(out): return Path(f"{out}.draws").read_text().splitlines()
     def go_on(run, k, out, save_freq=100):
         config = f"{run}/checkpoints/{k:06d}/pretrained_model/train_config.json"
@@ -77,7 +79,8 @@ def test_bit_equal_from_every_step(place, ranks, workers, more):
         assert draws(whole)[k:] == draws(out), k
     train(flags, whole)
     state = K.result(whole)["training_state/craft_state.json"]
-    assert json.loads(state)["data"] == dict(epoch=3, start_index=0) and json.loads(state)["retention"]["anchors"]["anchors_seen"] == 40
+    assert (json.loads(state)["data"] == dict(epoch=3, start_index=0)
+            and json.loads(state)["retention"]["anchors"]["anchors_seen"] == 40)
     for k in range(1, 9): go_on(whole, k, name / str(k), save_freq=1 if k == 2 else 100)
     go_on(name / "2", 5, name / "again")  # a resumed run
 
@@ -102,7 +105,8 @@ def test_a_resumed_run_writes_over_an_abandoned_continuation(done, place):
     assert os.readlink(other / "checkpoints/last") == "000004"
     assert sorted(p.name for p in (other / "checkpoints").iterdir()) == ["000002", "000004", "last"]
     a, b = K.result(done), K.result(other)
-    assert [r["step"] for r in b["rows"]] == [1, 2, 3, 4] and a["rows"][:2] == b["rows"][:2] and a["rows"][2] != b["rows"][2]
+    assert ([r["step"] for r in b["rows"]] == [1, 2, 3, 4] and a["rows"][:2] == b["rows"][:2]
+            and a["rows"][2] != b["rows"][2])
     assert a["training_state/craft_state.json"] != b["training_state/craft_state.json"]
 
 
@@ -120,13 +124,15 @@ def test_resume_with_another_cache_or_without_one_is_refused(done, place):
     before = K.result(done)
     longer = ["--steps=6"]
     assert "another cache" in run(K.resume_line(done, *longer, f"--craft.anchor_cache_dir={other}"), folder, 1)
-    assert "there is no anchor cache at /gone" in run(K.resume_line(done, *longer, "--craft.anchor_cache_dir=/gone"), folder, 1)
+    assert "there is no anchor cache at /gone" in run(K.resume_line(done, *longer, "--craft.anchor_cache_dir=/gone"),
+                                                      folder, 1)
     assert "with the same --craft.enabled" in run(K.resume_line(done, *longer, "--craft.enabled=false"), folder, 1)
     assert not K.difference(K.result(done), before)
 
 
 def test_resume_refuses_what_it_would_not_take(done, place):
-    "λ, its limits and the gate go on from the checkpoint; a silent override would stand in the config as if it had been used."
+    """λ, its limits and the gate go on from the checkpoint; a silent override would stand in the config as if it had
+    been used."""
     said = run(K.resume_line(done, "--steps=6", "--craft.projection_gate=never", "--craft.lambda_max=50"), place[2], 1)
     assert "cannot change projection_gate (" in said and "lambda_max (" in said and "--policy.path=" in said
     assert "checkpoint stands at step 4" in run(K.resume_line(done, "--steps=3"), place[2], 1)
@@ -140,7 +146,8 @@ def test_adapters_resume(place):
     run(["--resume", f"--config_path={whole}/checkpoints/000002/pretrained_model/train_config.json",
          f"--output_dir={folder / 'lora2'}"], folder)
     a, b = K.result(whole), K.result(folder / "lora2")
-    assert "pretrained_model/adapter_model.safetensors" in a and a.pop("rows")[2:] == b.pop("rows") and not K.difference(a, b)
+    assert ("pretrained_model/adapter_model.safetensors" in a and a.pop("rows")[2:] == b.pop("rows")
+            and not K.difference(a, b))
     from safetensors.torch import load
     moved = load(a["pretrained_model/adapter_model.safetensors"])
     assert any(v.abs().max() > 0 for k, v in moved.items() if "lora_B" in k)

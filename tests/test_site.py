@@ -40,8 +40,10 @@ def faults(site: Path) -> list[str]:
             path = unquote(urlsplit(path).path)
             target = (site / path.lstrip("/") if path.startswith("/") else p.parent / path).resolve() if path else p
             if target.is_dir(): target /= "index.html"
-            if not target.is_relative_to(site.resolve()) or not target.is_file(): out.append(f"{here}: {url} is not there")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: out.append(f"{here}: {url} has no such anchor")
+            if not target.is_relative_to(site.resolve()) or not target.is_file():
+                out.append(f"{here}: {url} is not there")
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids:
+                out.append(f"{here}: {url} has no such anchor")
     return out
 
 
@@ -68,5 +70,6 @@ def test_the_crawl_finds_what_is_broken(tmp_path, body, says):
     (tmp_path / "site").mkdir()
     (tmp_path / "outside.html").write_text("outside the site")
     (tmp_path / "site" / "other.html").write_text('<h2 id="there">x</h2>')
-    (tmp_path / "site" / "index.html").write_text(f'<a href="other.html#there">fine</a><a href="https://example.org">fine</a>{body}')
+    (tmp_path / "site" / "index.html").write_text(f'<a href="other.html#there">fine</a><a '
+                                                  f'href="https://example.org">fine</a>{body}')
     assert faults(tmp_path / "site") == [says]

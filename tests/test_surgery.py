@@ -1,4 +1,5 @@
-"""Surgery against a float64 oracle, A-GEM, TorchJD and itself; invariants; memory; everything a trainer does around it."""
+"""Surgery against a float64 oracle, A-GEM, TorchJD and itself; invariants; memory; everything a trainer does around
+it."""
 import math
 import sys
 import threading
@@ -36,7 +37,8 @@ def gradients(draw, min_scale=-25, max_scale=12):
     holes = [draw(st.sets(st.integers(0, len(SHAPES) - 1), max_size=3)) for _ in range(2)]
     base = [torch.randn(s, generator=gen) for s in SHAPES]
     other = [mix * b + torch.randn(b.shape, generator=gen) for b in base]
-    g, r = ([None if i in h else t * k for i, t in enumerate(ts)] for ts, k, h in ((base, sg, holes[0]), (other, sr, holes[1])))
+    g, r = ([None if i in h else t * k for i, t in enumerate(ts)]
+            for ts, k, h in ((base, sg, holes[0]), (other, sr, holes[1])))
     return g, r
 
 
@@ -78,7 +80,8 @@ def test_scale_equivariance(grads, i, j):
     first, second = one.merge_(g, r, 0.5, True), two.merge_(scaled[0], scaled[1], 0.5 * a / b, True)
     if abs(first.cosine - 0.2) > 1e-5: assert first.conflict == second.conflict
     for x, y in zip(g, scaled[0]):
-        if x is not None: torch.testing.assert_close(y / a, x, rtol=1e-5, atol=1e-6 * max(first.merged_norm, first.norm_task))
+        if x is not None:
+            torch.testing.assert_close(y / a, x, rtol=1e-5, atol=1e-6 * max(first.merged_norm, first.norm_task))
 
 
 @settings(max_examples=50, deadline=None)
@@ -97,7 +100,8 @@ def test_zero_and_absent_retention_gradient():
     for r in ([torch.zeros(s) for s in SHAPES], [None] * len(SHAPES)):
         h = copies(g)
         result = Surgery(named()).merge_(h, r, 3.0, True)
-        assert result.finite and not result.conflict and math.isnan(result.cosine) and all(torch.equal(a, b) for a, b in zip(g, h))
+        assert (result.finite and not result.conflict and math.isnan(result.cosine)
+                and all(torch.equal(a, b) for a, b in zip(g, h)))
     result = Surgery(named()).merge_(h := [None] * len(SHAPES), [torch.ones(s) for s in SHAPES], 2.0, True)
     assert all(torch.equal(a, torch.full(s, 2.0)) for a, s in zip(h, SHAPES))
     assert result.merged_norm == pytest.approx(2 * math.sqrt(12 + 5 + 1 + 12 + 17))
@@ -129,7 +133,8 @@ def test_float64_oracle(grads, lam, mode, project, threshold, max_norm):
     if abs(cosine - threshold) < 1e-5: return
     want = merge_grads(project_if_conflict(*wide, threshold)[0] if project else wide[0], wide[1], lam, mode)
     norm = math.sqrt(compute_dot(want, want))
-    if max_norm is not None and norm + 1e-6 > max_norm: want = [None if t is None else t * max_norm / (norm + 1e-6) for t in want]
+    if max_norm is not None and norm + 1e-6 > max_norm:
+        want = [None if t is None else t * max_norm / (norm + 1e-6) for t in want]
     result = Surgery(named(), gate="always" if project else "never", mode=mode, conflict_threshold=threshold).merge_(
         g, r, lam, True, max_norm)
     close = dict(rtol=1e-5, atol=1e-5 * math.sqrt(gg) + 1e-6 * math.sqrt(rr) * lam)
@@ -245,12 +250,14 @@ def test_gate_and_wrong_use():
         result = Surgery([("w", g[0])], gate=gate).merge_(copies(g), r, 0.0, violated)
         assert result.conflict and result.projected == want
     assert not Surgery([("w", g[0])], use_projection=False).merge_(copies(g), r, 0.0, True).projected
-    with pytest.raises(ValueError, match="expected 1 gradients in g and in r"): Surgery([("w", g[0])]).merge_(g + g, r, 0.0, True)
+    with pytest.raises(ValueError, match="expected 1 gradients in g and in r"):
+        Surgery([("w", g[0])]).merge_(g + g, r, 0.0, True)
     with pytest.raises(ValueError, match="weighted, equal, task_priority"): Surgery([("w", g[0])], mode="mean")
 
 
 def test_sharded_sums_are_reduced():
-    "Two threads hold one half of each gradient, as FSDP ranks do; their result is that of the whole, also where r is tiny."
+    """Two threads hold one half of each gradient, as FSDP ranks do; their result is that of the whole, also where r is
+    tiny."""
     torch.manual_seed(7)
     whole = [torch.randn(40) for _ in range(2)], [torch.randn(40), 1e-22 * torch.randn(40)]
     halves = [tuple([t[k * 20 : k * 20 + 20].clone() for t in ts] for ts in whole) for k in range(2)]
@@ -269,7 +276,8 @@ def test_sharded_sums_are_reduced():
         *whole, 0.2, True, max_norm=1.0)
     assert calls == [2, 2] and out[0].merged_norm == out[1].merged_norm == pytest.approx(want.merged_norm, rel=1e-6)
     for k in range(2):
-        for a, b in zip(halves[k][0], whole[0]): torch.testing.assert_close(a, b[k * 20 : k * 20 + 20], rtol=1e-5, atol=1e-7)
+        for a, b in zip(halves[k][0], whole[0]):
+            torch.testing.assert_close(a, b[k * 20 : k * 20 + 20], rtol=1e-5, atol=1e-7)
 
 
 # streaming and the things a trainer does
@@ -301,7 +309,8 @@ class Policy(nn.Module):
 
 
 def batch(n, seed):
-    return torch.randint(13, (n, 6), generator=(g := torch.Generator().manual_seed(seed))), torch.randn(n, 2, 8, generator=g)
+    return (torch.randint(13, (n, 6), generator=(g := torch.Generator().manual_seed(seed))),
+            torch.randn(n, 2, 8, generator=g))
 def task_loss(model, b=batch(4, 0)): return cross_entropy(model(b)[1].flatten(0, 1), b[0].roll(1, 1).flatten())
 VIEWS = {"one layer": lambda states, logits: (states[2] - 0.3).square().mean(),
          "two layers": lambda states, logits: sum((s - 0.3).square().mean() for s in states[-2:]),
@@ -350,7 +359,8 @@ def test_streaming_reports_non_finite_and_cleans_up():
     with streaming.record(): loss = retention_loss(model)
     with pytest.raises(RuntimeError, match="boom"):
         with streaming.merge_(loss, 1.0, True): raise RuntimeError("boom")
-    assert not any(p._post_accumulate_grad_hooks for p in model.parameters() if p._post_accumulate_grad_hooks is not None)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters()
+                   if p._post_accumulate_grad_hooks is not None)
     with pytest.raises(ValueError, match="one process"): StreamingSurgery(model, all_reduce=lambda s: s)
 
 
@@ -393,7 +403,8 @@ def test_checkpointing_changes_no_bit():
 def test_lora(streamed):
     peft = pytest.importorskip("peft")
     torch.manual_seed(11)
-    model = peft.get_peft_model(Policy(), peft.LoraConfig(r=2, target_modules=["linear1", "linear2"], init_lora_weights=False))
+    model = peft.get_peft_model(Policy(),
+                                peft.LoraConfig(r=2, target_modules=["linear1", "linear2"], init_lora_weights=False))
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     assert set(S.scope_groups([n for n, _ in trainable])) == {f"base_model.model.layers.{i}" for i in range(4)}

@@ -1,4 +1,5 @@
-"""Data sets of videos, as robots record them: two cameras, several tasks, episodes of different lengths, H.264 and AV1, through every command."""
+"""Data sets of videos, as robots record them: two cameras, several tasks, episodes of different lengths, H.264 and AV1,
+through every command."""
 import functools
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch
 
 from craft_nb import cli
 
-OLD = ("top", "wrist"), [("Push and open a window", 11), ("Press a button from the top", 7), ("Push and open a window", 9)]
+OLD = (("top", "wrist"),
+       [("Push and open a window", 11), ("Press a button from the top", 7), ("Push and open a window", 9)])
 NEW = ("front", "side"), [("Push and close a window", 12), ("Push and open a window", 8)]
 RENAME = '{"observation.images.front": "observation.images.top", "observation.images.side": "observation.images.wrist"}'
 
@@ -18,9 +20,11 @@ def record(root, codec, cameras, episodes):
     "A LeRobot data set whose frames are told apart by a bar that moves."
     from lerobot.configs import RGBEncoderConfig
     from lerobot.datasets import LeRobotDataset
-    video, numbers = (dict(dtype="video", shape=(64, 64, 3), names=["height", "width", "channels"]), dict(dtype="float32", shape=(4,), names=None))
+    video, numbers = (dict(dtype="video", shape=(64, 64, 3), names=["height", "width", "channels"]),
+                      dict(dtype="float32", shape=(4,), names=None))
     features = {f"observation.images.{c}": video for c in cameras} | {"observation.state": numbers, "action": numbers}
-    ds = LeRobotDataset.create("craft/film", 30, features, root=root, use_videos=True, rgb_encoder=RGBEncoderConfig(vcodec=codec))
+    ds = LeRobotDataset.create("craft/film", 30, features, root=root, use_videos=True,
+                               rgb_encoder=RGBEncoderConfig(vcodec=codec))
     for e, (task, n) in enumerate(episodes):
         for i in range(n):
             x = np.cos(np.arange(4) + np.pi * i / (n - 1)).astype(np.float32)
@@ -61,25 +65,32 @@ def refused(main, *flags):
     return str(stop.value.code)
 
 
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
+def same(a, b):
+    return (a.keys() == b.keys()
+            and all(torch.equal(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a))
 
 
 @pytest.mark.parametrize("which", ["dataset", "new"])
 def test_every_item_is_lerobots_own(inside, which):
     from craft_nb.video import ForwardFrames
     from lerobot.datasets import LeRobotDataset
-    def data(**kw): return LeRobotDataset("craft/film", root=which, video_backend="pyav", delta_timestamps={"action": [0, 1 / 30]}, **kw)
+    def data(**kw):
+        return LeRobotDataset("craft/film", root=which, video_backend="pyav", delta_timestamps={"action": [0, 1 / 30]},
+                              **kw)
     for ds in (data(), data(episodes=[1], return_uint8=True)):
         forward = ForwardFrames(ds)
         assert len(forward) == len(ds)
-        for i in (*range(0, len(ds), 2), len(ds) - 1, 3, 1, 1, 0): assert same(forward[i], ds[i]), i  # the last ones go back
+        # the last ones go back
+        for i in (*range(0, len(ds), 2), len(ds) - 1, 3, 1, 1, 0): assert same(forward[i], ds[i]), i
     before, forward.process = forward.files, -1  # as in a worker that was forked while the files are open
-    assert same(forward[2], ds[2]) and forward.files is not before and all(f is not before[c] for c, f in forward.files.items())
+    assert (same(forward[2], ds[2]) and forward.files is not before
+            and all(f is not before[c] for c, f in forward.files.items()))
 
 
 def line(work, out, *more):
-    return [f"--policy.path={work.policy_path}", "--dataset.repo_id=new", f"--rename_map={RENAME}", f"--output_dir={out}", "--steps=4", "--save_freq=2", "--batch_size=2",
-            "--num_workers=0", "--seed=3", "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--craft.check=false", *more]
+    return [f"--policy.path={work.policy_path}", "--dataset.repo_id=new", f"--rename_map={RENAME}",
+            f"--output_dir={out}", "--steps=4", "--save_freq=2", "--batch_size=2", "--num_workers=0", "--seed=3",
+            "--craft.anchor_batch_size=4", "--craft.retention_freq=1", "--craft.check=false", *more]
 
 
 def weights(run, step): return (Path(run) / f"checkpoints/{step:06}/pretrained_model/model.safetensors").read_bytes()
@@ -89,11 +100,13 @@ def test_one_command_builds_and_trains_and_goes_on_wherever_it_was_killed(inside
     import craft_nb.caches as ours
     from craft_nb.anchors import AnchorCacheDataset, AnchorWriter
     own = ["--craft.anchor_dataset.repo_id=dataset", "--craft.anchor_dataset.num_anchors=12"]
-    assert "give one of them" in refused(cli.train, *line(inside, "a", *own, "--craft.anchor_cache_dir=elsewhere")) and not Path("a").exists()
+    assert ("give one of them" in refused(cli.train, *line(inside, "a", *own, "--craft.anchor_cache_dir=elsewhere"))
+            and not Path("a").exists())
     monkeypatch.setattr(ours, "BuildCacheConfig", functools.partial(ours.BuildCacheConfig, shard_size=4, batch_size=4))
     cli.train(line(inside, "a", *own))
     cache = AnchorCacheDataset("a/anchors")
-    assert len(cache) == 12 and sorted(set(cache.instructions())) == sorted({t for t, _ in OLD[1]}) and cache.manifest["dataset"]["fps"] == 30
+    assert (len(cache) == 12 and sorted(set(cache.instructions())) == sorted({t for t, _ in OLD[1]})
+            and cache.manifest["dataset"]["fps"] == 30)
     data = inside.dataset()
     for row, f in zip(cache.batch(range(12))["pixel_values"], cache.column("frame_index").tolist(), strict=True):
         for picture, camera in zip(row, OLD[0], strict=True):
@@ -109,15 +122,18 @@ def test_one_command_builds_and_trains_and_goes_on_wherever_it_was_killed(inside
     assert not Path("b/anchors/anchors.json").exists() and len(list(Path("b/anchors").glob("*.safetensors"))) == 2
     written = {p.name: p.stat().st_mtime_ns for p in Path("b/anchors").glob("*.safetensors")}
     cli.train(line(inside, "b", *own))
-    assert written.items() <= {p.name: p.stat().st_mtime_ns for p in Path("b/anchors").glob("*.safetensors")}.items()  # went on
+    # went on
+    assert written.items() <= {p.name: p.stat().st_mtime_ns for p in Path("b/anchors").glob("*.safetensors")}.items()
     assert weights("a", 2) == weights("b", 2) and weights("a", 4) == weights("b", 4)
     before = weights("b", 4)
     cli.train(["--resume=true", "--config_path=b/checkpoints/000002/pretrained_model/train_config.json"])
     assert weights("b", 4) == before
     assert "exists" in refused(cli.train, *line(inside, "b", *own))
     Path("c").mkdir()
-    Path("a/anchors").rename("c/anchors")  # finished anchors of an earlier call are taken, if they are what is asked for
-    assert "num_anchors ('12' then, '13' now)" in refused(cli.train, *line(inside, "c", *own[:1], "--craft.anchor_dataset.num_anchors=13"))
+    # finished anchors of an earlier call are taken, if they are what is asked for
+    Path("a/anchors").rename("c/anchors")
+    assert ("num_anchors ('12' then, '13' now)"
+            in refused(cli.train, *line(inside, "c", *own[:1], "--craft.anchor_dataset.num_anchors=13")))
     cli.train(line(inside, "c", *own))
     assert weights("c", 4) == before
 
@@ -128,7 +144,8 @@ def test_other_cameras_need_a_map(inside):
     assert "observation.images.front" in says and "--rename_map" in says and not Path("d").exists()
     says = refused(cli.evaluate, f"--policy.path={inside.policy_path}", "--dataset.repo_id=new", "--out_dir=e")
     assert "observation.images.front" in says and not Path("e").exists()
-    cli.evaluate([f"--policy.path={inside.policy_path}", "--dataset.repo_id=new", f"--rename_map={RENAME}", "--out_dir=e", "--max_frames=8", "--batch_size=4"])
+    cli.evaluate([f"--policy.path={inside.policy_path}", "--dataset.repo_id=new", f"--rename_map={RENAME}",
+                  "--out_dir=e", "--max_frames=8", "--batch_size=4"])
     assert "task loss: Push and close a window" in Path("e/eval.md").read_text()
 
 
@@ -137,7 +154,8 @@ def test_a_damaged_video_is_named(inside, tmp_path):
     shutil.copytree("new", tmp_path / "film")
     lost = next((tmp_path / "film/videos/observation.images.side").rglob("*.mp4"))
     whole = lost.read_bytes()
-    flags = [f"--policy.path={inside.policy_path}", f"--dataset.repo_id={tmp_path / 'film'}", f"--rename_map={RENAME}", f"--out_dir={tmp_path / 'out'}", "--num_anchors=6"]
+    flags = [f"--policy.path={inside.policy_path}", f"--dataset.repo_id={tmp_path / 'film'}", f"--rename_map={RENAME}",
+             f"--out_dir={tmp_path / 'out'}", "--num_anchors=6"]
     for damage in (b"", whole[: len(whole) // 2], b"\0" * len(whole)):
         lost.write_bytes(damage)
         says = refused(cli.build_cache, *flags)
@@ -150,15 +168,20 @@ def test_a_spoilt_or_short_video_is_one_line_in_every_command(inside, tmp_path):
     lost = next((film / "videos/observation.images.side").rglob("*.mp4"))
     whole = lost.read_bytes()
     flags = [f"--policy.path={inside.policy_path}", f"--dataset.repo_id={film}", f"--rename_map={RENAME}"]
-    commands = ((cli.build_cache, f"--out_dir={tmp_path / 'no'}", "--num_anchors=all"), (cli.evaluate, f"--out_dir={tmp_path / 'no'}", "--max_frames=30", "--action_frames=0"),
-                (cli.train, f"--output_dir={tmp_path / 'no'}", "--steps=20", "--batch_size=10", "--num_workers=0", "--craft.enabled=false", "--craft.check=false", "--save_checkpoint=false"))
+    commands = ((cli.build_cache, f"--out_dir={tmp_path / 'no'}", "--num_anchors=all"),
+                (cli.evaluate, f"--out_dir={tmp_path / 'no'}", "--max_frames=30", "--action_frames=0"),
+                (cli.train, f"--output_dir={tmp_path / 'no'}", "--steps=20", "--batch_size=10", "--num_workers=0",
+                 "--craft.enabled=false", "--craft.check=false", "--save_checkpoint=false"))
     holed = bytearray(whole)
     holed[len(whole) // 3 : len(whole) // 2] = b"\xff" * (len(whole) // 2 - len(whole) // 3)
-    for spoil in (lambda: lost.write_bytes(whole[: len(whole) * 2 // 3]), lambda: lost.write_bytes(holed), lambda: cut_film(lost, 14)):
+    for spoil in (lambda: lost.write_bytes(whole[: len(whole) * 2 // 3]), lambda: lost.write_bytes(holed),
+                  lambda: cut_film(lost, 14)):
         spoil()
         for main, *more in commands:
             says = refused(main, *flags, *more).replace("(CRAFT_DEBUG=1 shows where)", "").strip()
-            assert lost.name in says and "observation.images.side" in says and "Traceback" not in says and len(says.splitlines()) <= 3 and sum(lost.name in x for x in says.splitlines()) == 1, says  # at most: what is wrong, where, what to do
+            # at most: what is wrong, where, what to do
+            assert (lost.name in says and "observation.images.side" in says and "Traceback" not in says
+                    and len(says.splitlines()) <= 3 and sum(lost.name in x for x in says.splitlines()) == 1), says
             shutil.rmtree(tmp_path / "no", ignore_errors=True)
         lost.write_bytes(whole)
 

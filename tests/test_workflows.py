@@ -23,7 +23,8 @@ def test_the_test_workflow_is_ci():
 
 def test_its_pythons_are_those_that_setup_takes():
     pythons = workflow("test.yaml")["jobs"]["test"]["strategy"]["matrix"]["python"]
-    low, high = re.search(r"\((\d, \d+)\) <= sys\.version_info\[:2\] <= \((\d, \d+)\)", (ROOT / "tools" / "setup.sh").read_text()).groups()
+    low, high = re.search(r"\((\d, \d+)\) <= sys\.version_info\[:2\] <= \((\d, \d+)\)",
+                          (ROOT / "tools" / "setup.sh").read_text()).groups()
     assert [pythons[0], pythons[-1]] == [v.replace(", ", ".") for v in (low, high)]
 
 

@@ -22,7 +22,8 @@ def exported():
         text = '\n'.join(source(c) for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code')
         for name in re.findall(r'(?m)^#\|\s*default_exp\s+(\S+)', text):
             number = re.match(r'(\d\d[a-z]?)_', p.name)
-            if not number: raise SystemExit(f'{p.name} exports {name}: its name must start with a number, such as 05 or 11a')
+            if not number:
+                raise SystemExit(f'{p.name} exports {name}: its name must start with a number, such as 05 or 11a')
             found[name] = number[1]
     return found
 
@@ -32,7 +33,8 @@ def of_widgets(out):
     data = out.get('data', {})
     text = ''.join(data.get('text/plain', ''))
     views = [k for k in data if 'widget' in k]
-    return views + ['text/plain'] * bool(views or re.match(r'[A-Z]\w+\((\w+=.*)?\b(children|layout|value|outputs)=', text))
+    return (views
+            + ['text/plain'] * bool(views or re.match(r'[A-Z]\w+\((\w+=.*)?\b(children|layout|value|outputs)=', text)))
 
 
 def without_widgets(nb):
@@ -49,7 +51,8 @@ def without_widgets(nb):
 def odd(cell, here):
     "What nbdev_clean leaves in a cell and a reader should not meet."
     src, outs = source(cell), cell.get('outputs', [])
-    if re.search(r'(?m)\A\s*#(?!\|).*\n(?s:.*)^#\|\s*export', src): yield 'a comment above `#| export` makes nbdev drop it'
+    if re.search(r'(?m)\A\s*#(?!\|).*\n(?s:.*)^#\|\s*export', src):
+        yield 'a comment above `#| export` makes nbdev drop it'
     title = re.match(r'# .*\n+>.*((?s:.*))', src) if cell['cell_type'] == 'markdown' else None
     if title and re.sub(r'(?m)^- .*', '', title[1]).strip(): yield 'nbdev drops what follows the title and its sentence'
     if any(o['output_type'] == 'error' for o in outs): yield 'saved an error'
@@ -88,7 +91,8 @@ def in_sync():
         if run.returncode: return [f'nbdev_export failed: {run.stderr[-2000:]}']
         want = {p.relative_to(d/'craft_nb'): p.read_bytes() for p in (d/'craft_nb').rglob('*.py')}
         have = {p.relative_to(pkg): p.read_bytes() for p in pkg.rglob('*.py')}
-        def fault(p): return 'is exported by no notebook' if p not in want else 'is not what its notebook exports: nbdev_export'
+        def fault(p):
+            return 'is exported by no notebook' if p not in want else 'is not what its notebook exports: nbdev_export'
         return [f'craft_nb/{p} {fault(p)}' for p in sorted({*want, *have}) if want.get(p) != have.get(p)]
 
 
@@ -102,6 +106,12 @@ def pages():
     "The pages of names, settings and components are what the modules give."
     run = subprocess.run([sys.executable, root/'tools/pages.py', '--check'], capture_output=True, text=True)
     return [run.stderr.strip()] if run.returncode else []
+
+
+def width():
+    "Lines have at most 120 characters where tools/reflow.py can break them."
+    run = subprocess.run([sys.executable, root/'tools/reflow.py', '--check'], capture_output=True, text=True)
+    return run.stderr.strip().splitlines() if run.returncode else []
 
 
 def imported(tree):
@@ -134,12 +144,15 @@ MOST = 20  # names a reader takes in at once
 
 
 def public():
-    "`__all__` of a module holds what a user calls, at most twenty names; what is for other modules only is `#| exporti`."
+    """`__all__` of a module holds what a user calls, at most twenty names; what is for other modules only is
+    `#| exporti`."""
     faults = []
     for p in sorted(pkg.glob('*.py')):
         for n in ast.parse(p.read_text()).body:
-            if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__' and isinstance(n.value, ast.List) and len(n.value.elts) > MOST:
-                faults.append(f'craft_nb/{p.name} has {len(n.value.elts)} public names: mark cells that no user calls with #| exporti')
+            if (isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__'
+                and isinstance(n.value, ast.List) and len(n.value.elts) > MOST):
+                faults.append(f'craft_nb/{p.name} has {len(n.value.elts)} public names: '
+                              'mark cells that no user calls with #| exporti')
     return faults
 
 
@@ -156,7 +169,8 @@ def python(code):
     return [f'{code.split(";")[0]}: {run.stderr.strip().splitlines()[-1]}'] if run.returncode else []
 
 
-HEAVY = 'torch', 'transformers', 'accelerate', 'lerobot.policies.factory', 'lerobot.datasets', 'lerobot.scripts.lerobot_train', 'matplotlib.pyplot', 'ipywidgets'
+HEAVY = ('torch', 'transformers', 'accelerate', 'lerobot.policies.factory', 'lerobot.datasets',
+         'lerobot.scripts.lerobot_train', 'matplotlib.pyplot', 'ipywidgets')
 IMPORTS = """
 import os
 for m in {heavy}: __import__(m)
@@ -173,15 +187,17 @@ def importable():
     text = ''.join(p.read_text() for p in (root/'craft_nb').glob('*.py'))
     code = IMPORTS.format(heavy=[h for h in HEAVY if h.split('.')[0] in text], modules=list(exported()))
     run = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
-    return [x.removeprefix('fault ') for x in run.stdout.splitlines() if x.startswith('fault ')] or (run.stderr.splitlines()[-1:] if run.returncode else [])
+    return ([x.removeprefix('fault ') for x in run.stdout.splitlines() if x.startswith('fault ')]
+            or (run.stderr.splitlines()[-1:] if run.returncode else []))
 
 
 def light():
     "`import craft_nb` takes no lerobot, transformers, matplotlib or ipywidgets with it."
-    return python(f'import craft_nb, sys; t = [m for m in {heavy} if m in sys.modules]; assert not t, f"it takes {{t}}"')
+    return python(f'import craft_nb, sys; t = [m for m in {heavy} if m in sys.modules]; assert not t, '
+                  f'f"it takes {{t}}"')
 
 
-checks = clean, in_sync, readme, pages, order, public, names, importable, light
+checks = clean, in_sync, readme, pages, width, order, public, names, importable, light
 
 
 def main():
@@ -189,7 +205,7 @@ def main():
     for check in checks:
         if only and check.__name__ not in only: continue
         faults = check()
-        print(f'{"fail" if faults else "ok":4} {check.__name__}: {check.__doc__}')
+        print(f'{"fail" if faults else "ok":4} {check.__name__}: {" ".join(check.__doc__.split())}')
         for f in faults: print(f'     {f}')
         bad += bool(faults)
     sys.exit(1 if bad else 0)

@@ -1,4 +1,5 @@
-"""Build the site into _docs: notebooks -> _proc (nbdev's processors), then Quarto when it is installed, else smalldocs."""
+"""Build the site into _docs: notebooks -> _proc (nbdev's processors), then Quarto when it is installed, else
+smalldocs."""
 import re, shutil, subprocess, sys
 from pathlib import Path
 from checks import without_widgets
@@ -41,7 +42,8 @@ class ShowDocs(exec_show_docs):
             for name in (c.directives_ or {}).get('default_exp', []): self.k.run_cell(f'from craft_nb.{name} import *')
 
     def __call__(self, cell):
-        if not self.nb.has_docs_ or cell.cell_type != 'code' or not re.search(r'(?m)^show_doc', cell.source or ''): return
+        if not self.nb.has_docs_ or cell.cell_type != 'code' or not re.search(r'(?m)^show_doc', cell.source or ''):
+            return
         self.k.cell(cell)
         if self.k.exc: raise RuntimeError(f'{self.nb.path_}: {cell.source}') from self.k.exc
 
@@ -61,7 +63,9 @@ def process(proc):
         dst.parent.mkdir(parents=True, exist_ok=True)
         if src.suffix != '.ipynb': shutil.copy(src, dst)
         else:
-            if n := without_widgets(nb := read_nb(src)): print(f'{inside}: {n} saved widgets are left out of its page; tools/prepare.py takes them out of the notebook')
+            if n := without_widgets(nb := read_nb(src)):
+                print(f'{inside}: {n} saved widgets are left out of its page; '
+                      'tools/prepare.py takes them out of the notebook')
             Pages()(nb)
             write_nb(nb, dst)
 

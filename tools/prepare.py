@@ -1,4 +1,5 @@
-"""Before a commit: clean the notebooks, drop saved widgets and warnings, export the modules, write README.md and the pages made from modules. What `make check` checks."""
+"""Before a commit: clean the notebooks, drop saved widgets and warnings, export the modules, write README.md and the
+pages made from modules. What `make check` checks."""
 import subprocess, sys
 from checks import notebooks, root, without_widgets
 from execnb.nbio import read_nb, write_nb

@@ -1,4 +1,5 @@
-"""Put the demo's figures into nbs/index.ipynb: `make results` after `make demo`, and after bench/seeds.py if you ran it. Nothing is typed by hand."""
+"""Put the demo's figures into nbs/index.ipynb: `make results` after `make demo`, and after bench/seeds.py if you ran
+it. Nothing is typed by hand."""
 import math, json, shutil, subprocess, sys
 from pathlib import Path
 from craft_nb.evaluate import success_markdown, summarise
@@ -18,14 +19,16 @@ seeds_file, repeated = root/'outputs/demo/seeds.json', ''
 if seeds_file.exists():
     seeds = json.loads(seeds_file.read_text())
     arms = {a: c for a, c in summarise(seeds).items() if a != 'teacher'}
-    said = '; '.join(f"`{a}` {c['retention']['ratio']:.0%}, {c['new']['rate']:.0%}".replace('%', ' %') for a, c in arms.items())
+    said = '; '.join(f"`{a}` {c['retention']['ratio']:.0%}, {c['new']['rate']:.0%}".replace('%', ' %')
+                     for a, c in arms.items())
     repeated = f"""
 With {len(seeds['seeds'])} training seeds and {seeds['episodes']} episodes a cell (`python bench/seeds.py`), kept of the old and reached on the new task: {said}.
 """
 def number(x): return '–' if x is None else f'{x:.3f}'
 drift = ('Drift from the teacher on old episodes that no cache holds, in nats per action token (on the cache\'s): '
          + '; '.join(f"`{a}` {number(x['held_out'])} ({number(x['train'])})" for a, x in report['arms'].items())
-         + '. Steps that projected: ' + ', '.join(f"`{a}` {x['projected']} of {x['steps']}" for a, x in report['arms'].items()) + '.')
+         + '. Steps that projected: '
+         + ', '.join(f"`{a}` {x['projected']} of {x['steps']}" for a, x in report['arms'].items()) + '.')
 episodes = min(c['n'] for row in report['success'].values() for c in row.values())
 text = f'''{mark}
 Measured by `make demo` in {math.ceil(report["minutes"])} minutes on 2 CPU cores, {episodes} episodes a cell, 95 % intervals in brackets. `teacher` is the policy before fine-tuning, `sft` plain

@@ -1,5 +1,6 @@
-"""The numeric notebooks and tests once more with rounding moved: kernels for another instruction set, as far as this processor has one, and
-another number of threads. What passes only with the last bits of one machine fails here. With words as arguments: which of them to run."""
+"""The numeric notebooks and tests once more with rounding moved: kernels for another instruction set, as far as this
+processor has one, and another number of threads. What passes only with the last bits of one machine fails here. With
+words as arguments: which of them to run."""
 import os, subprocess, sys, time
 import torch
 
@@ -20,8 +21,10 @@ env, start = moved(), time.time()
 print('rounding moved by', *(f'{k}={v}' for k, v in env.items()), flush=True)
 only = sys.argv[1:]
 tests = [f'tests/{t}.py' for t in TESTS if not only or t in only]
-runs = [['nbdev_test', '--path', 'nbs', '--file_re', rf'^({NOTEBOOKS}).*\.ipynb$', '--n_workers', '2']] * (not only or 'notebooks' in only)
+runs = ([['nbdev_test', '--path', 'nbs', '--file_re', rf'^({NOTEBOOKS}).*\.ipynb$', '--n_workers', '2']]
+        * (not only or 'notebooks' in only))
 runs += [[sys.executable, '-m', 'pytest', '-q', *tests]] * bool(tests)
 failed = [r for r in runs if subprocess.run(r, env=os.environ | env).returncode]
 print(f'{time.time() - start:.0f} s')
-sys.exit(f"with rounding moved ({' '.join(f'{k}={v}' for k, v in env.items())}) these fail:\n" + '\n'.join(' '.join(r) for r in failed) if failed else 0)
+sys.exit(f"with rounding moved ({' '.join(f'{k}={v}' for k, v in env.items())}) these fail:\n"
+         + '\n'.join(' '.join(r) for r in failed) if failed else 0)
