@@ -14,8 +14,8 @@ from pathlib import Path
 from . import stages
 from .config import as_path
 from .machine import follow, open_door
-from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, register, run_jobs,
-                             settings_of, sized, view_of)
+from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, opened, register,
+                             run_jobs, settings_of, sized, view_of)
 
 # %% ../nbs/12_demo.ipynb #0b6e2eeb
 open_door(__name__, stages)
@@ -157,13 +157,12 @@ def evaluate_job(run_args, task, seeds, paths, file):
     run = Run(*run_args)
     import torch
     s, work = run.settings, workload(run)
-    env = door(s).open(s, task, len(seeds))
+    env = opened(s, task, len(seeds))
     for arm, path in paths.items():
         torch.manual_seed(seeds[0])  # flow policies draw noise
         row = dict(task=task, arm=arm, seeds=seeds) | door(s).play(s, env, work.policy(path), work.processors(path),
                                                                    task, seeds)
         with open(file, "a") as f: f.write(json.dumps(row) + "\n")
-    env.close()
 
 def evaluate_paths(run:Run, stage, paths, tasks, episodes:int=0): # 0: as many as the settings say
     "Rows of `evaluate_job` for every task and path, each task's episodes split over the workers."

@@ -92,7 +92,7 @@ def rotation_vector(r): # (3, 3) → (3,) axis times angle, radians
 def forget(renderer):
     """Leave a renderer's context to the driver when the process ends: MuJoCo's destructors would come when EGL has been
     shut down, and complain."""
-    renderer._gl_context._context = renderer._mjr_context = None
+    if renderer._gl_context: renderer._gl_context._context = renderer._mjr_context = None
 
 class Readings:
     "What can be read of a scene with `env`, MuJoCo's `model` and `data`, and `size`."
@@ -127,6 +127,12 @@ class Readings:
         self.renderers[size].update_scene(self.data, camera=camera, scene_option=look)
         return self.renderers[size].render()
 
+# %% ../nbs/11g_libero.ipynb #f0a61c8e
+SCENES = {}  # {pixels: GoalScene} of this process
+
+def close_scenes():
+    while SCENES: SCENES.popitem()[1].close()
+
 # %% ../nbs/11g_libero.ipynb #c4f30bd2
 class GoalScene(Readings):
     "LIBERO-Goal's scene, drawn cheaply; its goal is swapped in place."
@@ -155,7 +161,8 @@ class GoalScene(Readings):
         for _ in range(10): self.step([0, 0, 0, 0, 0, 0, -1])
 
     def step(self, action): self.env.step(np.clip(action, -1, 1)) # (7,), 20 a second
-    def close(self): "Nothing: the scene is this process's, and serves its next job."
+    def close(self):
+        while self.renderers: self.renderers.popitem()[1].close()
 
     def holds(self, task:str)->bool: # is the goal of `task` reached?
         problem = self.env.env.parsed_problem
@@ -163,9 +170,9 @@ class GoalScene(Readings):
         try: return bool(self.env.check_success())
         finally: problem["goal_state"] = own
 
-@functools.cache
 def goal_scene(size:int=64)->GoalScene: # this process's, made once: that takes ten seconds
-    return GoalScene(size)
+    if size not in SCENES: SCENES[size] = GoalScene(size)
+    return SCENES[size]
 
 # %% ../nbs/11g_libero.ipynb #4242eb5f
 OPEN, CLOSE = -1.0, 1.0

@@ -8,6 +8,7 @@ __all__ = ['OBEDIENCE', 'GoalSettings', 'confusion', 'confusion_section', 'confu
 # %% ../nbs/12a_libero_demo.ipynb #15c43b26
 import html
 import importlib.util
+import sys
 from dataclasses import dataclass
 
 from .demo import DEFAULT, SIZES, WORKLOADS, MetaWorld, Settings, picked, run_jobs
@@ -111,6 +112,8 @@ class LiberoGoal(MetaWorld):
     def open(self, s, task, episodes):
         from craft_nb.libero import goal_scene
         return goal_scene()
+    def close(self):
+        if there := sys.modules.get("craft_nb.libero"): there.close_scenes()
     def play(self, s, scene, policy, processors, task, seeds):
         from craft_nb.libero import told_episode
         done, actions = zip(*(told_episode(policy.eval(), processors, scene, task, seed, s.episode_length)

@@ -108,16 +108,15 @@ def measured(run: demo.Run, path: Path, episodes: int, policy=None) -> dict:  # 
     sequence."""
     from lerobot.configs.default import DatasetConfig
     from craft_nb.lerobot import load_dataset, task_loss
-    work, s, door = demo.workload(run), run.settings, demo.door(run.settings)
+    work, s = demo.workload(run), run.settings
     policy, processors, out = (policy or work.policy(path)).eval(), work.processors(path), dict(loss={}, success={})
     for task in s.tasks:
         data = load_dataset(DatasetConfig(work.repo_id, root=str(work.root), episodes=split(run, task)[1]),
                             policy.config)
         out["loss"][task] = task_loss(policy, processors[0], data, 32, 4 * s.held_out)["loss"]
         if not episodes: continue
-        env = door.open(s, task, episodes)
-        try: ok = door.play(s, env, policy, processors, task, list(range(demo.SEED, demo.SEED + episodes)))["success"]
-        finally: env.close()
+        ok = demo.door(s).play(s, demo.opened(s, task, episodes), policy, processors, task,
+                               list(range(demo.SEED, demo.SEED + episodes)))["success"]
         out["success"][task] = [int(sum(ok)), len(ok)]
     return out
 

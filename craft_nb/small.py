@@ -9,7 +9,7 @@ __all__ = ['PI0FastSmallConfig', 'PI0FastSmallPaliGemma', 'PI0FastSmallPytorch',
            'save_checkpoint_folder', 'new_policy', 'tiny_workload']
 
 # %% ../nbs/11b_small.ipynb #bf5815c7
-import ctypes.util, functools, io, json, os, shutil
+import atexit, ctypes.util, functools, io, json, os, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,11 +175,12 @@ def task_texts(): # {task: instruction}
 def small_env_class():
     "LeRobot's `MetaworldEnv` with fewer pixels, its own episode length and images on demand."
     class SmallMetaworld(lerobot_metaworld().MetaworldEnv):
-        def __init__(self, task, size=64, episode_length=150, render_every=1, spread=1.0, shadows=False, **kw):
+        def __init__(self, task, size=64, episode_length=150, render_every=1, spread=1.0, shadows=False, viewers=None,
+                     **kw):
             super().__init__(task, observation_width=size, observation_height=size, **kw)
             self._max_episode_steps, self.render_every, self.spread, self.shadows = (episode_length, render_every,
                                                                                      spread, shadows)
-            self.count, self.raw = 0, None
+            self.count, self.raw, self.viewers = 0, None, {} if viewers is None else viewers
 
         def _ensure_env(self):
             if self._env is not None: return
@@ -190,12 +191,21 @@ def small_env_class():
                 half[::3] *= self.spread  # x only: the arm reaches far to both sides, but little farther away
                 self._env.unwrapped._random_reset_space = gym.spaces.Box(middle - half, middle + half, dtype=np.float64)
             r, m = self._env.mujoco_renderer, self._env.model
+            r._viewers = self.viewers
             r.width = r.height = m.vis.global_.offwidth = m.vis.global_.offheight = self.observation_width
             if not self.shadows: m.light_castshadow[:], m.mat_reflectance[:], m.vis.quality.offsamples = 0, 0, 0
 
+        def _take_renderer(self):
+            viewer = self._env.mujoco_renderer._get_viewer("rgb_array")
+            viewer.model, viewer.data = self._env.model, self._env.data
+            viewer.make_context_current()  # another task's may be
+            _close_at_exit()
+
         def _format_raw_obs(self, raw_obs):
             self.raw = raw_obs  # (39,) what the scripted expert sees
-            if self.count % self.render_every == 0: self._seen = super()._format_raw_obs(raw_obs)["pixels"]
+            if self.count % self.render_every == 0:
+                self._take_renderer()
+                self._seen = super()._format_raw_obs(raw_obs)["pixels"]
             return {"pixels": self._seen, "agent_pos": raw_obs[:4]}
 
         def reset(self, seed=None, **kw):
@@ -216,6 +226,25 @@ def require_tasks(tasks):
 def make_small_env(task:str, **kw):
     "One small Meta-World environment, without the vector wrapper."
     return small_env_class()(task, obs_type="pixels_agent_pos", **kw)
+
+@functools.cache
+def _close_at_exit(): # called when there is a renderer: what is registered last is done first, before MuJoCo ends EGL
+    atexit.register(lambda: close_environments())
+
+# %% ../nbs/11b_small.ipynb #e49b0c35
+class Environments:
+    "Environments of one task, opened when they are first needed and used again; one renderer draws them all."
+    def __init__(self, make): self.make, self.envs, self.vectors, self.viewers = make, [], {}, {}
+
+    def first(self, n:int): # a vector of the first `n`
+        while len(self.envs) < n:
+            self.envs.append(freeze_after_episode_end(functools.partial(self.make, viewers=self.viewers))())
+        if n not in self.vectors: self.vectors[n] = gym.vector.SyncVectorEnv([lambda e=e: e for e in self.envs[:n]])
+        return self.vectors[n]
+
+    def close(self):
+        for e in self.envs: e.close()
+        self.__init__(self.make)
 
 # %% ../nbs/11b_small.ipynb #b2cf26ec
 @EnvConfig.register_subclass("metaworld_small")
@@ -243,10 +272,27 @@ class MetaworldSmallEnv(MetaworldEnv):
                                          render_every=self.render_every, spread=self.spread)
 
     def create_envs(self, n_envs:int, use_async_envs:bool=False):
-        make = lambda t: [functools.partial(small_env_class(), t, **self.gym_kwargs)]*n_envs
-        wrap = (lambda fns: _LazyAsyncVectorEnv(fns)) if use_async_envs and n_envs > 1 else (
-            lambda fns: gym.vector.SyncVectorEnv([freeze_after_episode_end(f) for f in fns]))
+        make = lambda t: functools.partial(small_env_class(), t, **self.gym_kwargs)
+        wrap = ((lambda f: _LazyAsyncVectorEnv([f]*n_envs)) if use_async_envs and n_envs > 1
+                else (lambda f: Environments(f).first(n_envs)))
         return {t: {0: wrap(make(t))} for t in map(str.strip, self.task.split(","))}
+
+# %% ../nbs/11b_small.ipynb #5c1e07aa
+KEPT, MOST = {}, 4  # {(task, how): Environments} of this process; at most: 150 MB each, and 15 MB an environment
+
+def environments(task:str, **kw)->Environments: # kw: of `make_small_env`
+    """This process's `Environments` of a task, opened once. Beyond `MOST`, those that were not asked for longest are
+    closed."""
+    key = task, *sorted(kw.items())
+    KEPT[key] = found = KEPT.pop(key, None) or Environments(functools.partial(make_small_env, task, **kw))
+    while len(KEPT) > MOST: KEPT.pop(next(iter(KEPT))).close()
+    return found
+
+def kept_env(task:str, **kw): # one of them, without the vector wrapper
+    return environments(task, **kw).first(1).envs[0].unwrapped
+
+def close_environments():
+    while KEPT: KEPT.popitem()[1].close()
 
 # %% ../nbs/11b_small.ipynb #1ea8069b
 def vector_env(task:str, n:int, episode_length:int=150, render_every:int=10, **kw):
@@ -272,23 +318,21 @@ def roll_out(policy, processors, env, seeds): # success: n bools, actions: n lis
 
 def try_constant(task:str, action, seeds, episode_length:int=150, **kw): # number of successes
     "Repeat one action through whole episodes."
-    env, wins = make_small_env(task, episode_length=episode_length, render_every=10**9, **kw), 0
+    env, wins = kept_env(task, episode_length=episode_length, render_every=10**9, **kw), 0
     for seed in seeds:
         env.reset(seed=seed)
         wins += any(env.step(np.asarray(action, np.float32))[2] for _ in range(episode_length))
-    env.close()
     return wins
 
 
 def replay_gif(task:str, seed:int, actions, size:int=144, every:int=5, **kw): # bytes of an animated GIF
     "Redraw an episode, larger than the policy saw it."
     from PIL import Image
-    env = make_small_env(task, size=size, render_every=every, shadows=True, episode_length=len(actions), **kw)
+    env = kept_env(task, size=size, render_every=every, shadows=True, **kw)
     frames = [env.reset(seed=seed)[0]["pixels"]]
     for i, a in enumerate(actions, 1):
         obs, *_ = env.step(np.asarray(a, np.float32))
         if i % every == 0: frames.append(obs["pixels"])
-    env.close()
     images = [Image.fromarray(f).quantize(64) for f in frames]
     images[0].save(out := io.BytesIO(), "GIF", save_all=True, append_images=images[1:], duration=90, loop=0)
     return out.getvalue()
@@ -315,9 +359,7 @@ def record_episode(
 # %% ../nbs/11b_small.ipynb #4d761d89
 def _record_many(job):
     task, seeds, kw, noise = job
-    env = make_small_env(task, **kw)
-    try: return [record_episode(env, s, noise) for s in seeds]
-    finally: env.close()
+    return [record_episode(kept_env(task, **kw), s, noise) for s in seeds]
 
 def record_episodes(
     tasks, # names of Meta-World tasks

@@ -294,9 +294,11 @@ class MetaWorld:
     def tokenize(self, work):
         from craft_nb.small import save_tokenizers
         save_tokenizers(work.dataset(), work.tokenizers)
-    def open(self, s:Settings, task, episodes): # has `close`
-        from craft_nb.small import vector_env
-        return vector_env(task, episodes, **env_kw(s, task))
+    def open(self, s:Settings, task, episodes): # this process's, kept for its next job
+        from craft_nb.small import environments
+        return environments(task, render_every=10, **env_kw(s, task)).first(episodes)
+    def close(self): # what `open` kept
+        if there := sys.modules.get("craft_nb.small"): there.close_environments()
     def play(self, s:Settings, env, policy, processors, task, seeds): # success and actions, a list each
         from craft_nb.small import roll_out
         return dict(zip(("success", "actions"), roll_out(policy, processors, env, seeds)))
@@ -309,6 +311,12 @@ class MetaWorld:
 WORKLOADS = {"metaworld": MetaWorld()}
 
 def door(s:Settings)->MetaWorld: return WORKLOADS[s.workload]
+
+def opened(s:Settings, task:str, episodes:int): # of `play`
+    "This process's environments of a task, opened when a job first asks for them. Those of other workloads are closed."
+    for work in WORKLOADS.values():
+        if work is not door(s): work.close()
+    return door(s).open(s, task, episodes)
 
 def env_kw(s:Settings, task:str): # of `make_small_env`
     return dict(episode_length=s.episode_length, spread=s.spreads[task])

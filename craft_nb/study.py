@@ -191,7 +191,7 @@ def of_records(rows: list[dict]) -> dict:
                                                             "budget", "met", "seconds")}) if cert else {})
 
 # %% ../nbs/14_study.ipynb #a91f30c4
-AT_ONCE = 20  # environments of a process, 100 to 200 MB each
+AT_ONCE = 20  # environments of a task
 
 def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # old, new: [k, n]; starts: {old, new: {task: a 0 or 1 each}}; done
     """Roll out every task from the first `episodes` starting states. `before`: the row there is; what its `starts` lack
@@ -205,10 +205,9 @@ def successes(policy, run: demo.Run, episodes: int, before: dict) -> dict:  # ol
                          (before.get("done") or {}).get(task, []))
             for start in range(demo.SEED + len(seen), demo.SEED + episodes, AT_ONCE):
                 todo = list(range(start, min(start + AT_ONCE, demo.SEED + episodes)))
-                env = door.open(s, task, len(todo))
+                env = demo.opened(s, task, len(todo))
                 torch.manual_seed(start)  # flow policies draw noise
-                try: found = door.play(s, env, policy, processors, task, todo)
-                finally: env.close()
+                found = door.play(s, env, policy, processors, task, todo)
                 seen, did = seen + "".join("01"[bool(x)] for x in found["success"]), did + list(found.get("done", []))
             starts.setdefault(what, {})[task] = seen
             if did: done[task] = did  # the task that was done first, None for none: of workloads that say it

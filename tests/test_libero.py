@@ -94,6 +94,28 @@ def test_experts_do_their_tasks_and_episodes_play_again():
 
 
 @with_libero
+def test_a_scene_that_was_played_in_is_as_good_as_new():
+    "Number by number and pixel by pixel, whatever the task was before; also when its pictures were closed in between."
+    import numpy as np
+    from craft_nb.libero import CAMERAS, GOALS, GoalScene, goal_scene
+    def watched(scene, task, seed):
+        push, seen = np.random.default_rng(seed), []
+        scene.reset(task, seed, seed=seed)
+        for i in range(8):
+            if i % 4 == 0: seen += map(scene.picture, CAMERAS.values())
+            scene.step(push.uniform(-1, 1, 7))
+            seen += [scene.data.qpos.copy(), scene.data.qvel.copy(), scene.state(), scene.holds(task)]
+        return seen
+    new, (task, other, *_) = GoalScene(), GOALS
+    want = watched(new, task, 43)
+    new.close()
+    for t, seed in ((other, 7), (task, 8)): watched(goal_scene(), t, seed)
+    for _ in range(2):
+        assert all(map(np.array_equal, watched(goal_scene(), task, 43), want))
+        goal_scene().close()
+
+
+@with_libero
 def test_lerobots_own_environment_runs_in_craft_eval(tmp_path):
     "The package has no pickled initial states: LeRobot alone refuses it."
     import torch

@@ -114,6 +114,30 @@ def test_success_is_asked_of_the_workload(base, tmp_path, monkeypatch):
     assert successes(None, run, 4, row)["done"]["a"] == ["a", "b", "a", "b"]
 
 
+def test_jobs_share_the_environments_of_their_process(base, tmp_path, monkeypatch):
+    "Opened once a task, and the second job's episodes are those that it would have alone."
+    import numpy as np
+    from craft_nb import demo, small
+    from craft_nb.study import successes
+    def play(self, s, env, policy, processors, task, seeds):
+        obs, _ = env.reset(seed=list(seeds))
+        seen = [env.step(np.full((len(seeds), 4), policy, np.float32))[0]["agent_pos"] for _ in range(2)]
+        return dict(success=[True] * len(seeds),
+                    done=[[x.tobytes() for x in (obs["pixels"][i], *(y[i] for y in seen))] for i in range(len(seeds))])
+    monkeypatch.setattr(demo.MetaWorld, "play", play)
+    opened, make = [], small.make_small_env
+    monkeypatch.setattr(small, "make_small_env", lambda task, **kw: opened.append(task) or make(task, **kw))
+    run, tasks = demo.Run(base[0], base[1]), [*dict.fromkeys(base[1].tasks)]
+    small.close_environments()
+    try:
+        successes(0.5, run, 3, {})
+        second = successes(-0.5, run, 2, {})
+        assert opened == [t for t in tasks for _ in range(3)]
+        small.close_environments()
+        assert successes(-0.5, run, 2, {}) == second and len(opened) == 5 * len(tasks)
+    finally: small.close_environments()
+
+
 @pytest.mark.slow  # two minutes of CPU
 @pytest.mark.timeout(1800)
 def test_whole_study_tiny_on_libero(tmp_path, capsys):
