@@ -95,7 +95,7 @@ def _landing(dual, loss, eps, gradients):
     return target / dual.pressure
 
 # %% ../nbs/04_dual.ipynb #b4f0916d
-SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5, aim=0.75, slack=2.0)
+SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5, aim=0.75, slack=2.0, settled=0.8)
 
 def _mean(memory: dict, name: str, x: float, keep: float) -> float:
     "A running mean that weighs the first values equally."
@@ -209,8 +209,9 @@ class Dual(Budget):
         """What the controller steers by: ε, for `share` with a budget tightened a little, and loosened as the learning
         rate of a cosine schedule is above its end."""
         if self.config.controller != "share" or self.config.epsilon_unit == "auto": return self.epsilon(step)
+        steps = self.config.epsilon_decay_steps or SHARE["settled"] * self.decay_steps
         return (self.epsilon(step) * SHARE["aim"]
-                * (1 + SHARE["slack"] * (1 + math.cos(math.pi * min(step / max(self.decay_steps, 1), 1.0))) / 2))
+                * (1 + SHARE["slack"] * (1 + math.cos(math.pi * min(step / max(steps, 1), 1.0))) / 2))
 
     def update(
         self,
