@@ -13,6 +13,7 @@ plain step, medians of two runs of the same length, first step left out; L_ret o
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def command(name: str, *flags: str) -> str:
     "What a command says, on success."
     print("+", name, *flags, flush=True)
     start = time.time()
-    done = subprocess.run([str(Path(sys.executable).parent / name), *flags], capture_output=True, text=True)
+    # glibc would keep freed blocks of up to 32 MB, and the peak would be that of what was never given back
+    done = subprocess.run([str(Path(sys.executable).parent / name), *flags], capture_output=True, text=True,
+                          env=os.environ | dict(MALLOC_MMAP_THRESHOLD_="2000000"))
     print(f"  {time.time() - start:.0f} s", flush=True)
     if done.returncode: sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done.stdout
