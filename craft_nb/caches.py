@@ -5,38 +5,34 @@
 # %% auto #0
 __all__ = ['BuildCacheConfig', 'build_cache', 'load_dataset', 'say_decoder', 'versions', 'recompute_targets', 'open_cache',
            'cache_adapter', 'check_cache', 'not_to_compare', 'cache_views', 'inputs_of', 'live_frames', 'open_anchors',
-           'check_frames', 'make_teacher', 'asked_anchors', 'anchor_build', 'builds_anchors']
+           'check_frames', 'make_teacher']
 
 # %% ../nbs/10h_caches.ipynb #d866f7e9
-import copy
 import functools
-import gc
 import hashlib
 import json
 import logging
-import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from .anchors import MANIFEST, AnchorCacheDataset, check_compatible, read_manifest, BUILDING, hash_json, sources
+from .anchors import MANIFEST, AnchorCacheDataset, check_compatible, read_manifest, BUILDING, hash_json
 from .builder import STORED, LiveFrames, build_anchor_cache, teacher_targets, AnchorFrames
-from .check import NEVER, OF_THE_CACHE, WAIVABLE, blocks, gathered, waivers
+from .check import NEVER, OF_THE_CACHE, WAIVABLE, blocks, waivers
 from .config import CraftConfig, as_path, at_home, parse_weights
-from .configs import (ANCHORS, CraftTrainConfig, data_root, localise, or_say_what_is_lost, parse_bytes,
-                              parse_count, require_local, require_writable, each_dataset)
-from .data import Rows, read_prompts, draw_over, find_tasks, read_frame, read_info, several
+from .configs import (CraftTrainConfig, each_dataset, localise, or_say_what_is_lost, parse_bytes, parse_count,
+                              require_local, require_writable)
+from .data import Rows, read_prompts, draw_over, find_tasks, several
 from .features import resolve_layers
-from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, load_policy,
+from .fit import (camera_findings, check_features, data_findings, heed, load_policy,
                           load_policy_alone, rename_of, require_fit, run_hashes, make_processors, Source, open_pictures)
 from .losses import VIEWS, make_views, pass_needs
-from .machine import Lock, follow
+from .machine import follow
 from .mcq import build_question_cache, read_questions
-from .methods import find_method
 from .policies import adapter_for, base_policy, check_views, eval_mode
 from .terminal import decoder_line
 from .tools import MAY, MUST, merge_caches, open_whole
@@ -533,88 +529,3 @@ def make_teacher(craft: CraftConfig, policy: nn.Module, pre, device, sharded: bo
                          "so it would not see the same; use a teacher that the student was made from, "
                          "or waive it with --craft.allow_mismatch")
     return teacher.to(device).requires_grad_(False)
-
-# %% ../nbs/10h_caches.ipynb #429f8a42
-def asked_anchors(craft: CraftConfig) -> dict:
-    "What the anchors of a run were asked to be."
-    return asdict(craft.anchor_dataset) | dict(views=sorted(parse_weights(craft.views)), capture=craft.capture)
-
-def anchor_build(cfg: CraftTrainConfig) -> "BuildCacheConfig":
-    "The build of a run's own anchors as `craft-build-cache` would be told."
-    a, c = cfg.craft.anchor_dataset, cfg.craft
-    data = DatasetConfig(repo_id=a.repo_id, root=a.root or None, revision=a.revision or None, episodes=a.episodes,
-                         video_backend=cfg.dataset.video_backend)
-    there = {f for d in each_dataset(copy.copy(data)) if (root := data_root(d)) for f in read_info(root)["features"]}
-    return BuildCacheConfig(
-        dataset=data, policy=copy.deepcopy(cfg.policy), out_dir=str(Path(cfg.output_dir) / ANCHORS),
-        num_anchors=a.num_anchors, prompts_file=a.prompts_file, tasks=a.tasks,
-        views=",".join(parse_weights(c.views)), capture=c.capture, long_instructions=c.long_instructions,
-        allow_mismatch=c.allow_mismatch, seed=cfg.seed or 0, num_workers=cfg.num_workers,
-        rename_map={x: y for x, y in cfg.rename_map.items() if x in there} if set(cfg.rename_map) <= set(there) else {})
-
-def builds_anchors(cfg: CraftTrainConfig) -> bool:
-    """Does a run build anchors for itself? Not where a teacher answers for the frames, nor where its method looks at
-    none."""
-    craft = cfg.craft
-    if not (craft.enabled and craft.anchor_dataset.repo_id) or craft.teacher: return False
-    try: return find_method(craft.method).needs == "anchors"
-    except ValueError: return False  # no such method: refused where its anchors are opened
-
-# %% ../nbs/10h_caches.ipynb #cf22a2d1
-PLACES = "repo_id", "root", "prompts_file"
-
-def moved(then: str, now: str) -> bool:  # a path, or a list of them
-    "Is what was at `then`, and is there no more, at `now`?"
-    a, b = several(then), several(now)
-    return len(a) == len(b) > 0 and all(x == y or not as_path(x).exists() and as_path(y).exists() for x, y in zip(a, b))
-
-def other_wishes(then: dict, now: dict) -> list[str]:  # of `asked_anchors`
-    "In what anchors are asked for otherwise, in words. A folder or file that was moved is the same one."
-    return [f"{k} ({then.get(k)!r} then, {v!r} now)" for k, v in now.items()
-            if then.get(k) != v and not (k in PLACES and moved(then.get(k), v))]
-
-def built_at(cfg: CraftTrainConfig) -> Path:
-    """Where the anchors lie that a run builds for itself. Those of a run that goes on may have been moved with it, or
-    be left where it began."""
-    here = Path(cfg.output_dir) / ANCHORS
-    others = ([Path(follow(cfg.checkpoint_path)).parents[1] / ANCHORS, as_path(cfg.craft.anchor_cache_dir)]
-              if cfg.resume else [])
-    return next((p for p in (here, *others) if (p / MANIFEST).is_file()), here)
-
-def require_as_asked(where: Path, craft: CraftConfig) -> None:
-    """Refuse finished anchors that were built for other wishes. The data that they were built from need not be there
-    any more."""
-    m, now = read_manifest(where), asked_anchors(craft)
-    if changed := other_wishes(then := sources(m)[0].get("asked", {}), now):
-        raise ValueError(f"{where} holds anchors that were built for other wishes: {', '.join(changed)}; "
-                         "give another --output_dir")
-    if then["prompts_file"] != (file := now["prompts_file"]) and (lost := {*m["prompts"]} - {*read_prompts(file)}):
-        raise ValueError(f"{where} holds anchors with the prompt {min(lost)!r}, which is not in {file}; "
-                         "give the file that they were built with, or another --output_dir")
-
-# %% ../nbs/10h_caches.ipynb #e7242a51
-def own_anchors(cfg: CraftTrainConfig, progress: bool = True) -> Path:
-    "Let `anchor_cache_dir` be the anchors that the run builds for itself; build them, or what is missing of them."
-    where, asked = built_at(cfg), asked_anchors(cfg.craft)
-    if not cfg.resume and cfg.craft.anchor_cache_dir not in (str(where), CraftConfig.anchor_cache_dir):
-        raise ValueError("craft: anchor_cache_dir names a cache that is there, "
-                         "anchor_dataset.repo_id data to build one from: give one of them")
-    cfg.craft.anchor_cache_dir = str(where)
-    if (where / MANIFEST).is_file(): return require_as_asked(where, cfg.craft) or where
-    if cfg.resume:
-        raise FileNotFoundError(f"{where}: the anchors that this run was trained with are not there: "
-                                "restore the folder, or name the run's, if it was moved, with --output_dir")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"craft.anchor_dataset: one process builds anchors. "
-                         "Build them with craft-build-cache --out_dir=CACHE and give --craft.anchor_cache_dir=CACHE")
-    with Lock(cfg.output_dir):
-        try:
-            # what is found of the old data is not told of the new
-            with gathered(stop=True): build_cache(anchor_build(cfg), progress, asked)
-        except ValueError as e:
-            if "--allow_undecodable" not in str(e): raise
-            raise ValueError(f"{e} (flags of craft-build-cache: build the anchors with it, "
-                             f"and give --craft.anchor_cache_dir)") from e
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    return where

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from .anchors import MANIFEST, _bytes, _pil
-from .caches import require_as_asked
+from .training import require_as_asked
 from .cards import _size
 from .check import Finding, attempt, gathered
 from .config import AnchorData, CraftConfig

@@ -156,6 +156,15 @@ def public():
     return faults
 
 
+ROOM = 500  # lines that say something
+
+
+def rooms():
+    "A module has at most 500 lines that are not empty: a room that one walks through."
+    return [f'craft_nb/{p.name} has {n} lines: part it where its sections part' for p in sorted(pkg.glob('*.py'))
+            if p.stem != '_modidx' and (n := sum(map(bool, map(str.strip, p.read_text().splitlines())))) > ROOM]
+
+
 def names():
     "No undefined names, no name defined twice, no syntax errors."
     folders = [f for f in ('craft_nb', 'tests', 'tools', 'bench') if (root/f).exists()]
@@ -197,7 +206,7 @@ def light():
                   f'f"it takes {{t}}"')
 
 
-checks = clean, in_sync, readme, pages, width, order, public, names, importable, light
+checks = clean, in_sync, readme, pages, width, rooms, order, public, names, importable, light
 
 
 def main():
