@@ -436,32 +436,51 @@ def check_times(table: pa.Table, fps: float, tolerance: float = 1e-4, level: str
                     dict(count=int(off.sum()), time=float(t[row]), **at))]
 
 # %% ../nbs/10a_check.ipynb #00cf9d5c
-def video_seconds(path) -> float:
-    "How long a video is, from its header. Needs PyAV, which LeRobot brings."
+def video_facts(path) -> dict:  # {seconds, fps, frames, size}; what the header does not say is None or 0
+    """How long a video is, how often it shows a picture and of what size (height, width), from its header. Needs PyAV,
+    which LeRobot brings."""
     import av
     with av.open(str(path)) as f:
+        if not f.streams.video: raise OSError("holds no video")
         s = f.streams.video[0]
-        if s.duration is not None: return float(s.duration * s.time_base)
-        if s.frames and s.average_rate: return float(s.frames / s.average_rate)
-        if f.duration is not None: return f.duration / av.time_base
-    raise OSError(f"{path} does not say how long it is")
+        out = dict(fps=float(s.average_rate) if s.average_rate else None, frames=s.frames, size=(s.height, s.width))
+        if s.duration is not None: return dict(seconds=float(s.duration * s.time_base)) | out
+        if s.frames and s.average_rate: return dict(seconds=float(s.frames / s.average_rate)) | out
+        if f.duration is not None: return dict(seconds=f.duration / av.time_base) | out
+    raise OSError("does not say how long it is")
 
 # %% ../nbs/10a_check.ipynb #0eebbe22
-def check_videos(clips: Iterable[dict], fps: float, seconds=video_seconds) -> list[Finding]:
-    """Refuse episodes that reach beyond the end of their video. A clip is {episode, frames, camera, file, start}: what
-    of `file` it takes,
-    `start` in seconds. Each file is opened once."""
-    out, known = [], {}
-    for c in clips:
-        if c["file"] not in known:
-            try: known[c["file"]] = seconds(c["file"])
-            except Exception as e: known[c["file"]] = e  # PyAV has many
-        has = known[c["file"]]
-        if isinstance(has, Exception): why, frame = f"cannot be read ({type(has).__name__}: {str(has)[:120]})", 0
-        elif (frame := max(0, int(np.floor((has - c["start"]) * fps + .5)))) >= c["frames"]: continue
-        else: why = f"ends after {has:.6g} s, so frame {frame} of {c['frames']} is the first without a picture"
-        out.append(Finding("refuse", "timestamps", f"episode {c['episode']}, {c['camera']}: {c['file']} {why}: "
-                           "restore the file, or leave the episode out with --dataset.episodes",
-                           dict(episode=c["episode"], camera=c["camera"], file=str(c["file"]), frame=frame,
-                                frames=c["frames"])))
+def check_videos(clips: Iterable[dict], fps: float, facts=video_facts) -> list[Finding]:
+    """Refuse episodes that reach beyond the end of their video, and videos that cannot be read, show too few pictures a
+    second, or others than the metadata say. A clip is {episode, frames, camera, file, start, size}: what of `file` it
+    takes, `start` in seconds. Each file is opened once, and named once."""
+    out, films = [], {}
+    for c in clips: films.setdefault(c["file"], []).append(c)
+    for file, own in films.items():
+        first, which = (own[0], f"episode{'s' * (len(own) > 1)} "
+                        f"{', '.join(str(c['episode']) for c in own[:4])}{' …' * (len(own) > 4)}")
+        def no(c, which, why, what="timestamps", frame=0,
+               mend="restore the file, or leave the episode out with --dataset.episodes"):
+            out.append(Finding("refuse", what, f"{which}, {c['camera']}: {file} {why}: {mend}", dict(
+                episode=c["episode"], camera=c["camera"], file=str(file), frame=frame, frames=c["frames"])))
+        try: has = facts(file)
+        except Exception as e:  # PyAV has many
+            no(first, which, f"cannot be read ({type(e).__name__}: "
+               f"{(str(e).splitlines() or [''])[0].split(': ' + repr(str(file)))[0][:120]})")
+            continue
+        if has["fps"] and has["fps"] < fps * (1 - max(.02, 2 / max(1, has["frames"]))):
+            no(first, which, f"shows {has['fps']:.6g} pictures a second, the data set has {fps:g} frames",
+               mend="restore the file, or correct meta/info.json")
+        if any(has["size"]) and tuple(first.get("size") or has["size"]) != tuple(has["size"]):
+            no(first, which,
+               "has pictures of {}×{} (height × width), meta/info.json says {}×{}".format(*has["size"], *first["size"]),
+               "cameras", mend="restore the file, or correct meta/info.json")
+        for c in own:
+            start = c["start"]
+            if start is None or not 0 <= start < np.inf:
+                no(c, f"episode {c['episode']}", f"is to be read from {start} s on",
+                   mend="restore meta/episodes (from_timestamp), or leave the episode out with --dataset.episodes")
+            elif (frame := max(0, int(np.floor((has["seconds"] - start) * fps + .5)))) < c["frames"]:
+                no(c, f"episode {c['episode']}", f"ends after {has['seconds']:.6g} s, "
+                   f"so frame {frame} of {c['frames']} is the first without a picture", frame=frame)
     return out

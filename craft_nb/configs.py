@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 from .check import waivers
 from .config import CraftConfig, as_path, at_home
-from .data import check_files, kind_of, read_info, several, read_json
+from .data import check_files, kind_of, parquet, read_info, several, read_json
 from .machine import LOCK, follow
 from .terminal import quieten
 quieten()  # before LeRobot is imported
@@ -222,14 +222,23 @@ def missing_files(root: Path, info: dict, episodes: list[int] | None = None) -> 
     videos = [k for k, f in info["features"].items() if f["dtype"] == "video"]
     places = {"": ("data_path", "data"), **{v: ("video_path", f"videos/{v}") for v in videos}}
     columns = ["episode_index", *(f"{p}/{x}_index" for _, p in places.values() for x in ("chunk", "file"))]
+    for p in meta:
+        if gone := [c for c in columns if c not in parquet(p).schema_arrow.names]:
+            raise ValueError(f"{p}: there is no column {gone[0]}{f' and {len(gone) - 1} more' * (len(gone) > 1)}, "
+                             "which says where episodes lie; restore the file")
     rows = [r for p in meta for r in read(p, columns).to_pylist()]
     said, wanted = {r["episode_index"] for r in rows}, range(info["total_episodes"]) if episodes is None else episodes
     out += [f"meta/episodes: no entry for episode {e}" for e in wanted if e not in said]
     files = defaultdict(list)
     for r in (r for r in rows if r["episode_index"] in set(wanted)):
         for key, (pattern, place) in places.items():
-            name = info[pattern].format(video_key=key, chunk_index=r[f"{place}/chunk_index"],
-                                        file_index=r[f"{place}/file_index"])
+            try:
+                name = info[pattern].format(video_key=key, chunk_index=r[f"{place}/chunk_index"],
+                                            file_index=r[f"{place}/file_index"])
+            except (AttributeError, LookupError, ValueError, TypeError):
+                raise ValueError(f"{root / 'meta' / 'info.json'}: {pattern}: expected where files are, "
+                                 f"as LeRobot writes it ({{chunk_index}}, {{file_index}}); "
+                                 f"found {str(info.get(pattern))[:80]!r}. Restore the file") from None
             files[name, key].append(r["episode_index"])
     for (name, key), which in sorted(files.items()):
         if not (root / name).is_file(): out.append(f"{name} (episode{'s' * (len(which) > 1)} {_ranges(which)})")

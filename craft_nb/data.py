@@ -50,10 +50,13 @@ def check_format(version, root: Path) -> None:
 
 def kind_of(folder: str | Path) -> str:
     "What a folder holds that was taken for another, as the end of a message; empty if nobody can tell."
-    known = {"meta/info.json": "a LeRobot data set", "anchors.json": "an anchor cache", "config.json": "a policy",
-             "pretrained_model/config.json": "a checkpoint, whose policy is in pretrained_model"}
+    known = {
+        "meta/info.json": "a LeRobot data set", "anchors.json": "an anchor cache", "config.json": "a policy",
+        "pretrained_model/config.json": "a checkpoint, whose policy is in pretrained_model",
+        "checkpoints/last": "a run of craft-train, whose last policy is in checkpoints/last/pretrained_model",
+        "last/pretrained_model/config.json": "the checkpoints of a run, whose last policy is in last/pretrained_model"}
     if Path(folder).is_file(): return f"; {folder} is a file"
-    return next((f"; {folder} is {what}" for file, what in known.items() if (Path(folder) / file).is_file()), "")
+    return next((f"; {folder} is {what}" for file, what in known.items() if (Path(folder) / file).exists()), "")
 
 def read_info(root: str | Path) -> dict:
     """`meta/info.json` of a data set's folder. Raises `ValueError` for a format, rate, count or feature that LeRobot
@@ -165,20 +168,21 @@ def read_frame(dataset, i: int) -> dict:
         source = next((d for d in (dataset, getattr(dataset, "dataset", None))
                        if hasattr(getattr(d, "hf_dataset", None), "data")), None)
         if source is None or type(e) is ValueError and ", frame " in str(e): raise
-        raise ValueError(f"{where_of(source, int(i))} cannot be read ({type(e).__name__}: "
+        raise ValueError(f"{where_of(source, int(i), str(e))} cannot be read ({type(e).__name__}: "
                          f"{re.sub(' ?<[^>]* at 0x[0-9a-f]+>', '', (str(e).splitlines() or [''])[0])[:160]}); "
                          f"restore the file, or leave the episode out with --dataset.episodes") from e
 
-def where_of(dataset, i: int) -> str:
-    "Data set, episode, frame and picture of row `i`, for a message."
+def where_of(dataset, i: int, why: str = "") -> str:
+    "Data set, episode, frame and picture of row `i`, for a message; of several videos the one that `why` names."
     table = dataset.hf_dataset.data
     e, f = (table[k][i].as_py() for k in ("episode_index", "frame_index"))
     bad = [k for k in dataset.meta.image_keys if not _opens(table[k][i].as_py(), Path(dataset.root))]
     at = dataset.meta.episodes[e]
-    files = [str(dataset.meta.video_path.format(video_key=k, chunk_index=at[f"videos/{k}/chunk_index"],
+    films = [str(dataset.meta.video_path.format(video_key=k, chunk_index=at[f"videos/{k}/chunk_index"],
                                                 file_index=at[f"videos/{k}/file_index"]))
              for k in dataset.meta.video_keys]
-    return f"{dataset.root}: episode {e}, frame {f}" + (f", {' and '.join(bad or files)}" if bad or files else "")
+    files = bad or [x for x in films if x in why] or films
+    return f"{dataset.root}: episode {e}, frame {f}" + (f", {' and '.join(files)}" if files else "")
 
 def _opens(picture, root: Path) -> bool:
     from PIL import Image

@@ -197,9 +197,9 @@ def file_findings(dataset, table, used: dict, tolerance: float = 1e-4) -> list[F
     clips = []
     for k in video:
         chunk, file, start = (e[f"videos/{k}/{x}"] for x in ("chunk_index", "file_index", "from_timestamp"))
-        clips += [dict(episode=i, frames=length[i], camera=k, start=start[i], file=Path(dataset.root)
-                       / meta.video_path.format(video_key=k, chunk_index=chunk[i], file_index=file[i]))
-                  for i in episodes]
+        clips += [dict(episode=i, frames=length[i], camera=k, start=start[i], size=image_shape(meta.features[k])[1:],
+                       file=Path(dataset.root) / meta.video_path.format(video_key=k, chunk_index=chunk[i],
+                                                                        file_index=file[i])) for i in episodes]
     return [*check_rows(table, {i: length[i] for i in episodes}),
             *check_times(table, meta.fps, tolerance, "refuse" if video else "warn"), *check_videos(clips, meta.fps)]
 

@@ -218,9 +218,13 @@ def read_manifest(cache_dir) -> dict:  # the content of anchors.json
     return m
 
 def _missing(d: Path) -> str:
+    if d.name == MANIFEST and d.is_file():
+        return f'{d}: expected the folder of a cache, found its manifest; give {d.parent}'
     if not d.is_dir(): return f'{d}: no such folder; build a cache with craft-build-cache --out_dir={d}'
     if not (d/BUILDING).exists():
-        return f'{d}: holds no anchor cache ({MANIFEST}, or the old shard_*.pt); build one with craft-build-cache'
+        inside = next((f'; {p} holds one' for p in (d/'anchors', d.parent) if (p/MANIFEST).is_file()),
+                      '; build one with craft-build-cache')
+        return f'{d}: holds no anchor cache ({MANIFEST}, or the old shard_*.pt){inside}'
     n = len(list(d.glob('anchors-*.safetensors')))
     return f'{d}: unfinished cache ({n} shards so far); run the same craft-build-cache again to finish it'
 

@@ -81,9 +81,11 @@ def read_run(folder: str | Path, name: str = "") -> Recorded:
     log = p / "metrics.jsonl"
     if not log.exists():
         inside = sorted(str(x.parent) for pattern in ("*", "*/*") for x in p.glob(f"{pattern}/metrics.jsonl"))
-        raise FileNotFoundError(f"{folder} is no run: there is no metrics.jsonl in it, "
-                                "which craft-train writes at its first step"
-                                + (f". There are runs below it, give those: {' '.join(inside[:8])}" if inside else ""))
+        inside = inside or [str(x) for x in p.resolve().parents[:3] if (x / "metrics.jsonl").exists()]
+        raise FileNotFoundError(
+            f"{folder} is no run: there is no metrics.jsonl in it, which craft-train writes at its first step"
+            + ("" if not inside else f". It belongs to a run, give that: {inside[0]}" if p.resolve().is_relative_to(
+                Path(inside[0]).resolve()) else f". There are runs below it, give those: {' '.join(inside[:8])}"))
     rows, torn = read_log(log)
     steps = [r for r in rows if "event" not in r]
     if not steps: raise ValueError(f"{log} holds no step: the run ended before its first, there is nothing to report")
@@ -97,7 +99,7 @@ def read_run(folder: str | Path, name: str = "") -> Recorded:
 def read_runs(folders: Sequence[str | Path]) -> list[Recorded]:
     "Several runs of one policy, named by their folders as shortly as tells them apart."
     if not folders: raise ValueError("no run: give the --output_dir of one craft-train run or of several")
-    places = [as_path(f).resolve() for f in folders]
+    places = [p.parent if p.name == "metrics.jsonl" else p for p in (as_path(f).resolve() for f in folders)]
     if twice := [str(f) for i, f in enumerate(folders) if places[i] in places[:i]]:
         raise ValueError(f"{twice[0]} is given twice")
     depth = next(n for n in range(1, 99) if len({p.parts[-n:] for p in places}) == len(places))
