@@ -265,6 +265,33 @@ def test_odd_flags_are_refused(inside, work, case, capsys):
     assert sorted(str(p) for p in Path(".").rglob("*")) == before
 
 
+def test_a_run_where_one_thing_of_it_is_wanted(inside, work, capsys):
+    "The folder of a run, of its checkpoints or a cache's manifest: what was meant is named."
+    last = Path("was/checkpoints/last/pretrained_model")
+    shutil.copytree(work.policy_path, last)
+    (last / "train_config.json").write_text("{}")
+    Path("was/metrics.jsonl").write_text("")
+    build(work, "--out_dir=was/anchors")
+    craft = "--craft.enabled=true"
+    for main, flags, says in (
+            (evaluate, ["--policy.path=was"], "is a run of craft-train, whose last policy is in checkpoints/last"),
+            (train, ["--policy.path=was/checkpoints"], "last policy is in last/pretrained_model"),
+            (build, ["--policy.path=was/checkpoints/last"], "whose policy is in pretrained_model"),
+            (train, [craft, "--craft.anchor_cache_dir=was"], "was/anchors holds one"),
+            (evaluate, ["--anchors=was"], "was/anchors holds one"),
+            (evaluate, ["--anchors=was/anchors/anchors.json"], "give was/anchors")):
+        assert says in refused(main, work, *flags), flags
+    for path in ("was", "was/checkpoints", "was/checkpoints/last"):
+        with pytest.raises(SystemExit) as stop: cli.train(["--resume=true", f"--config_path={path}"])
+        assert f"give {last / 'train_config.json'}" in str(stop.value.code)
+    for argv, says in ((["info", "was"], "was/anchors holds one"),
+                       (["info", "was/anchors/anchors.json"], "give was/anchors")):
+        with pytest.raises(SystemExit) as stop: cli.cache(argv)
+        assert stop.value.code == 1 and says in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop: cli.report([str(last)])
+    assert "belongs to a run, give that" in str(stop.value.code)
+
+
 def test_prompts_as_editors_write_them(inside, work):
     for name, text in (("p.txt", "\ufefföffne das Fenster\r\npush\r\n\r\n"),
                        ("p.jsonl", '\ufeff{"prompt": "öffne das Fenster", "id": 1}\r\n\r\n"push"')):

@@ -1,6 +1,7 @@
 """Data sets of videos, as robots record them: two cameras, several tasks, episodes of different lengths, H.264 and AV1,
 through every command."""
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -186,12 +187,83 @@ def test_a_spoilt_or_short_video_is_one_line_in_every_command(inside, tmp_path):
         lost.write_bytes(whole)
 
 
-def cut_film(file, frames):
-    "The same film, H.264, with its first frames only."
+def cut_film(file, frames): filmed(file, lambda x: x[:frames])
+
+
+def filmed(file, change=lambda x: x, rate=30):
+    "The same film again, H.264, with its pictures changed, or so many of them a second."
     import av
-    with av.open(str(file)) as box: kept = [f.to_ndarray(format="rgb24") for f in box.decode(video=0)][:frames]
+    with av.open(str(file)) as box: kept = change([f.to_ndarray(format="rgb24") for f in box.decode(video=0)])
     with av.open(str(file), "w") as box:
-        s = box.add_stream("h264", rate=30)
+        s = box.add_stream("h264", rate=rate)
         s.height, s.width, s.pix_fmt = *kept[0].shape[:2], "yuv420p"
         for x in kept: box.mux(s.encode(av.VideoFrame.from_ndarray(x, format="rgb24")))
         box.mux(s.encode(None))
+
+
+def starts(film, change):
+    "Change the table that says where in a film an episode lies."
+    import pandas as pd
+    for file in (film / "meta/episodes").rglob("*.parquet"): change(pd.read_parquet(file)).to_parquet(file)
+
+
+def info(film, **change):
+    file = film / "meta/info.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+
+
+SIDE = "videos/observation.images.side"
+UNLIKE = {
+    "half as many pictures a second": (lambda d, f: filmed(f, rate=15), "shows 15 pictures a second"),
+    "smaller pictures": (lambda d, f: filmed(f, lambda x: [p[::2, ::2].copy() for p in x]), "pictures of 32×32"),
+    "a sound": (lambda d, f: f.write_bytes(b"RIFF$\0\0\0WAVEfmt " + b"\0" * 64), "cannot be read"),
+    "no start": (lambda d, f: starts(d, lambda e: e.assign(**{f"{SIDE}/from_timestamp": float("nan")})),
+                 "is to be read"),
+    "a start before the first picture": (lambda d, f: starts(d, lambda e: e.assign(**{f"{SIDE}/from_timestamp": -5.0})),
+                                         "is to be read from -5.0 s on"),
+    "no column of starts": (lambda d, f: starts(d, lambda e: e.drop(columns=[c for c in e if c.startswith(SIDE)])),
+                            f"there is no column {SIDE}"),
+    "no pattern": (lambda d, f: info(d, video_path=None), "video_path"),
+    "a pattern of nobody": (lambda d, f: info(d, video_path="films/{camera}.mp4"), "video_path"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_films_that_are_not_what_their_data_set_says(inside, tmp_path, name):
+    import shutil
+    shutil.copytree("new", film := tmp_path / "film")
+    spoil, words = UNLIKE[name]
+    spoil(film, next((film / SIDE).rglob("*.mp4")))
+    main, out = ((cli.build_cache, "out_dir"), (cli.evaluate, "out_dir"),
+                 (cli.train, "output_dir"))[[*UNLIKE].index(name) % 3]
+    says = refused(main, f"--policy.path={inside.policy_path}", f"--dataset.repo_id={film}", f"--rename_map={RENAME}",
+                   f"--{out}={tmp_path / 'no'}", *["--craft.enabled=false"] * (main is cli.train))
+    assert words in says and "Traceback" not in says and len(says.splitlines()) <= 6, says
+    assert not (tmp_path / "no").exists()
+
+
+def test_words_of_lerobot_annotate_are_no_hindrance(inside, tmp_path):
+    import shutil
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from lerobot.datasets import LeRobotDataset
+    from lerobot.datasets.language import language_feature_info
+    shutil.copytree("new", film := tmp_path / "film")
+    table = pq.read_table(file := next((film / "data").rglob("*.parquet")))
+    now = dict(role="assistant", content="reach", style="subtask", timestamp=0.0, camera=None, tool_calls=None)
+    say = dict(role="assistant", content=None, style=None, camera=None,
+               tool_calls=[dict(type="function", function=dict(name="say", arguments=dict(text="ok")))])
+    words = dict(language_persistent=[[now] * (i % 3) for i in range(len(table))],
+                 language_events=[[say] * (i % 5 == 0) for i in range(len(table))])
+    for k, v in words.items(): table = table.append_column(k, pa.array(v))
+    pq.write_table(table, file)
+    features = json.loads((film / "meta/info.json").read_text())["features"]
+    info(film, features=features | json.loads(json.dumps(language_feature_info())))
+    assert LeRobotDataset("craft/film", root=film).meta.has_language_columns
+    flags = [f"--policy.path={inside.policy_path}", f"--dataset.repo_id={film}", f"--rename_map={RENAME}"]
+    cli.train([*flags, f"--output_dir={tmp_path / 'run'}", "--steps=1", "--batch_size=3", "--num_workers=0",
+               "--save_checkpoint=false", "--craft.anchor_dataset.repo_id=dataset", "--craft.anchor_batch_size=4",
+               "--craft.anchor_dataset.num_anchors=4", "--craft.retention_freq=1", "--craft.check=false"])
+    cli.evaluate([*flags, f"--out_dir={tmp_path / 'eval'}", "--max_frames=6", "--batch_size=3", "--action_frames=0"])
+    assert json.loads((tmp_path / "eval/eval.json").read_text())["task_loss"]["frames"] <= 6
