@@ -95,7 +95,7 @@ def _landing(dual, loss, eps, gradients):
     return target / dual.pressure
 
 # %% ../nbs/04_dual.ipynb #b4f0916d
-SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5, aim=0.75, slack=2.0, settled=0.8)
+SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5, aim=0.75, slack=2.0, settled=0.9)
 
 def _mean(memory: dict, name: str, x: float, keep: float) -> float:
     "A running mean that weighs the first values equally."
