@@ -1,6 +1,6 @@
-"""What a cache costs: `python bench/bench_anchors.py [--only bytes,build,rss,open,batch,video] [--anchors 1000000]`
-writes outputs/bench/anchors.json. Timings are ratios of runs that take turns, so that a busy machine hits both
-sides."""
+"""What a cache costs: `python bench/bench_anchors.py [--anchors 1000000]
+[--only bytes,build,rss,open,batch,video,video_build]` writes outputs/bench/anchors.json. Timings are ratios of runs
+that take turns, so that a busy machine hits both sides."""
 import argparse, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 from statistics import median
@@ -178,6 +178,37 @@ def video(tmp, n=1000, chunk=50):
                 video_frames=len(ds), video_shape=list(ds.meta.shapes['observation.images.top']))
 
 
+def video_build(tmp, n=192, batch=16, turns=3, views=('pooled',)):
+    """Build from films over the bare loop that decodes the same frames forward and runs the teacher, as often by turns;
+    two cameras of 240 × 320, a small pi0_fast at 64 × 64."""
+    from craft_nb.builder import AnchorFrames, anchor_batch_targets, build_anchor_cache
+    from craft_nb.losses import make_views
+    from craft_nb.policies import eval_mode
+    from craft_nb.small import Workload, new_policy, save_tokenizers
+    from craft_nb.tools import sample_anchors
+    from craft_nb.video import ForwardFrames
+    work = Workload(tmp/'films'); film(work.root, episodes=6, frames=64)
+    ds = work.dataset(); save_tokenizers(ds, work.tokenizers); policy, pre, _ = new_policy(work); policy.eval()
+    index = {k: ds.hf_dataset.data[k].to_pylist() for k in ('episode_index', 'task_index')}
+    picked, chosen = sample_anchors(*index.values(), n), make_views(views)
+    spans = [(i, min(i + batch, n)) for i in range(0, n, batch)]
+    def build():
+        build_anchor_cache(policy, pre, ForwardFrames(ds), tempfile.mkdtemp(dir=tmp), **index, num_anchors=n,
+                           views=views, batch_size=batch, progress=False)
+    def loop():
+        with eval_mode(policy):
+            for b in torch.utils.data.DataLoader(AnchorFrames(ForwardFrames(ds), picked, spans), batch_size=None):
+                anchor_batch_targets(policy, pre(b), chosen)
+    took = {f: [] for f in (build, loop)}
+    def clocks(): return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
+    for f in took: f()
+    for _ in range(turns):
+        for f in took: t = clocks(); f(); took[f].append(clocks() - t)
+    b, l = (torch.stack(took[f]).median(0).values.tolist() for f in (build, loop))
+    return dict(build_over_bare_loop=l[0] / b[0], build_over_bare_loop_processor=l[1] / b[1],
+                video_build_anchors_per_second=n / b[0])
+
+
 OPEN = '''
 import sys, time, json; sys.path.insert(0, sys.argv[1])
 import torch
@@ -218,7 +249,7 @@ def batches(tmp, cache, steps=40):
 
 def main():
     p = argparse.ArgumentParser()
-    p.add_argument('--only', default='bytes,build,rss,open,batch,video')
+    p.add_argument('--only', default='bytes,build,rss,open,batch,video,video_build')
     p.add_argument('--anchors', type=int, default=1_000_000)
     a, _ = p.parse_known_args()
     out = ROOT/'outputs'/'bench'/'anchors.json'
@@ -232,7 +263,7 @@ def main():
             found['generate_anchors_per_second'] = a.anchors / (time.time() - t)
         for name, f in dict(bytes=lambda: bytes_per_anchor(tmp), build=lambda: builds(tmp), rss=lambda: rss(tmp),
                             open=lambda: opening(cache), batch=lambda: batches(tmp, cache),
-                            video=lambda: video(tmp)).items():
+                            video=lambda: video(tmp), video_build=lambda: video_build(tmp)).items():
             if name not in a.only.split(','): continue
             found |= (new := f()); out.write_text(json.dumps(found, indent=1) + '\n')
             for k, v in new.items(): print(f'{k:<32} {json.dumps(v)}', flush=True)
