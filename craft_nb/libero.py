@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSTALL', 'OPEN', 'CLOSE', 'UP', 'TRAINED', 'FEATURES', 'has_libero', 'goal_suite', 'lerobot_libero', 'GoalScene',
-           'goal_scene', 'Expert', 'record_goal', 'record_goals', 'GoalWorkload', 'told_episode', 'replay_episode',
+           'goal_scene', 'Expert', 'record_goal', 'record_goals', 'GoalWorkload', 'told_episodes', 'replay_episode',
            'under', 'side_by_side', 'as_gif']
 
 # %% ../nbs/11g_libero.ipynb #75630f5b
@@ -128,16 +128,22 @@ class Readings:
         return self.renderers[size].render()
 
 # %% ../nbs/11g_libero.ipynb #f0a61c8e
-SCENES = {}  # {pixels: GoalScene} of this process
+SCENES = {}  # {pixels: [GoalScene]} of this process
+
+def goal_scenes(n:int, size:int=64): # `n` of this process's, made once: the first takes ten seconds
+    kept = SCENES.setdefault(size, [])
+    while len(kept) < n: kept.append(GoalScene(size, kept[0].renderers if kept else None))
+    return kept[:n]
 
 def close_scenes():
-    while SCENES: SCENES.popitem()[1].close()
+    while SCENES:
+        for scene in SCENES.popitem()[1]: scene.close()
 
 # %% ../nbs/11g_libero.ipynb #c4f30bd2
 class GoalScene(Readings):
     "LIBERO-Goal's scene, drawn cheaply; its goal is swapped in place."
 
-    def __init__(self, size:int=64): # pixels a side
+    def __init__(self, size:int=64, renderers=None):  # pixels a side; {pixels: renderer} of another scene, which looks the same
         suite = goal_suite()
         from libero.libero import get_libero_path
         from libero.libero.envs.bddl_utils import robosuite_parse_problem
@@ -148,7 +154,8 @@ class GoalScene(Readings):
         self.env = ControlEnv(bddl_file_name=files[8], has_offscreen_renderer=False, use_camera_obs=False,
                               hard_reset=False, has_renderer=False)
         self.env.reset()
-        self.model, self.data, self.size, self.renderers = self.env.sim.model._model, self.env.sim.data._data, size, {}
+        self.model, self.data, self.size = self.env.sim.model._model, self.env.sim.data._data, size
+        self.renderers = {} if renderers is None else renderers
         cheaper(self.model)
 
     def reset(self, task:str, state:int=0, seed:int=0, fresh:bool=False):
@@ -160,7 +167,21 @@ class GoalScene(Readings):
         if not fresh: self.env.set_init_state(self.states[task][state])
         for _ in range(10): self.step([0, 0, 0, 0, 0, 0, -1])
 
-    def step(self, action): self.env.step(np.clip(action, -1, 1)) # (7,), 20 a second
+    def step(self, action): # (7,), 20 a second
+        import mujoco
+        env, action = self.env.env, np.clip(action, -1, 1)
+        robot, arm = env.robots[0], env.robots[0].controller
+        env.sim.forward = lambda: None  # `mj_step1` did it
+        try:
+            for i in range(int(env.control_timestep/env.model_timestep)):
+                mujoco.mj_step1(self.model, self.data)
+                if i == 0: arm.set_goal(action[:6])
+                self.data.ctrl[robot._ref_joint_actuator_indexes] = np.clip(arm.run_controller(), *robot.torque_limits)
+                robot.grip_action(gripper=robot.gripper, gripper_action=action[6:])
+                mujoco.mj_step2(self.model, self.data)
+        finally: del env.sim.forward
+        env._post_process()
+
     def close(self):
         while self.renderers: self.renderers.popitem()[1].close()
 
@@ -170,9 +191,8 @@ class GoalScene(Readings):
         try: return bool(self.env.check_success())
         finally: problem["goal_state"] = own
 
-def goal_scene(size:int=64)->GoalScene: # this process's, made once: that takes ten seconds
-    if size not in SCENES: SCENES[size] = GoalScene(size)
-    return SCENES[size]
+def goal_scene(size:int=64)->GoalScene: # this process's first
+    return goal_scenes(1, size)[0]
 
 # %% ../nbs/11g_libero.ipynb #4242eb5f
 OPEN, CLOSE = -1.0, 1.0
@@ -308,29 +328,35 @@ class GoalWorkload(Workload):
     def fit_tokenizers(self):
         return save_tokenizers(self.dataset(), self.tokenizers, sentences=self.texts.values(), normalise=False)
 
+# %% ../nbs/11g_libero.ipynb #7be02d49
+def carried_out(scene, chunk, actions):  # (n, 7) → the task that was done, if one was; what was executed is added to `actions`
+    for a in chunk.tolist():
+        scene.step(a)
+        actions.append(a)
+        if done := next((t for t in GOALS if scene.holds(t)), None): return done
+
 # %% ../nbs/11g_libero.ipynb #729b2bb9
-def told_episode(
+def told_episodes(
     policy, processors, # (pre, post) of its checkpoint
-    scene:GoalScene,
-    task:str, # what it is told; the episode starts from one of this task's states
-    number:int, # of the episode: initial state 40 + number mod 10, seed of the placement number // 10
+    scenes, # as many as episodes
+    task:str, # what it is told; the episodes start from this task's states
+    numbers, # of the episodes: initial state 40 + number mod 10, seed of the placement number // 10
     steps:int=300, # at most
-)->tuple[str|None, list]: # the task that was done, and the (7,) actions
-    "One episode, up to the first goal that is reached."
-    scene.reset(task, TRAINED + number % 10, seed=number//10)
-    pre, post, actions = *processors, []
+)->tuple[list, list]: # of each episode the task that was done or None, and the (7,) actions
+    "Episodes up to the first goal that is reached. Those that still play are answered together."
+    for scene, n in zip(scenes, numbers, strict=True): scene.reset(task, TRAINED + n % 10, seed=n//10)
+    pre, post, done, actions = *processors, [None]*len(numbers), [[] for _ in numbers]
     policy.reset()
-    while len(actions) < steps:
-        seen = {f"observation.images.{k}": torch.tensor(scene.picture(c)).permute(2, 0, 1)[None]/255
-                for k, c in CAMERAS.items()}
+    while play := [i for i, d in enumerate(done) if not d and len(actions[i]) < steps]:
+        seen = {f"observation.images.{k}": torch.tensor(np.stack([scenes[i].picture(c) for i in play]))
+                .permute(0, 3, 1, 2)/255 for k, c in CAMERAS.items()}
+        state = torch.tensor(np.stack([scenes[i].state() for i in play]))
         with torch.no_grad():
-            chunk = post(policy.predict_action_chunk(
-                pre(seen | {"observation.state": torch.tensor(scene.state())[None], "task": [told(task)]})))
-        for a in chunk[0].clamp(-1, 1).numpy().round(4)[:steps - len(actions)].tolist():
-            scene.step(a)
-            actions.append(a)
-            if done := next((t for t in GOALS if scene.holds(t)), None): return done, actions
-    return None, actions
+            chunks = post(policy.predict_action_chunk(
+                pre(seen | {"observation.state": state, "task": [told(task)]*len(play)})))
+        for i, chunk in zip(play, chunks.clamp(-1, 1).numpy().round(4)):
+            done[i] = carried_out(scenes[i], chunk[:steps - len(actions[i])], actions[i])
+    return done, actions
 
 def replay_episode(scene:GoalScene, task:str, number:int, actions, size:int=192, every:int=4):  # list of (size, size, 3) uint8, the task that was done
     "Play recorded actions again, and draw them larger."
