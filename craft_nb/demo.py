@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULE', 'DATA', 'TEACH', 'TUNE', 'record', 'workload', 'parted', 'train_config', 'train_job', 'train_arms',
-           'teacher', 'finetune', 'parse', 'demo_main']
+           'teacher', 'finetune', 'wrong_settings', 'parse', 'demo_main']
 
 # %% ../nbs/12_demo.ipynb #ed54baff
 import argparse, itertools, json, os, shutil, time
@@ -14,8 +14,13 @@ from pathlib import Path
 from . import stages
 from .config import as_path
 from .machine import follow, open_door
+<<<<<<< HEAD
 from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, opened, register,
                              run_jobs, settings_of, sized, view_of)
+=======
+from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, read_done, register,
+                             run_jobs, settings_of, sized, unwritable, view_of)
+>>>>>>> 2a052ba (Export in step with the notebooks)
 
 # %% ../nbs/12_demo.ipynb #0b6e2eeb
 open_door(__name__, stages)
@@ -274,7 +279,7 @@ def report(run:Run):
                 drift_is=s.kind.drift,
                 settings=asdict(s) | dict(processes=run.workers, cpu=platform.processor() or platform.machine(),
                                           torch=torch.__version__, lerobot=lerobot.__version__))
-    if checked.exists(): data["blind"] = json.loads(checked.read_text())["success"]
+    if checked.exists(): data["blind"] = read_done(checked, "success")["success"]
     show = [a for a in ("teacher", "sft", data["default"]) if a == "teacher" or a in s.arm_names]
     plays = evaluated(run)
     more, sections = door(s).more(run, plays)
@@ -337,6 +342,16 @@ STAGES.update(record=(record, DATA), tokenizers=(tokenizers, DATA), teacher=(tea
               caches=(caches, (*TEACH, "anchors", "held_out", "arms")), finetune=(finetune, TUNE),
               evaluate=(evaluate, (*TUNE, "eval_episodes")), report=(report, (*TUNE, "eval_episodes")))
 
+def wrong_settings(s:Settings, flags): # what is wrong with values that argparse took, None if nothing is
+    for name, names in (("old and --new", s.tasks), ("arms", s.arm_names)):
+        if not all(names) or len({*names}) < len(names):
+            return f"--{name}: expected different names with commas between, found {','.join(names)!r}"
+    for f in flags:
+        x, least = getattr(s, f.name), "at least 0" if f.name == "noise" else "a number above 0"
+        if f.type is float and not (0 <= x < float("inf") and (x or f.name == "noise")):
+            return f"--{f.name.replace('_', '-')}: expected {least}, found {x}"
+    if not 0 <= s.seed < 2**32: return f"--seed: expected 0 … {2**32 - 1}, found {s.seed}"
+
 def parse(argv=None):
     p = argparse.ArgumentParser("craft-demo", description="Record, train a teacher, cache its anchors, "
                                 "fine-tune with and without CRaFT, evaluate, report.")
@@ -378,10 +393,7 @@ def parse(argv=None):
     for name, n in (counts | dict(workers=args.workers)).items():
         if n < 1: p.error(f"--{name.replace('_', '-')}: expected at least 1, found {n}")
     folder = as_path(args.folder).absolute()
-    there = next(x for x in (folder, *folder.parents) if x.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        p.error(f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. "
-                "Give another --folder")
+    if why := wrong_settings(settings, flags) or unwritable(folder, "--folder"): p.error(why)
     return args, settings
 
 def demo_main(argv=None):

@@ -9,12 +9,25 @@ __all__ = ['curve', 'at', 'regret', 'hypervolume', 'students', 'loss_points', 's
 import html
 import json
 import math
+import re
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .evaluate import CSS, COLOURS, INK, figure_png, figure_svg, new_figure, section, table_html, table_markdown
+
+# %% ../nbs/13b_fronts.ipynb #38579c55
+class Arm(NamedTuple):
+    "What an arm's name says; `view` is empty and `anchors` 0 where it looks at none."
+    method: str
+    view: str
+    anchors: int
+
+def arm_of(name: str) -> Arm:
+    m = re.fullmatch(r"(.*?)(?::(\w+)@(\d+))?", name, re.S)
+    return Arm(m[1], m[2] or "", int(m[3] or 0))
 
 # %% ../nbs/13b_fronts.ipynb #f1b34020
 def curve(knobs: dict, x: str = "drift", y: str = "task_loss_seen", seeds=None) -> list[tuple[float, float]]:
@@ -126,7 +139,8 @@ def colours(study: dict) -> dict[str, str]:
     return {a: {"sft": "#d55e00", "teacher": INK}.get(a) or COLOURS[others.index(a) % len(COLOURS)] for a in study}
 
 def unit(study: dict) -> str:
-    return "squared distance per action dimension" if any(":answer@" in a for a in study) else "nats per action token"
+    return ("squared distance per action dimension" if any(arm_of(a).view == "answer" for a in study)
+            else "nats per action token")
 
 def plot_losses(study: dict):  # matplotlib Figure
     "Held-out drift against the loss of the new task, on frames trained on and on others; a thin dot a seed."
@@ -220,10 +234,10 @@ RECOMMENDED = "share:action_logits@{n}", "share=0.3"
 
 def reference(study: dict) -> tuple[str, str] | None:  # arm, knob
     "What the others are compared with: the recommended setting, at most anchors; None where it was not rolled out."
-    recommended = RECOMMENDED[0].partition("@")[0], "share:answer"  # of pi0_fast, of others
+    views = arm_of(RECOMMENDED[0].format(n=1)).view, "answer"  # of pi0_fast, of others
     arms = [a for a in students(study)
-            if a.partition("@")[0] in recommended and rolled_out(study[a].get(RECOMMENDED[1], {}))]
-    return (max(arms, key=lambda a: int(a.partition("@")[2])), RECOMMENDED[1]) if arms else None
+            if (x := arm_of(a)).method == "share" and x.view in views and rolled_out(study[a].get(RECOMMENDED[1], {}))]
+    return (max(arms, key=lambda a: arm_of(a).anchors), RECOMMENDED[1]) if arms else None
 
 def paired_rows(study: dict, ref: tuple[str, str] | None) -> list[list[str]]:
     """A row a knob that was rolled out: counts, intervals, and in points the difference from the reference on the seeds

@@ -18,6 +18,7 @@ import torch
 from . import demo
 from .config import CraftConfig
 from .evaluate import CSS, gem_metrics, libero_metrics, section, table_html, table_markdown
+from .stages import read_done
 
 # %% ../nbs/13a_sequence.ipynb #a67d08eb
 VIEW = "action_logits"
@@ -128,7 +129,7 @@ def leave(file: Path, row: dict) -> dict:
 
 def done(file: Path, episodes: int) -> dict | None:
     "The row of a finished stage with as many episodes, None if there is none."
-    row = json.loads(file.read_text()) if file.exists() else None
+    row = read_done(file, "loss", "success") if file.exists() else None
     return row if row and all(row["success"].get(t, [0, 0])[1] >= episodes for t in row["loss"]) else None
 
 # %% ../nbs/13a_sequence.ipynb #02d1e998
@@ -219,10 +220,11 @@ def summary(rows: list[dict], what: str) -> dict | None:  # {average, nbt, bwt, 
 def collect(folder) -> dict:  # {arm: {seed: {loss, success, bytes, room}}}
     "Every chain of a folder that has ended."
     out, found = Path(folder) / "sequence", {}
-    first = json.loads((out / "first.json").read_text())
+    if not (out / "first.json").exists(): raise ValueError(f"{folder}: no stage of a sequence has finished")
+    first = read_done(out / "first.json", "loss", "success")
     for last in sorted(out.glob(f"*/stage-{len(first['loss']) - 1}.json")):
         rows = [first,
-                *(json.loads((last.parent / f"stage-{k}.json").read_text()) for k in range(1, len(first["loss"])))]
+                *(read_done(last.parent / f"stage-{k}.json", "loss", "success") for k in range(1, len(first["loss"])))]
         found.setdefault(rows[-1]["arm"],
                          {})[str(rows[-1]["seed"])] = {w: summary(rows, w) for w in ("loss", "success")} | dict(
                              bytes=[r["bytes"] for r in rows[1:]], room=rows[-1]["room"])
@@ -279,17 +281,18 @@ def sequence_report(folder) -> Path:  # the page
 
 # %% ../nbs/13a_sequence.ipynb #91bee169
 def sequence(folder: Path, settings: demo.Settings, arms: list[str], seeds: list[int], episodes: int = 0,
-             workers: int = 2) -> Path:
+             workers: int = 2, only_report: bool = False) -> Path:
     "Run what is missing; write and name the page. Raises `ValueError` for an unknown arm."
     if strange := [a for a in arms if a not in ARMS]:
         raise ValueError(f"unknown arm {', '.join(strange)}: a sequence has {', '.join(ARMS)}")
     run = demo.Run(folder, settings, workers)
     try:
-        for name in ("record", "tokenizers"): run.stage(name)
-        run.lock.take()
-        args = str(run.folder), settings
-        demo.run_jobs(run, "first", [(first_job, (args, episodes), None)])
-        demo.run_jobs(run, "sequence", [(chain_job, (args, a, s, episodes), None) for s in seeds for a in arms])
+        for name in () if only_report else ("record", "tokenizers"): run.stage(name)
+        if not only_report:
+            run.lock.take()
+            args = str(run.folder), settings
+            demo.run_jobs(run, "first", [(first_job, (args, episodes), None)])
+            demo.run_jobs(run, "sequence", [(chain_job, (args, a, s, episodes), None) for s in seeds for a in arms])
     finally: run.close()
     page = sequence_report(run.folder)
     print(f"{(run.folder / 'sequence.md').read_text()}\n{page}")

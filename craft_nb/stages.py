@@ -130,6 +130,24 @@ def sized(workload:str, policy:str, size:str)->Settings: # settings of a policy 
     return replace(sizes[size], policy=policy, arms=f"sft,replay,constant,craft:{kind.answer}",
                    **(kind.settings if size == "full" else {}))
 
+# %% ../nbs/11h_stages.ipynb #f7f4e7ae
+def unwritable(folder:Path, flag:str): # why nothing can be written there, None if something can
+    there = next(x for x in (folder, *folder.parents) if x.exists())
+    if there.is_dir() and os.access(there, os.W_OK): return None
+    return f"cannot write to {folder}: {there} is {'read-only' if there.is_dir() else 'a file'}. Give another {flag}"
+
+def read_done(file:Path, *names)->dict:
+    """What a finished stage or job left. Raises `ValueError` that names the file if it is damaged, or lacks one of
+    `names`."""
+    try: found = json.loads(file.read_text())
+    except ValueError as e:
+        raise ValueError(f"{file}: damaged, it is not JSON ({e}); restore it, "
+                         f"or delete it to have it made again") from None
+    if not isinstance(found, dict) or (lost := [x for x in names if x not in found]):
+        raise ValueError(f"{file}: damaged, expected an object with {', '.join(names)}; restore it, "
+                         "or delete it to have it made again")
+    return found
+
 # %% ../nbs/11h_stages.ipynb #bf68e1e3
 def end_with_parent():
     """Let this worker process end when its parent does, even if that was killed: the standard pool's would wait for
@@ -172,13 +190,13 @@ class Run:
         "What a finished stage returned. FileNotFoundError naming the stage if it has not run."
         if not self.marker(name).exists():
             raise FileNotFoundError(f"{self.folder}: stage {name!r} has not finished; run craft-demo {name} first")
-        return each_text(json.loads(self.marker(name).read_text())["result"],
+        return each_text(read_done(self.marker(name), "result")["result"],
                          lambda x: str(self.folder/x[2:]) if x.startswith("./") else x)
 
     def settle(self):
         """Where the folder was moved or copied, let its files name the place where it is: checkpoints of LeRobot name
         tokenizers and data by whole paths."""
-        found = {f: json.loads(f.read_text()) for f in sorted((self.folder/"stages").glob("*.json"))}
+        found = {f: read_done(f) for f in sorted((self.folder/"stages").glob("*.json"))}
         homes = {m["folder"] for m in found.values() if "folder" in m}
         if self.marker("teacher") in found and not homes: # of an older demo, whose markers name whole paths
             home, there, _ = str(found[self.marker("teacher")]["result"]["path"]).partition("/runs/teacher/")
@@ -186,7 +204,7 @@ class Run:
         for home in homes - {str(self.folder)}:
             # with the quote before it: a path, not the end of one
             old, new = (json.dumps(f"{x}/")[:-1] for x in (home, self.folder))
-            files = [f for part in ("runs", "stages") for f in sorted((self.folder/part).rglob("*.json"))
+            files = [f for part in ("runs", "stages", "sequence") for f in sorted((self.folder/part).rglob("*.json"))
                      if old in f.read_text()]
             for f in files:
                 f.with_name(f".{f.name}.new").write_text(f.read_text().replace(old, new))
@@ -209,7 +227,7 @@ class Run:
         used, start, path = ({k: getattr(self.settings, k) for k in (*needs, *door(self.settings).fields)}, time.time(),
                              self.marker(name))
         if path.exists():
-            old = dict(policy=Settings.policy) | json.loads(path.read_text())["settings"]  # older demos had one policy
+            old = dict(policy=Settings.policy) | read_done(path, "settings")["settings"]  # older demos had one policy
             if differ := [f"{k}: {old.get(k)} then, {v} now" for k, v in used.items() if old.get(k) != v]:
                 raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}): use another --folder, "
                                  "or --again to redo this and later stages")
@@ -225,7 +243,7 @@ class Run:
         self.say(f"{name}: {time.time()-start:.0f} s")
 
     def minutes(self): # {stage: minutes} of the finished stages
-        return {n: json.loads(self.marker(n).read_text())["seconds"]/60 for n in STAGES if self.marker(n).exists()}
+        return {n: read_done(self.marker(n), "seconds")["seconds"]/60 for n in STAGES if self.marker(n).exists()}
 
 # %% ../nbs/11h_stages.ipynb #0e0fbd9b
 def _job(log, func, args):

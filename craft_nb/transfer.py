@@ -10,21 +10,20 @@ import math
 import statistics
 
 from .evaluate import table_markdown
-from .fronts import students
+from .fronts import arm_of, students
 
 # %% ../nbs/13c_transfer.ipynb #869b1ca7
 def place(study: dict, view: str, seed: str | None = None) -> dict[tuple[str, str], tuple[float, float]]:  # {(method, knob): (drift, loss)}
     "Points of the arms that keep `view`, of one seed or the mean over all; of several sizes of memory the largest."
-    arms = [a for a in students(study) if a.partition(":")[2].partition("@")[0] == view]
-    most = max((int(a.partition("@")[2]) for a in arms), default=0)
+    arms = {a: x for a in students(study) if (x := arm_of(a)).view == view}
+    most = max((x.anchors for x in arms.values()), default=0)
     out = {}
-    for arm in arms:
-        if int(arm.partition("@")[2]) < most: continue
+    for arm in (a for a, x in arms.items() if x.anchors == most):
         for knob, by_seed in study[arm].items():
             rows = [r for s, r in by_seed.items() if seed in (None, s) and r.get("own_drift") is not None]
             if rows:
-                out[arm.partition(":")[0], knob] = tuple(statistics.mean(r[k] for r in rows)
-                                                         for k in ("own_drift", "task_loss_seen"))
+                out[arms[arm].method, knob] = tuple(statistics.mean(r[k] for r in rows)
+                                                    for k in ("own_drift", "task_loss_seen"))
     return out
 
 def front(points) -> list[tuple[float, float]]:
@@ -69,7 +68,7 @@ def transfer(studies: dict[str, dict], first: tuple[str, str], seed: str = "0", 
     chosen = (dict(share=share, constant=matched(start, ("share", share), "constant")) if share
               else {m: choose(start, m) for m in METHODS})
     for workload, study in studies.items():
-        views = sorted({a.partition(":")[2].partition("@")[0] for a in students(study) if ":" in a},
+        views = sorted({x.view for a in students(study) if (x := arm_of(a)).view},
                        key=lambda v: ((workload, v) != first, v))
         for view in views:
             points = place(study, view)
