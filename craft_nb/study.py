@@ -313,6 +313,9 @@ def collect(out: Path, workload: str = "demo") -> dict:  # {workload: {arm: {kno
     found = {}
     for file in sorted((out / "jobs").glob("*.json")):
         job = read_done(file, "arm", "knob", "seed", "result")
+        if job["arm"] != "teacher" and "drift" not in job["result"]:
+            raise ValueError(f"{file}: damaged, its result has no drift; restore it, "
+                             "or delete it to have it made again")
         found.setdefault(job["arm"], {}).setdefault(job["knob"], {})[str(job["seed"])] = job["result"]
     def cost(row): return row.get("cpu_seconds") and row["cpu_seconds"] / row["steps"]
     for knobs in found.values():
