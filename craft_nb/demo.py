@@ -14,13 +14,8 @@ from pathlib import Path
 from . import stages
 from .config import as_path
 from .machine import follow, open_door
-<<<<<<< HEAD
-from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, opened, register,
-                             run_jobs, settings_of, sized, view_of)
-=======
-from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, read_done, register,
-                             run_jobs, settings_of, sized, unwritable, view_of)
->>>>>>> 2a052ba (Export in step with the notebooks)
+from .stages import (ARMS, POLICIES, SIZES, STAGES, WORKLOADS, Run, Settings, door, env_kw, opened, read_done,
+                             register, run_jobs, settings_of, sized, unwritable, view_of)
 
 # %% ../nbs/12_demo.ipynb #0b6e2eeb
 open_door(__name__, stages)
