@@ -4,12 +4,16 @@ adapters off).
 
     python bench/bench_policies.py                     every policy
     python bench/bench_policies.py --only smolvla --rounds 9
+    python bench/bench_policies.py --ratios            the answer alone: rows smolvla, smolvla_lora, smolvla_lora_inside,
+                                                       and the same of pi0; other rows of the file stay
 
 A retention step on every step (K = 1), anchors half the batch, two draws an anchor. Everything that is compared runs in
 one process, in turns, after a warm-up; figures are medians of ratios that were taken side by side. Writes
 outputs/bench/policies.json: {policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache,
 images among them. The views "… lora cached" and "… lora inside" have ratios to a plain LoRA step, and "extra_memory":
-bytes above that step's peak of live tensors, beside "forward", what one forward pass of the anchors makes.
+bytes above that step's peak of live tensors, beside "forward", what one forward pass of the anchors makes. With
+--ratios there is "half_batch" besides: a bare forward and backward pass over half a batch, over one over the whole
+batch: 1 + half_batch, where all of a step is such a pass, is the floor of step_ratio.
 """
 import argparse
 import json
@@ -129,21 +133,57 @@ def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
     return out
 
 
+def bare(policy, batch):
+    def run():
+        policy.zero_grad()
+        policy(batch)[0].backward()
+    return run
+
+
+def measure_ratios(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:
+    "Rows of `kind`, all weights trained, and with LoRA by a cache and by the teacher inside: {row: {\"answer\": {…}}}."
+    folder, view = zoo_checkpoint(work, kind, steps=4), "answer"
+    (pre, _), policy = work.processors(folder), work.policy(folder).train()
+    data = zoo_data(work, policy.config)
+    rows = torch.randint(len(data), (batch_size,), generator=torch.Generator().manual_seed(0)).tolist()
+    whole, half = (pre(torch.utils.data.default_collate([data[i] for i in rows[:n]]))
+                   for n in (batch_size, batch_size // 2))
+    anchors = anchor_batch_targets(policy, half, make_views([view]), seeds=draw_seeds(0, range(batch_size // 2)))
+    size = round(bytes_an_anchor(policy, pre, data, view, tmp / f"{kind}-ratios"))
+    first = one_step(trainer_of(work.policy(folder).train(), whole, forever(anchors), [view]))["retention_loss"]
+    def floor(p): return ratios(rounds, bare(p, whole), half=bare(p, half))["half"]
+    def fresh(): return work.policy(folder).train()
+    runs = [stepper(trainer_of(fresh(), whole, *how)) for how in ((None, []), (forever(anchors), [view]))]
+    held = ratios(rounds, runs[0], held=runs[1])["held"]
+    out = {kind: {view: dict(step_ratio=round(held, 3), bytes=size, first_loss=first,
+                             half_batch=round(floor(fresh()), 3))}}
+    below = round(floor(with_adapters(work, kind, folder)), 3)
+    for name, x in lora(work, kind, folder, whole, anchors, view, rounds).items():
+        inside = name.endswith("inside")
+        out[f"{kind}_lora" + "_inside" * inside] = {view: x | dict(bytes=0 if inside else size, half_batch=below)}
+    return out
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--only", choices=ALL)
+    ap.add_argument("--ratios", action="store_true",
+                    help="step ratios of the answer, of smolvla and pi0, with what half a batch takes")
     ap.add_argument("--rounds", type=int, default=7)
     ap.add_argument("--batch_size", type=int, default=32)
     ap.add_argument("--out", type=Path, default=Path("outputs/bench/policies.json"))
     args = ap.parse_args()
+    if args.ratios and args.only == "pi0_fast": ap.error("--ratios: pi0_fast has no view answer")
     logging.disable(logging.WARNING)
     from craft_nb.small import tiny_workload
-    result = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    result = json.loads(args.out.read_text()) if (args.only or args.ratios) and args.out.exists() else {}
     with tempfile.TemporaryDirectory() as tmp:
         work = tiny_workload(Path(tmp) / "work", episodes=2)
-        for kind in [args.only] if args.only else ALL:
-            result[kind] = measure(work, kind, args.batch_size, args.rounds, Path(tmp))
-            print(kind, json.dumps(result[kind]), flush=True)
+        for kind in [args.only] if args.only else ("smolvla", "pi0") if args.ratios else ALL:
+            if args.ratios: found = measure_ratios(work, kind, args.batch_size, args.rounds, Path(tmp))
+            else: found = {kind: measure(work, kind, args.batch_size, args.rounds, Path(tmp))}
+            for row, views in found.items(): result[row] = result.get(row, {}) | views if args.ratios else views
+            print("\n".join(f"{row} {json.dumps(views)}" for row, views in found.items()), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
