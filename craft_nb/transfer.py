@@ -60,18 +60,22 @@ def choose(points: dict, method: str) -> str:  # the knob
 # %% ../nbs/13c_transfer.ipynb #dee94f4b
 METHODS = "share", "constant"
 
-def transfer(studies: dict[str, dict], first: tuple[str, str], seed: str = "0", share: str = "") -> dict:  # {chosen: {method: knob}, rows: [...], mean: {method: regret}, ratio}
+def transfer(studies: dict[str, dict], first: tuple[str, str], seed: str = "0", share: str = "",
+             alone: bool = False) -> dict:  # {chosen: {method: knob}, rows: [...], mean: {method: regret}, ratio}
     """What the knobs chosen on `first`, a workload and a view, with one seed, come to in every place of `studies`,
-    {workload: study}; with `share` that knob and the weight that matches it there. `mean` and `ratio` are None where
+    {workload: study}; with `share` that knob and the weight that matches it there; `alone`: of the two methods' arms
+    only, which every place tried. `mean` and `ratio` are None where
     nothing is to be compared."""
-    start, rows = place(studies[first[0]], first[1], seed), []
+    def points_of(study, view, seed=None):
+        return {k: v for k, v in place(study, view, seed).items() if not alone or k[0] in METHODS}
+    start, rows = points_of(studies[first[0]], first[1], seed), []
     chosen = (dict(share=share, constant=matched(start, ("share", share), "constant")) if share
               else {m: choose(start, m) for m in METHODS})
     for workload, study in studies.items():
         views = sorted({x.view for a in students(study) if (x := arm_of(a)).view},
                        key=lambda v: ((workload, v) != first, v))
         for view in views:
-            points = place(study, view)
+            points = points_of(study, view)
             lost = regrets(points) if len(points) > 2 else {}
             rows.append(dict(workload=workload, view=view, points=len(points), chosen_here=(workload, view) == first,
                              **{m: dict(point=points.get((m, k)), regret=lost.get((m, k))) for m, k in chosen.items()}))
