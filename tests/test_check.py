@@ -499,7 +499,7 @@ def test_a_video_that_is_shorter_than_its_episodes(inside, tmp_path):
         assert says in said and "episode 0" not in said, command
     assert run("eval", inside, data, "--dataset.episodes=[0]") == ""
     file.write_bytes(file.read_bytes()[:900])
-    assert f"episode 0, observation.image: {file} cannot be read" in run("eval", inside, data)
+    assert f"episodes 0, 1, observation.image: {file} cannot be read" in run("eval", inside, data)
 
 
 # words

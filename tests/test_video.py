@@ -98,7 +98,7 @@ def weights(run, step): return (Path(run) / f"checkpoints/{step:06}/pretrained_m
 
 
 def test_one_command_builds_and_trains_and_goes_on_wherever_it_was_killed(inside, monkeypatch):
-    import craft_nb.caches as ours
+    import craft_nb.training as ours
     from craft_nb.anchors import AnchorCacheDataset, AnchorWriter
     own = ["--craft.anchor_dataset.repo_id=dataset", "--craft.anchor_dataset.num_anchors=12"]
     assert ("give one of them" in refused(cli.train, *line(inside, "a", *own, "--craft.anchor_cache_dir=elsewhere"))
