@@ -143,7 +143,9 @@ class Memory(Callback):
         said, self.device = trainer.expected, next(trainer.policy.parameters()).device
         self.expected = said or estimate_memory(trainer)
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
-        else: self.start = resident(forget_peak=True) - self.expected["weights"] - self.expected.get("teacher", 0)
+        elif there := resident(forget_peak=True):
+            self.start = there - self.expected["weights"] - self.expected.get("teacher", 0)
+        else: self.start = None
         if not said:
             print("memory: " + ", ".join(f"{k.replace('_', ' ')} {_size(v)}" for k, v in self.expected.items()))
 
@@ -152,6 +154,8 @@ class Memory(Callback):
         if row["event"] == "end": self.compare(trainer)
 
     def compare(self, trainer):
+        if self.device.type != "cuda" and self.start is None:
+            return print(f"memory used: this system does not tell; {_size(self.expected['peak'])} expected")
         used = (torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda"
                 else max(resident("VmHWM") - self.start, 0))
         trainer.event("memory_used", used=used, expected=self.expected["peak"])
