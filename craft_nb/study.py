@@ -59,11 +59,16 @@ class Job:
     def key(self) -> str: return "__".join((self.arm.replace(":", "-").replace("@", "-"), self.knob, str(self.seed)))
 
 # %% ../nbs/14_study.ipynb #945bdbe2
+ADAPTERS = dict(lora="LORA", osf="OSF")  # arms that train nothing but adapters of peft
+PROJECTIONS = r".*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|linear1|linear2)"
+
 def craft_settings(job: Job) -> dict | None:  # of CraftConfig; None: plain fine-tuning
     "What the trainer is told. Raises `KeyError` if the knob lacks what the method needs."
     v, kw = job.values, dict(views=job.view) if job.view else {}
     kw["retention_freq"] = int(v.get("every", 1))
-    if job.method in ("sft", "teacher"): return None
+    if job.method == "lora" and (v["rank"] != int(v["rank"]) or v["rank"] < 1):
+        raise ValueError(f"rank: expected a whole number from 1, found {v['rank']:g}")
+    if job.method in ("sft", "teacher", *ADAPTERS): return None
     if job.method == "share": return kw | dict(method="share", share=v["share"])
     if job.method == "budget": return kw | dict(method="share", share=v["share"], budget=v["budget"])
     if job.method == "origin": return kw | dict(projection_gate="always", retention_freq=5)
@@ -93,8 +98,14 @@ SEARCH = {  # arm → knobs; {n} is the number of anchors
     "replay": ("fraction=1", "fraction=0.2", "fraction=0.02"),
     "share:tokens@{n}": ("share=0.3",),
     "der:action_logits@{n}": ("alpha=0.3",),
+    "mir:action_logits@{n}": ("weight=1",),
     "agem:action_logits@{n}": ("",),
+    "aegis:pooled@{n}": ("",),
+    "lwf": ("weight=1",),
+    "lora": ("rank=8,lr=10", "rank=32,lr=10"),
+    "osf": ("",),
     "l2sp": ("alpha=1",),
+    "ewc": ("weight=50000",),
     "retain": ("alpha=0.5",),
     "consft": ("",),
 }
@@ -113,7 +124,8 @@ def search(anchors: int = 4500, views=FAST) -> dict[str, tuple]:  # arm → knob
 # %% ../nbs/14_study.ipynb #5dbe1b4e
 # of arms with settings of their own here
 KNOBS = dict(sft=(), share=("share",), budget=("share", "budget"), origin=(), constant=("lambda",), always=("lambda",),
-             landing=("budget",))
+             landing=("budget",), lora=("rank",), osf=())
+OF_RUN = ("dataset", "root", "episodes", "batch_size")  # options that the study sets
 
 def check_job(job: Job) -> None:
     """Raises `ValueError`, or `KeyError` for a knob that is missing, where a job could not be run or would not be what
@@ -131,7 +143,7 @@ def check_job(job: Job) -> None:
     cls = find_method(craft.method)
     if cls.needs == "anchors" and not view:
         raise ValueError(f"{method} looks at anchors: say which and how many, as {method}:action_logits@4500")
-    own = KNOBS.get(method, [o for o in cls.options if o not in ("episodes", "batch_size")])
+    own = KNOBS.get(method, [o for o in cls.options if o not in OF_RUN])
     known = (*own, "lr", "steps", *["every"] * (cls.needs == "anchors" and method != "origin"))
     if strange := [k for k in v if k not in known]:
         raise ValueError(f"{method} has no knob {', '.join(strange)}; it has {', '.join(known)}")
@@ -197,15 +209,20 @@ def cache_jobs(run_args, out: Path, jobs: list[Job], number: int) -> list:
 # %% ../nbs/14_study.ipynb #c5d10170
 def train_config(run: demo.Run, job: Job, out: Path):  # CraftTrainConfig
     "The demo's fine-tune with the job's method, on the new task's trained episodes."
+    from lerobot.configs.default import PeftConfig
     s, how, caches = run.settings, craft_settings(job), out / "caches"
     paced = replace(s, steps=max(1, round(s.steps * job.values.get("steps", 1))), lr=s.lr * job.values.get("lr", 1))
     cfg = demo.train_config(demo.Run(run.folder, paced), "sft")
     cfg.dataset.episodes, cfg.seed, cfg.save_checkpoint, cfg.output_dir = (splits(run)["new"], job.seed, False,
                                                                            out / "runs" / job.key)
     if how is None: how = dict(enabled=False)
-    if job.method == "replay":
-        how["method_options"] += (
-            f",episodes:{','.join(map(str, splits(run)['anchors']))},batch_size:{max(1, cfg.batch_size // 2)}")
+    if kind := ADAPTERS.get(job.method):  # beside them the policy stays whole, as it was trained before
+        cfg.peft = PeftConfig(target_modules=PROJECTIONS, full_training_modules=[], method_type=kind,
+                              r=int(job.values.get("rank", PeftConfig.r)))
+    options = find_method(how.get("method", "craft")).options
+    given = dict(episodes=",".join(map(str, splits(run)["anchors"])), batch_size=max(1, cfg.batch_size // 2))
+    if told := [f"{k}:{x}" for k, x in given.items() if k in options]:
+        how["method_options"] = ",".join([x for x in [how["method_options"]] if x] + told)
     if job.cache: how["anchor_cache_dir"] = str(caches / job.cache)
     if how.get("method") == "share": how["heldout_cache_dir"] = str(caches / "held")
     if how.get("controller") == "landing": how["epsilon_decay_steps"] = max(1, cfg.steps * 2 // 3)
@@ -282,7 +299,11 @@ def trained(run: demo.Run, job: Job, out: Path) -> dict:
     row = dict(old=None, new=None, seconds=time.time() - start, cpu_seconds=time.process_time() - cpu)
     row |= (measure(trainer, run, job, out)
             | of_records([json.loads(x) for x in (cfg.output_dir / "metrics.jsonl").read_text().splitlines()]))
-    unwrapped(trainer).save_pretrained(cfg.output_dir / "policy")
+    policy = unwrapped(trainer)
+    if cfg.peft is not None:
+        policy = policy.merge_and_unload()
+        policy.config.use_peft = False
+    policy.save_pretrained(cfg.output_dir / "policy")
     return row | dict(bytes=size_of(out / "caches" / job.cache) if job.cache else 0)
 
 def run_job(run_args, out: str, job: Job, episodes: int = 0) -> None:
