@@ -74,6 +74,8 @@ class Door:
     joint: str = ""  # module whose `forward` reads `[prefix, suffix]` in one pass, the prefix without looking at the suffix
     expert: str = ""  # transformer whose blocks read that suffix, the steps of the chunk at its end
     still: tuple[str, ...] = ()  # methods that draw nothing
+    sees: str = ""  # method that embeds a picture, (b, c, h, w) → (b, …)
+    eyes: tuple[str, ...] = ()  # the modules that it runs; where all are frozen, a teacher inside and its student run them once
 
     @property
     def gives(self): return frozenset(("answer", *["hidden"] * bool(self.decoder), *["actions"] * bool(self.expert)))

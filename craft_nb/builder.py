@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from .anchors import (BUILDING, AnchorCacheDataset, AnchorWriter, _row_bytes, answers_line, hash_tensors,
                               read_manifest)
 from .data import handed_on, read_frame
+from .draws import seen_once
 from .features import resolve_layers
 from .losses import VIEWS, View, make_views, pass_needs
 from .machine import Watched, watched
@@ -74,11 +75,12 @@ def anchor_batch_targets(policy: nn.Module, batch: dict, views: dict[str, View],
 
 @torch.no_grad()
 def teacher_targets(policy: nn.Module, anchors: dict[str, Tensor], views: dict[str, View],
-                    adapter=None) -> dict[str, Tensor]:
-    "What the views store of one pass over anchor inputs, padded to the inputs' full length."
+                    adapter=None, kept: dict | None = None) -> dict[str, Tensor]:
+    """What the views store of one pass over anchor inputs, padded to the inputs' full length. `kept` gets what frozen
+    modules said, see `seen_once`."""
     adapter, some = adapter or adapter_for(policy), list(views.values())
     ready = adapter.prepare(policy, anchors)
-    f = adapter.features(policy, ready, *pass_needs(some))
+    with seen_once(policy, adapter, ready, kept): f = adapter.features(policy, ready, *pass_needs(some))
     targets = {k: t for v in some for k, t in v.targets(f).items()}
     cut = anchors["input_ids"].shape[1] - ready["input_ids"].shape[1] if "input_ids" in anchors else 0
     p = f.prefix_mask.shape[1] + cut if f.image_mask is not None else 0
@@ -103,7 +105,7 @@ class Answered:
     def __init__(
         self,
         anchors,  # of a cache, or `LiveFrames`
-        teacher: nn.Module,  # a policy; adapters on it are off while it answers
+        teacher: nn.Module,  # a policy; one that is trained is its student too, and its adapters are off while it answers
         views: dict[str, View],
         adapter,
         preprocess: Callable[[dict], dict] | None = None,  # for frames: the policy's LeRobot preprocessor
@@ -118,15 +120,19 @@ class Answered:
     def forever(self): return map(self.answer, self.anchors.forever())
 
     def answer(self, batch: dict) -> dict[str, Tensor]:
-        "Inputs and targets of a batch. No random number is drawn, no mode and no flag is left changed."
+        """Inputs and targets of a batch, and what frozen modules said that its student need not run again. No random
+        number is drawn, no mode and no flag is left changed."""
         gpus = [p.device] if (p := next(self.teacher.parameters())).is_cuda else []
-        with adapters_off(self.teacher) as teacher, torch.random.fork_rng(devices=gpus):
-            if self.preprocess is None:
-                asked = {k: x for k, x in batch.items() if k not in STORED}
-                return asked | teacher_targets(teacher, asked, self.views, self.adapter)
-            seeds, batch = batch["draw_seed"], {k: x for k, x in batch.items() if k != "draw_seed"}
-            return anchor_batch_targets(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds,
-                                        adapter=self.adapter)
+        inside = any(p.requires_grad for p in self.teacher.parameters())
+        with (adapters_off(self.teacher) if inside else contextlib.nullcontext(self.teacher) as teacher,
+              torch.random.fork_rng(devices=gpus)):
+            if self.preprocess is None: asked = {k: x for k, x in batch.items() if k not in STORED}
+            else:
+                seeds, batch = batch["draw_seed"], {k: x for k, x in batch.items() if k != "draw_seed"}
+                asked = teacher_says(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds,
+                                     adapter=self.adapter)
+            kept = {} if inside else None
+            return asked | teacher_targets(teacher, asked, self.views, self.adapter, kept) | (kept or {})
 
 # %% ../nbs/07_builder.ipynb #5d00e48f
 class LiveFrames(AnchorCacheDataset):

@@ -6,6 +6,7 @@
 __all__ = ['base_policy', 'eval_mode', 'adapters_off']
 
 # %% ../nbs/05c_draws.ipynb #92c0b627
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -167,6 +168,32 @@ def once_a_row(policy: nn.Module, path: str, rows: int, n: int, seen: list | Non
         if seen is not None: seen.append(short)
         return tree_map(thick, short) if n > 1 else short
     with replaced(policy, path, lambda own: partial(once, own)): yield
+
+# %% ../nbs/05c_draws.ipynb #3c1f7a21
+def is_frozen(policy: nn.Module, paths: Sequence[str]) -> bool:
+    "Is nothing trained in the modules at `paths`, and is there no layer of peft's in them that could be switched?"
+    within = [m for p in paths for m in submodule(policy, p).modules()]
+    return bool(within) and not any(hasattr(type(m), "adapter_layer_names") or
+                                    any(p.requires_grad for p in m.parameters(recurse=False)) for m in within)
+
+@contextmanager
+def seen_once(policy: nn.Module, adapter, given: dict, kept: dict | None = None) -> Iterator[None]:
+    """Inside the `with`, the method at `adapter.sees`, where there is one, says what `given` holds of its calls, in their
+    order. What is worked out goes into `kept` where the modules `adapter.eyes`, all that it runs, are frozen."""
+    path = getattr(adapter, "sees", "")
+    if not path or kept is None and not any(k.startswith("frozen.") for k in given):
+        yield
+        return
+    policy = base_policy(policy)
+    rows, calls = len(next(iter(given.values()))), itertools.count()
+    keeps = kept is not None and is_frozen(policy, adapter.eyes)
+    name = f"frozen.{id(submodule(policy, adapter.eyes[0])):x}"
+    def look(own, *args, **kw):
+        if (k := f"{name}.{next(calls)}") in given: return given[k]
+        out = own(*args, **kw)
+        if keeps and isinstance(out, Tensor) and out.ndim and len(out) == rows: kept[k] = out.detach()
+        return out
+    with replaced(policy, path, lambda own: partial(look, own)): yield
 
 # %% ../nbs/05c_draws.ipynb #b4e1ad0c
 def pack_image(x: Tensor) -> tuple[Tensor, Tensor] | None:  # (b, …, c, h, w) float → (b, …, c, h, w) uint8, (b, c, 2): offset and steps a unit

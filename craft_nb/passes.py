@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .draws import seen_once
 from .features import Features
 from .losses import View, pass_needs
 
@@ -23,7 +24,8 @@ class AnchorPass:
 
     def __call__(self, policy: nn.Module) -> dict[str, Tensor]:
         anchors = self.adapter.prepare(policy, self.anchors)
-        f = self.adapter.features(policy, anchors, *pass_needs(list(self.views.values())))
+        with seen_once(policy, self.adapter, anchors):
+            f = self.adapter.features(policy, anchors, *pass_needs(list(self.views.values())))
         return {n: v.loss(f, anchors) for n, v in self.views.items()}
 
 # %% ../nbs/07b_passes.ipynb #f1ca9cab

@@ -19,7 +19,7 @@ from .answers import Door
 from .draws import _candidates, base_policy, submodule
 from .features import Features, pool
 from .losses import VIEWS, TokenCEView, View
-from .tokens import PI0FastAdapter
+from .tokens import PALIGEMMA, PI0FastAdapter
 
 # %% ../nbs/06_policies.ipynb #983c6a62
 class AnchorAdapter(Protocol):
@@ -85,7 +85,7 @@ def decodable(policy: nn.Module, anchors: dict[str, Tensor], answer: dict[str, T
 # %% ../nbs/06_policies.ipynb #51ad8c25
 _GEMMA = dict(said="velocity", chunk="predict_action_chunk", once="model.embed_prefix",
               decoder="model.paligemma_with_expert.paligemma.model.language_model", joint="model.paligemma_with_expert",
-              expert="model.paligemma_with_expert.gemma_expert.model", still=("model.forward",))
+              expert="model.paligemma_with_expert.gemma_expert.model", still=("model.forward",), **PALIGEMMA)
 ADAPTERS |= {
     "pi0_fast": PI0FastAdapter(),
     "pi0": Door("model.action_out_proj", **_GEMMA),
@@ -93,7 +93,9 @@ ADAPTERS |= {
     "smolvla": Door("model.action_out_proj", "velocity", "predict_action_chunk", "model.embed_prefix",
                     "model.vlm_with_expert.vlm.model.text_model", tail=1, joint="model.vlm_with_expert",
                     expert="model.vlm_with_expert.lm_expert",
-                    still=("model.embed_prefix", "model.embed_suffix", "model.vlm_with_expert.forward")),
+                    still=("model.embed_prefix", "model.embed_suffix", "model.vlm_with_expert.forward"),
+                    sees="model.vlm_with_expert.embed_image",
+                    eyes=("model.vlm_with_expert.vlm.model.vision_model", "model.vlm_with_expert.vlm.model.connector")),
     "act": Door("model.action_head", "action", None, still=("model.forward",)),
     "diffusion": Door("diffusion.unet", "noise", "diffusion.conditional_sample",
                       "diffusion._prepare_global_conditioning",

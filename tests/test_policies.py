@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from craft_nb import cli
-from craft_nb.builder import anchor_batch_targets, draw_seeds
+from craft_nb.builder import Answered, anchor_batch_targets, draw_seeds
 from craft_nb.losses import make_views
 from craft_nb.policies import adapter_for
 from craft_nb.trainer import AnchorPass
@@ -383,6 +383,42 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
     cli.train(["--resume", "--config_path=live/checkpoints/000005/pretrained_model/train_config.json"])
     again = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
     assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+@pytest.mark.parametrize("kind, language", [("pi0_fast", "language_model"), ("pi0", "gemma_expert"),
+                                            ("smolvla", "lm_expert")])
+def test_a_teacher_inside_and_its_student_look_once(work, zoo, kind, language):
+    """What a frozen vision tower says is worked out once for both, to the bit, also in pieces; one that learns looks
+    twice. A second model that was taught answers with its adapters on."""
+    folder, view = (work.policy_path, "action_logits") if kind == "pi0_fast" else (zoo(kind), "answer")
+    bare, pre = work.policy(folder), work.processors(folder)[0]
+    data = zoo_data(work, bare.config)
+    views, adapter = make_views([view]), adapter_for(bare)
+    rows = anchor_batch_targets(bare, pre(torch.utils.data.default_collate([data[i] for i in ROWS])), views, "dataset",
+                                seeds=draw_seeds(0, range(len(ROWS))))
+    def adapted(where):
+        wanted = dict(method_type="LORA", r=2, target_modules=rf".*({where}).*(q_proj|v_proj)")
+        return work.policy(folder).wrap_with_peft(peft_cli_overrides=wanted).train()
+    def loss(policy, anchors): return AnchorPass(adapter, views, anchors)(policy)[view]
+    def looks(policy, seen):
+        hook = policy.get_base_model().get_submodule(adapter.eyes[0]).register_forward_hook(lambda *_: seen.append(1))
+        out = Answered(None, policy, views, adapter).answer(rows)
+        asked, once = len(seen), loss(policy, out)
+        hook.remove()
+        without = {k: x for k, x in out.items() if not k.startswith("frozen.")}
+        assert torch.equal(once, loss(policy, without)) and once.requires_grad
+        assert loss(policy, {k: x[3:] for k, x in out.items()}).item() == pytest.approx(
+            loss(policy, {k: x[3:] for k, x in without.items()}).item(), rel=1e-4, abs=1e-9)
+        return asked, len(seen) - asked, len(out) - len(without), once.item()
+    policy = adapted(language)
+    assert looks(policy, []) == (1, 0, 1, pytest.approx(0, abs=1e-9))
+    with torch.no_grad():
+        for n, p in policy.named_parameters(): "lora_B" in n and p.add_(0.5)
+    *same, moved = looks(policy, [])
+    assert same == [1, 0, 1] and moved > 1e-6
+    again = Answered(None, policy.requires_grad_(False), views, adapter).answer(rows)
+    assert loss(policy, again).item() <= 1e-9 and not any(k.startswith("frozen.") for k in again)
+    assert looks(adapted(f"{language}|vision"), []) == (1, 1, 0, pytest.approx(0, abs=1e-9))
 
 
 def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
