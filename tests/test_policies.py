@@ -378,7 +378,8 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
                                                                     rel=0)
         assert [r["task_loss"] for r in rows] == pytest.approx([r["task_loss"] for r in cached], abs=1e-5, rel=0)
     m, mine = event("memory", "second"), event("memory", "live")
-    assert m["peak"] - mine["peak"] >= m["teacher"] > 0.5 * m["weights"] and "teacher" not in mine
+    # inside, what the frozen tower said is kept for the student
+    assert m["peak"] - mine["peak"] > 0.99 * m["teacher"] and m["teacher"] > 0.5 * m["weights"] and "teacher" not in mine
     whole = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
     cli.train(["--resume", "--config_path=live/checkpoints/000005/pretrained_model/train_config.json"])
     again = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
