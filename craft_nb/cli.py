@@ -108,8 +108,10 @@ def refuse_clearly(main: Callable[[], object]) -> object:
                          f"{in_words(e)}\n(CRAFT_DEBUG=1 shows where)") from e
 
 def in_words(e: BaseException) -> str:
-    "What an error says; of one that a worker process sent only that, not its traceback."
+    """What an error says; of one that a worker process sent only that, not its traceback, and of draccus what is
+    behind it."""
     text = str(e)
+    if type(e).__module__.startswith("draccus") and e.__cause__: return f"{text.rstrip('.')}: {in_words(e.__cause__)}"
     return (re.split(rf"\n(?:[\w.]+\.)?{type(e).__name__}: ", text)[-1].strip()
             if text.startswith("Caught ") and "Traceback" in text else text)
 

@@ -59,6 +59,8 @@ def check_counts(cfg: CraftTrainConfig) -> None:
         raise ValueError("; ".join(wrong))
     if cfg.seed is not None and not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed: expected 0 … {2**32 - 1}, or null, found {cfg.seed}")
+    if cfg.dataset.streaming and not cfg.num_workers:
+        raise ValueError("dataset.streaming: data workers bring the frames: expected num_workers of 1 or more, found 0")
     if not cfg.wandb.enable: return
     if cfg.wandb.mode not in (None, *(modes := ("online", "offline", "disabled"))):
         raise ValueError(f"wandb.mode: expected one of {', '.join(modes)}, found {cfg.wandb.mode!r}")

@@ -24,8 +24,11 @@ from .step import finite_or_none
 # %% ../nbs/07e_heldout.ipynb #9d70c1be
 class AnchorRows(AnchorCacheDataset):
     "Some rows of an anchor cache, as a cache."
-    def __init__(self, cache: AnchorCacheDataset, rows: list[int]): vars(self).update(vars(cache) | dict(rows=rows))
+    def __init__(self, cache: AnchorCacheDataset, rows: list[int]):
+        if isinstance(cache, AnchorRows): rows = [cache.rows[i] for i in rows]
+        vars(self).update(vars(cache) | dict(rows=rows))
     def __len__(self) -> int: return len(self.rows)
+    def column(self, name: str): return None if (x := super().column(name)) is None else x[self.rows]
     def batch(self, idxs) -> dict: return self.store.batch([self.rows[int(i)] for i in idxs], self.names)
 
 # %% ../nbs/07e_heldout.ipynb #f2c5524d

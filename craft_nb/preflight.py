@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from .anchors import MANIFEST, _bytes, _pil
-from .training import require_as_asked
+from .training import rehearsal, require_as_asked, require_one_place, settle
 from .cards import _size
 from .check import Finding, attempt, gathered
 from .config import AnchorData, CraftConfig
@@ -348,7 +348,7 @@ def report_of(trainer: CraftTrainer | None, found: list[Finding], slow: bool = T
     say_numbers(r, found); say_words(r, found)
     if trainer is None: return r
     say_setup(r, trainer, to_come)
-    for say in (say_cameras, say_times, say_anchors): say(r, trainer)
+    for say in (say_cameras, say_times, *[say_anchors] * (to_come is None)): say(r, trainer)
     if not slow: return r
     with gathered() as more:
         say_costs(r, trainer)
@@ -385,7 +385,7 @@ def anchors_to_build(cfg: CraftTrainConfig) -> str:
     number = parse_count(build.num_anchors or str(min(1000, frames)))
     return (f"{frames if number == 'all' else number} to be built first, from the {frames} frames of "
             f"{', '.join(d.repo_id for d in given)}" + f" with {', '.join(map(repr, several(build.tasks)))}"
-            * bool(build.tasks) + "; memory and time are those without them")
+            * bool(build.tasks))
 
 def take_built(cfg: CraftTrainConfig, where: Path) -> bool:
     "Let a run have the anchors that an earlier call built for it in its own folder. Raises if they are others."
@@ -400,19 +400,17 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
     with (gathered() as found, tempfile.TemporaryDirectory(prefix="craft-check-") as tmp,
           contextlib.redirect_stdout(io.StringIO())):
         attempt("output", free_folder, cfg)
+        attempt("anchors", require_one_place, cfg)
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
-        workers, cfg.num_workers = cfg.num_workers, 0
+        workers, cfg.num_workers = cfg.num_workers, min(1, cfg.num_workers) if cfg.dataset.streaming else 0
         own = out and builds_anchors(cfg) and (Path(out) / ANCHORS / MANIFEST).is_file()
         if own: own = attempt("anchors", take_built, cfg, Path(out) / ANCHORS)
         if to_build := not (cfg.resume or own) and builds_anchors(cfg):
             words, coming = attempt("anchors", anchors_to_build, cfg), copy.deepcopy(cfg.craft)
-            c = cfg.craft  # the rest as it would be without them, but with the teacher's statistics
-            cfg.craft = CraftConfig(method="sft", allow_mismatch=c.allow_mismatch,
-                                    long_instructions=c.long_instructions,
-                                    gradient_accumulation_steps=c.gradient_accumulation_steps)
-        trainer = attempt("setup", make_trainer, cfg, quiet=True)
+            trainer = attempt("setup", lambda: settle(cfg) or rehearsal(cfg))
+        else: trainer = attempt("setup", make_trainer, cfg, quiet=True)
         if out: found[:] = [replace(f, text=f.text.replace(str(cfg.output_dir), str(out))) for f in found]
-        if trainer is None and cfg.craft.enabled and not any(f.what == "cache" for f in found):
+        if trainer is None and cfg.craft.enabled and not (to_build or any(f.what == "cache" for f in found)):
             attempt("cache", open_cache, cfg.craft)
         try:
             if trainer is not None:

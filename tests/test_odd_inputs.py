@@ -304,7 +304,9 @@ def test_prompts_as_editors_write_them(inside, work):
 def test_a_full_disk_while_a_run_builds_its_anchors(inside, work, monkeypatch):
     from craft_nb.anchors import AnchorWriter
     whole = AnchorWriter.add
-    def full(self, x): raise OSError(28, "No space left on device")
+    def full(self, x):
+        if self.dir.parts[0] == "run": raise OSError(28, "No space left on device")
+        whole(self, x)  # the few of the rehearsal
     monkeypatch.setattr(AnchorWriter, "add", full)
     copy(work, "other", ["lift it", "drop it"])
     own = ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.repo_id=other",
@@ -315,6 +317,27 @@ def test_a_full_disk_while_a_run_builds_its_anchors(inside, work, monkeypatch):
     train(work, *own)  # the same line, once there is room
     assert (sorted(set(AnchorCacheDataset("run/anchors").column("source_index").tolist())) == [0, 1]
             and not list(Path("run").glob(".anchors*")))
+
+
+BEFORE = [(["--dataset.eval_split=0.99"], "eval_split"), (["--craft.method=share", "--craft.anchor_batch_size=6"],
+                                                           "1 … 5 (anchors in run/anchors)"),
+          (["--craft.heldout_fraction=.9"], "leaves none to train on"), (["--craft.heldout_cache_dir=gone"], "at gone"),
+          (["--craft.method_options=foo:1"], "takes none"), (["--craft.method=der"], "the view action_logits"),
+          (["--peft.method_type=NO"], "expected one of ADALORA"), (["--dataset.streaming=true"], "num_workers"),
+          (["--policy.dtype=float8"], "float8")]
+
+
+@pytest.mark.parametrize("flags,says", BEFORE, ids=[" ".join(f) for f, _ in BEFORE])
+def test_what_speaks_against_a_run_is_said_before_its_anchors_are_built(inside, work, monkeypatch, flags, says):
+    "A build takes hours, and nothing is found out behind it that could have been said before."
+    import craft_nb.training as ours
+    monkeypatch.setattr(ours, "Lock", lambda *a: pytest.fail("the anchors were built"))
+    Path("temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", "temporary")
+    own = {"--craft.enabled": "true", "--craft.anchor_dataset.repo_id": "data", "--craft.anchor_dataset.num_anchors": 6,
+           "--craft.anchor_batch_size": 2}
+    assert says in refused(train, work, *(f"{k}={v}" for k, v in own.items() if k not in flags[-1]), *flags)
+    assert not list(Path("temporary").glob("craft-*")) and sorted(os.listdir()) == ["data", "temporary"]
 
 
 def test_anchors_that_were_built_need_their_source_no_more(inside, work, capsys):

@@ -114,7 +114,7 @@ def test_one_command_builds_and_trains_and_goes_on_wherever_it_was_killed(inside
             assert torch.allclose(picture.float() / 255, data[f][f"observation.images.{camera}"], atol=3e-3)
     add, calls = AnchorWriter.add, []
     def killed(self, rows):
-        calls.append(1)
+        calls.extend([1] * (Path(self.dir) == Path("b/anchors")))  # others are the few of the rehearsal
         if len(calls) == 3: raise KeyboardInterrupt
         add(self, rows)
     monkeypatch.setattr(AnchorWriter, "add", killed)
