@@ -133,35 +133,57 @@ def verdict(all_facts: dict[str, dict], evals: dict, tasks: dict) -> list[str]:
 # %% ../nbs/10m_judgement.ipynb #449e75ef
 # bench/study_demo.json, of craft-study --episodes=50: (drift on held-out anchors, old successes, of)
 STUDY = dict(view="action_logits", unit="nats per action token", teacher=(67, 100),
-             points=((.0834, 70, 100), (.0854, 74, 100), (.0859, 72, 100), (.0868, 69, 100), (.0876, 70, 100),
-                     (.1028, 67, 100), (.1035, 66, 100), (.1046, 73, 100), (.1055, 68, 100), (.1067, 69, 100),
-                     (.1094, 68, 100), (.1146, 66, 100), (.1203, 75, 100), (.1258, 72, 100), (.1313, 75, 100),
-                     (1.5691, 5, 100), (1.5820, 4, 100), (1.6937, 4, 100), (1.7257, 3, 100), (1.7543, 4, 100)))
+             points=((.0815, 72, 100), (.0834, 70, 100), (.0854, 74, 100), (.0859, 72, 100), (.0859, 73, 100), (.0868,
+                     69, 100), (.0876, 70, 100), (.0879, 70, 100), (.0915, 65, 100), (.1028, 67,
+                     100), (.1035, 66, 100), (.1046, 73, 100), (.1055, 68, 100), (.1067, 69, 100),
+                     (.1094, 68, 100), (.1146, 66, 100), (.1203, 75, 100), (.1258, 72, 100), (.1313,
+                     75, 100), (.1718, 75, 100), (.1928, 67, 100), (.2105, 67, 100), (.2892, 62,
+                     100), (.3299, 62, 100), (.3902, 35, 100), (.6185, 54, 100), (.6845, 24, 100),
+                     (.7110, 48, 100), (.9118, 22, 100), (.9336, 30, 100), (1.0419, 9, 100),
+                     (1.4271, 2, 100), (1.5691, 5, 100), (1.5820, 4, 100), (1.6937, 4, 100),
+                     (1.7257, 3, 100), (1.7543, 4, 100), (1.7841, 4, 100)))
+
+def kept_curves(points) -> tuple:  # weight, height, half and steepness of likely curves, spread around each
+    "Curves height / (1 + (drift / half)^steepness) with beta-binomial runs around them, weighed by `points`."
+    import torch
+    how = dict(dtype=torch.float64)
+    x, k, n = torch.tensor(points, **how).T
+    grid = torch.meshgrid(torch.linspace(.04, 1, 25, **how), torch.logspace(-2, 1, 31, **how),
+                          torch.linspace(.5, 6.5, 9, **how), torch.logspace(1, 3, 5, **how), indexing="ij")
+    height, half, steep, spread = (t.flatten() for t in grid)
+    weight = torch.zeros_like(height)
+    for d, right, of in zip(x, k, n):
+        mean = height / (1 + (d / half) ** steep)
+        a, b = spread * mean.clamp(1e-6, 1 - 1e-6), spread * (1 - mean.clamp(1e-6, 1 - 1e-6))
+        weight += (torch.lgamma(right + a) + torch.lgamma(of - right + b) - torch.lgamma(of + spread)
+                   - torch.lgamma(a) - torch.lgamma(b) + torch.lgamma(spread))
+    weight = (weight - weight.max()).exp()
+    some = weight > 1e-4
+    return tuple(t[some] for t in (weight / weight[some].sum(), height, half, steep, spread))
+
+def success_at(drift: float, curves: tuple) -> tuple:  # rates, and how likely a run at `drift` has each
+    import torch
+    weight, height, half, steep, spread = curves
+    mean = (height / (1 + (drift / half) ** steep)).clamp(1e-6, 1 - 1e-6)
+    rate = torch.linspace(.005, .995, 199, dtype=torch.float64)
+    likely = torch.distributions.Beta((spread * mean)[:, None], (spread * (1 - mean))[:, None]).log_prob(rate).exp()
+    return rate, (weight[:, None] * likely / likely.sum(1, keepdim=True)).sum(0)
+
+def quantiles(values, weight, *at: float) -> list[float]:
+    values, order = values.sort()
+    share = weight[order].cumsum(0) / weight.sum()
+    return [float(values[min(int((share < q).sum()), len(values) - 1)]) for q in at]
 
 def predicted_kept(drift: float, study: dict = STUDY) -> dict:  # {ratio, low, high, near}
-    """Success on old tasks over the teacher's that the study's curve foretells for a drift on held-out anchors; median
-    and 95 % interval. `near`: has the study a run at such a drift?"""
-    import torch
-    x, k, n = torch.tensor(study["points"], dtype=torch.float64).T
-    low, high = float(x.min()), float(x.max())
-    at, mid = math.log(min(max(drift, low), high)), float(x.log().mean())
-    # more drift keeps no more
-    height, slope = torch.meshgrid(torch.linspace(-6, 6, 121, dtype=torch.float64),
-                                   torch.linspace(-5, 0, 101, dtype=torch.float64), indexing="ij")
-    def logit(t): return height + slope * (t - mid)
-    ll = sum(k[i] * torch.nn.functional.logsigmoid(logit(x[i].log()))
-             + (n[i] - k[i]) * torch.nn.functional.logsigmoid(-logit(x[i].log())) for i in range(len(x)))
-    weight, p = (ll - ll.max()).exp().flatten(), logit(at).sigmoid().flatten()
-    some = weight > 1e-6 * weight.max()
-    before = torch.linspace(.005, .995, 199, dtype=torch.float64)
+    """Success on old tasks over the teacher's that the study's curve foretells for a run by its drift on held-out
+    anchors; median and 95 % interval. `near`: has the study a run at such a drift?"""
+    seen = [p[0] for p in study["points"]]
+    rate, likely = success_at(min(max(drift, min(seen)), max(seen)), kept_curves(study["points"]))
     good, of = study["teacher"]
-    also = good * before.log() + (of - good) * (1 - before).log()
-    ratio, w = (p[some][:, None] / before).flatten(), (weight[some][:, None] * (also - also.max()).exp()).flatten()
-    ratio, order = ratio.sort()
-    share = w[order].cumsum(0) / w.sum()
-    def quantile(q): return float(ratio[int((share < q).sum())])
-    return dict(ratio=quantile(.5), low=quantile(.025), high=quantile(.975),
-                near=bool(((x <= 1.5 * drift) & (x >= drift / 1.5)).any()))
+    also = good * rate.log() + (of - good) * (1 - rate).log()
+    ratio, weight = (rate[:, None] / rate).flatten(), (likely[:, None] * (also - also.max()).exp()).flatten()
+    return (dict(zip(("ratio", "low", "high"), quantiles(ratio, weight, .5, .025, .975)))
+            | dict(near=any(x / 1.5 <= drift <= 1.5 * x for x in seen)))
 
 def foretold(f: dict) -> dict | None:  # None: nothing to tell it from
     "What the study foretells for a run, from its certificate: of the study's view alone."
