@@ -11,6 +11,7 @@ __all__ = ['STORED', 'PACKED', 'DTYPES', 'teacher_says', 'draw_seeds', 'anchor_b
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -294,6 +295,7 @@ class Teacher:
         self.policy, self.preprocess, self.source, self.views, self.actions = policy, preprocess, source, views, actions
         self.deal, self.answers, self.draws, self.adapter = deal, answers, draws, adapter
         self.asks = actions == "teacher" and pass_needs(list(views.values()))[1]
+        self.tried = None  # rows of the first batch, if it was tried out
 
     def says(self, batch: dict, places: Sequence[int]) -> dict:
         return teacher_says(self.policy, self.preprocess(batch), self.views, self.actions, self.answers.mode,
@@ -429,19 +431,22 @@ def build_anchor_cache(
         out |= {k: torch.tensor([int(x[i]) for i in picked]) for k, x in index.items()}
         return out | (dict(prompt_index=torch.tensor([j % len(prompts) for j in places])) if prompts else {})
     with eval_mode(policy):
-        t = teacher(most)
-        if t.asks: made["undecodable"] = undecodable
-        def try_(b): return row(teacher(most), 0, b, t.source.load(range(b), t.deal.picked[:b]))
+        def try_(b):
+            t = teacher(most)
+            t.tried = row(t, 0, b, t.source.load(range(b), t.deal.picked[:b]))
+            return t
         size = made["batch_size"] = batch_size or find_batch_size(try_, most, next(policy.parameters()).is_cuda)
-        first = try_(1)  # what cannot work fails here, before there is a folder
-        if "answer" in first: require_one_shape(first, try_(min(2, most)))
-        if "draw_seed" in first: made["draws"] = first["draw_seed"].shape[1]
+        again = max_bytes or (Path(out_dir) / BUILDING).is_file()
+        t = try_(few := 1 if again else max(1, min(size, shard_size, most)))  # fails here, before there is a folder
+        if t.asks: made["undecodable"] = undecodable
+        if "answer" in t.tried: require_one_shape(t.tried, try_(1 if few > 1 else min(2, most)).tried)
+        if "draw_seed" in t.tried: made["draws"] = t.tried["draw_seed"].shape[1]
         plan = (cache_plan(policy, chosen, made, prompts, manifest or {}, adapter)
                 | dict(shard_size=shard_size, images=images, packed=PACKED))
         if max_bytes:
             most = resumed_size(out_dir, max_bytes) or anchors_that_fit(max_bytes, most, row(
   s := teacher(min(32, most)), 0, len(s.deal.picked), s.source.load(range(len(s.deal.picked)), s.deal.picked)), **plan)
-        t = teacher(most)
+        if again: t = teacher(most)
         if t.asks and not allow_undecodable: probe(t, size)
         return write_anchors(t, row, out_dir, most, size, name, allow_undecodable, num_workers, progress,
                              max_bytes=max_bytes, **plan)
@@ -478,17 +483,19 @@ def write_anchors(t: Teacher, row: Callable, out_dir, n: int, size: int, name: S
     workers = "a data worker", f"--num_workers (now {num_workers}) or --batch_size (now {size})"
     with AnchorWriter(out_dir, n, **how) as writer, watched(*workers):
         spans, done = all_spans(n, size, how["shard_size"]), writer.position
+        if t.tried and done:
+            raise FileExistsError(f"{out_dir}: another build wrote here meanwhile; the same call goes on from it")
         if t.asks and t.answers.mode == "skip":
             k, there = t.replay(spans, done, set(writer.stored("frame_index") or ()), name)
         else:
             k, there = sum(hi <= done for _, hi in spans), 0
             if t.asks: t.answers.count(range(done), t.deal.picked[:done], writer.stored("undecodable") or ())
         rest = f". What was built so far stays in {out_dir}, and the same call with that goes on from it"
-        source = AnchorFrames(t.source.dataset, t.deal.picked, spans[k:], t.source.prompts)
-        frames = torch.utils.data.DataLoader(source, batch_size=None, num_workers=num_workers)
-        for (lo, hi), batch in zip(spans[k:], progress_bar(Watched(frames, *workers), spans[k:], n, progress),
-                                   strict=True):
-            out = row(t, lo, hi, batch)
+        source = AnchorFrames(t.source.dataset, t.deal.picked, spans[k + bool(t.tried):], t.source.prompts)
+        frames = Watched(torch.utils.data.DataLoader(source, batch_size=None, num_workers=num_workers), *workers)
+        batches = itertools.chain([None] * bool(t.tried), frames)
+        for (lo, hi), batch in zip(spans[k:], progress_bar(batches, spans[k:], n, progress), strict=True):
+            out, t.tried = t.tried or row(t, lo, hi, batch), None
             rows = len(out["frame_index"])
             if there < rows: writer.add({k: v[there:] for k, v in out.items()})
             there = max(0, there - rows)

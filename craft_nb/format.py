@@ -90,7 +90,9 @@ def _arrange(f: Field, x: Tensor, mask: Tensor | None) -> tuple:  # contiguous, 
 def _pieces(f: Field, x: Tensor, sizes: list | None, pmap) -> list:
     if f.code == 'reference': return [[_frame_hashes(i)] for i in x]
     if f.code in IMAGE_CODES:
-        blobs = sum(pmap(lambda frames: [_encode_frame(i, f.code) for i in frames], x.split(8)), [])
+        raw, size, (h, w) = _bytes(x), x[0].numel(), x.shape[1:3]
+        def some(k): return [_encode_frame(raw[i * size:(i + 1) * size], h, w, f.code) for i in range(*k)]
+        blobs = sum(pmap(some, [(i, min(i + 8, len(x))) for i in range(0, len(x), 8)]), [])
         return [blobs[i:i + f.pieces] for i in range(0, len(blobs), f.pieces)]
     raw, at = _bytes(x), [0, *itertools.accumulate(sizes)]
     return [[raw[a:b]] for a, b in zip(at, at[1:])]

@@ -177,7 +177,7 @@ class _Queued(_Resumable):
 
     def _push(self, row: dict):  # {name: pieces}
         "One row into the shard that is filling, as long as there is room for it."
-        size = _row_bytes(self.fields, row)
+        size = _row_bytes(self.fields, row) if self.max_bytes else 0
         if self.full or self.max_bytes and self._size(size) > self.max_bytes: self.full = True; return
         self._rows.append(row); self._filling += size
         if len(self._rows) == self._rows_of(len(self.shards)): self._cut()
