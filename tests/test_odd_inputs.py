@@ -1,6 +1,7 @@
 """What real users hand over: wrong, odd and damaged inputs. Each gives one clear line or a right result, writes nothing
 where it refuses, and never a traceback."""
 import json
+import logging
 import os
 import shutil
 import sys
@@ -491,13 +492,18 @@ def test_some_tasks_are_trained_on_evaluated_and_answered_for(inside, work, caps
     assert "episode 1 of" in said and "also holds" in said and "--dataset.episodes" in said
 
 
-def test_pictures_and_prompts_alone(inside, work):
+def test_pictures_and_prompts_alone(inside, work, caplog):
     from PIL import Image
     Path("seen").mkdir()
     for i in range(3): Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(f"seen/{i}.png")
+    for name in ("IMG_1.HEIC", "2.tiff", "notes.txt", ".DS_Store"): Path("seen", name).write_bytes(b"x")
     Path("p.txt").write_text("Push and open a window\nPress a button from the top\n")
     alone = ["--dataset.repo_id=", "--image_dir=seen", "--prompts_file=p.txt"]
+    logging.disable(logging.NOTSET)
     build(work, *alone)
+    logging.disable(logging.WARNING)
+    assert [r.getMessage().partition(":")[2][:34] for r in caplog.records if "image_dir" in r.getMessage()] == [
+        " 2 left out (2.tiff, IMG_1.HEIC): "]
     ds = AnchorCacheDataset("cache")
     m, state = (ds.manifest["dataset"],
                 np.asarray(json.loads((work.root / "meta/stats.json").read_text())["observation.state"]["mean"]))
