@@ -79,16 +79,41 @@ def second_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str
     return text + "."
 
 # %% ../nbs/10m_judgement.ipynb #211ede85
-def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # None: nothing to change
-    """What to change in a run, by what its records show. `cost`: relative task loss against plain; `share`: of the old
-    success that was kept."""
-    c, l_ret = f["certificate"] or {}, (f["retention_loss"] or {}).get("mean")
+ON_ANCHORS = "craft", "constant", "share", "der", "mir", "agem", "aegis"
+
+def per_cent(text: str) -> str: return text.replace("%", "\N{NO-BREAK SPACE}%")
+
+def unsound(f: dict) -> str | None:  # None: it is
+    "What to mend in a run, whether it retains or not."
+    loss, first = f["task_loss"], f.get("task_loss_first")
     if f["state"].startswith("failed"): return f"mend what ended it ({f['state'][8:90]}) and go on with --resume"
     if f["state"] != "finished": return "let it run to its end: --resume goes on from the last checkpoint"
     if f["skipped"] > .01 * f["steps"]:
         return f"{f['skipped']} of {f['steps']} steps were not finite and skipped: lower the learning rate"
-    if c.get("held_out") is None:
-        return "hold anchors out, so that the drift is judged where it was not trained: --craft.heldout_fraction=.1"
+    if loss is None: return "no task loss was finite: lower the learning rate, or look at the data"
+    if first is not None and loss["mean"] - 2 * (loss["se"] or 0) > max(first, 1.1 * first):
+        return f"the task loss rose, from {first:.3g} to {loss['mean']:.3g}: lower the learning rate, or warm it up"
+    return None
+
+def clipped(f: dict) -> str | None:  # None: not worth a word
+    "What to do where nearly every step is clipped."
+    if not f["clipped"] or f["clipped"] <= .9: return None
+    return per_cent(f"{f['clipped']:.0%} of the steps were clipped, so that the clipping norm sets their length: lower the "
+                    "learning rate, or raise grad_clip_norm (--policy.optimizer_grad_clip_norm, without the policy's "
+                    "preset --optimizer.grad_clip_norm)")
+
+def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # None: nothing to change
+    """What to change in a run that retains, by what its records show. `cost`: relative task loss against plain;
+    `share`: of the old success that was kept."""
+    c, l_ret, kind = f["certificate"] or {}, (f["retention_loss"] or {}).get("mean"), f["method"].partition(",")[0]
+    steered = f["method"] in ("share", "craft, share")
+    if text := unsound(f): return text
+    if kind in ON_ANCHORS and f.get("retention_steps", 2) < 2 <= f["steps"]:
+        return f"anchors were looked at in one of {f['steps']} steps at most: lower --craft.retention_freq"
+    if c and c["held_out"] is None: return "the drift on held-out anchors is not finite: lower the learning rate"
+    if not c:
+        return ("hold anchors out, so that the drift is judged where it was not trained: --craft.heldout_"
+                + ("fraction=.1" if kind in ON_ANCHORS else "cache_dir=CACHE"))
     if c["budget"] is None: return "name a budget, so that there is something to meet: --craft.budget, or a final ε"
     gap = c["held_out"] / l_ret if l_ret else None
     if not c["met"]:
@@ -96,30 +121,42 @@ def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # N
             return (f"held-out drift is {gap:.1f} times that of the anchors trained on: cache more anchors, "
                     "of more episodes and instructions")
         top, lam = f["lambda_max"], (f["multiplier"] or {}).get("mean")
-        if top and lam and lam > .98 * top: return f"λ stood at its bound: raise --craft.lambda_max above {top:g}"
-        return "let the weight follow the held-out drift: --craft.controller=share with --craft.budget"
+        if steered and f.get("asked_budget"):
+            most, now = f.get("share_max"), (f.get("share") or {}).get("mean")
+            if most and now and now > .98 * most:
+                return f"the share stood at its ceiling: raise --craft.share_max above {most:g}, or lower the learning rate"
+            return "the weight follows the drift and was late: begin with a larger --craft.share, or train longer"
+        if top and lam and lam > .98 * top and kind == "craft":
+            return f"λ stood at its bound: raise --craft.lambda_max above {top:g}"
+        return ("let the weight follow the held-out drift: --craft."
+                f"{'controller' if kind == 'craft' else 'method'}=share with --craft.budget")
     if share is not None and share < .9:
-        return (f"the budget was met and yet {1 - share:.0%} of the old success is gone: halve ε, "
-                f"or hold a view nearer to the actions".replace("%", "\N{NO-BREAK SPACE}%"))
+        return per_cent(f"the budget was met and yet {1 - share:.0%} of the old success is gone: halve ε, "
+                        "or hold a view nearer to the actions")
+    weight = "--craft.share" if steered else "the weight" if kind != "craft" else "λ_max"
     if cost is not None and cost > .05 and c["held_out"] < .5 * c["budget"]:
-        return "the drift is under half of its budget while the task loss is behind: lower λ_max, or anchor less often"
+        return ("the drift is under half of its budget while the task loss is behind: "
+                f"lower {weight}, or anchor less often")
     if cost is not None and cost > .05:
         return "keeping costs more than 5 % of the task loss: train longer, or allow a larger ε and look at success"
-    if f["clipped"] and f["clipped"] > .9:
-        return (f"{f['clipped']:.0%} of the steps were clipped: the clipping norm, not the learning rate, "
-                f"sets the step".replace("%", "\N{NO-BREAK SPACE}%"))
+    if c["half_width"] is not None and c["held_out"] + c["half_width"] > c["budget"]:
+        return "the budget is met, and the interval reaches over it: hold more episodes out, or train with a smaller ε"
     return None
 
 def third_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str:
     ours, plain = ([n for n, f in all_facts.items() if f["retains"] == x] for x in (True, False))
+    def with_clipped(text, f): return "; and ".join(filter(None, (text, clipped(f))))
     if not ours:
+        for n in plain:
+            if text := with_clipped(unsound(all_facts[n]), all_facts[n]):
+                return f"Next{f', for {n}' if len(plain) > 1 else ''}: {text}."
         return "Next: keep what the teacher can: craft-build-cache, then craft-train with --craft.anchor_cache_dir."
     loss = losses_of([*ours, plain[0]], all_facts, evals)[1] if plain else {}
     base = loss[plain[0]][0] if plain and plain[0] in loss else 0
     for n in ours:
         share = kept(evals, n, tasks)
-        if text := advice(all_facts[n], loss[n][0] / base - 1 if base > 0 and n in loss else None,
-                          share and share["ratio"]):
+        if text := with_clipped(advice(all_facts[n], loss[n][0] / base - 1 if base > 0 and n in loss else None,
+                                       share and share["ratio"]), all_facts[n]):
             return f"Next{f', for {n}' if len(ours) > 1 else ''}: {text}."
     if any(kept(evals, n, tasks) for n in ours):
         return "Next: nothing stands out; repeat it with another seed before you rely on it."

@@ -154,6 +154,10 @@ def tail(rows: Sequence[dict], key: str) -> dict | None:  # {mean, se, n}; None 
     x = x[-max(1, len(x) // 10):]
     return dict(mean=statistics.fmean(x), se=statistics.stdev(x) / len(x)**.5 if len(x) > 1 else None, n=len(x))
 
+def head(rows: Sequence[dict], key: str) -> float | None:
+    "Mean of `key` over the first tenth of the rows that have it."
+    return (tail([*reversed(rows)], key) or {}).get("mean")
+
 def share_of(rows: Sequence[dict], key: str) -> float | None:  # None: not recorded
     return sum(bool(r.get(key)) for r in rows) / len(rows) if any(key in r for r in rows) else None
 
@@ -177,6 +181,8 @@ def facts(run: Recorded) -> dict:  # JSON-able
     return dict(
         method=f"craft, {craft.get('controller', 'ascent')}" if method == "craft" else method, retains=retains,
         state=state_of(run), steps=steps, steps_asked=begun.get("steps"), task_loss=tail(run.rows, "task_loss"),
+        task_loss_first=head(run.rows, "task_loss"), retention_steps=len(kept), share=tail(run.rows, "share"),
+        share_max=craft.get("share_max"), asked_budget=craft.get("budget"),
         retention_loss=tail(kept, "retention_loss"), epsilon=tail(kept, "epsilon"),
         multiplier=tail(run.rows, "lambda"), lambda_max=craft.get("lambda_max"),
         certificate=cert and {k: v for k, v in cert.items() if k not in ("event", "step")},
