@@ -204,6 +204,7 @@ def drift_job(run_args, path):  # hidden drift on held-out anchors, {} where the
 # %% ../nbs/12_demo.ipynb #f7a3109b
 def runs_page(run:Run, found:dict): # found: {success, drift} of the evaluate stage; a `craft_nb.report.Report`
     "The arms beside each other, as `craft-report` shows runs."
+    from craft_nb.files import write_whole
     from craft_nb.report import Report
     names = {a: a.replace(":", "-") for a in dict.fromkeys(run.settings.arm_names)} | dict(teacher="teacher")
     paths, evals = dict(teacher=run.result("teacher")["path"]) | run.result("finetune"), []
@@ -211,7 +212,7 @@ def runs_page(run:Run, found:dict): # found: {success, drift} of the evaluate st
     for arm, name in names.items():
         seen = dict(policy=paths[arm], success={t: c[arm] for t, c in found["success"].items()},
                     drift=found["drift"].get(arm))
-        (file := run.folder/"eval"/f"{name}.json").write_text(json.dumps(seen))
+        write_whole(file := run.folder/"eval"/f"{name}.json", json.dumps(seen))
         evals.append(f"{name}={file}")
     return Report([run.folder/"runs"/n for n in names.values() if n != "teacher"], evals=evals,
                   new=run.settings.new.split(","))
@@ -305,6 +306,7 @@ def unchecked(s:Settings): # why check-tasks has nothing to say, None if it has
 def check_tasks(run:Run, limit:float=0.2):
     """A blind policy and constant actions on every task; `check_tasks.json`. SystemExit if one succeeds more often than
     `limit`."""
+    from craft_nb.files import write_whole
     if why := unchecked(run.settings): raise SystemExit(f"check-tasks: {why}")
     for name in ("record", "tokenizers"): run.stage(name)
     s, folder = run.settings, run.folder/"constants"
@@ -324,7 +326,7 @@ def check_tasks(run:Run, limit:float=0.2):
                 f"best of {len(constant_actions())} constant actions {best[1]['rate']:.0%} {best[0]}")
     bad = [t for t, c in success.items() if max(x["rate"] for x in c.values()) > limit]
     found = dict(limit=limit, passed=not bad, success=success)
-    (run.folder/"check_tasks.json").write_text(json.dumps(found, indent=1))
+    write_whole(run.folder/"check_tasks.json", json.dumps(found, indent=1))
     if bad:
         raise SystemExit(f"not skills: {', '.join(bad)} succeed in more than {limit:.0%} of the episodes without "
                          "sight; choose other tasks")

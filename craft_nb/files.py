@@ -72,9 +72,9 @@ _FROM = {v: k for k, v in DTYPES.items()}
 _SIZE = {k: getattr(torch, k).itemsize for k in DTYPES}
 
 @contextlib.contextmanager
-def _atomic(path: Path):
+def _atomic(path: Path, mark: str = ''):  # mark: in the name that it has until then
     "A file that appears under its name only when it is complete and on the disk."
-    tmp = path.with_name(path.name + '.tmp')
+    tmp = path.with_name(f'{path.name}{mark}.tmp')
     try:
         with open(tmp, 'wb') as f:
             yield f
@@ -92,6 +92,12 @@ def _publish(tmp: Path, path: Path):
     fd = os.open(path.parent, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
+
+# %% ../nbs/04a_files.ipynb #846dff31
+def write_whole(path, content: str | bytes):
+    "A page or a table that is there whole or as it was, whatever ends this process and whoever else writes it."
+    with _atomic(as_path(path), f'.{os.getpid()}') as f:
+        f.write(content.encode() if isinstance(content, str) else content)
 
 # %% ../nbs/04a_files.ipynb #71cdacda
 def write_shard(

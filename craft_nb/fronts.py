@@ -18,6 +18,7 @@ import torch
 
 from .judgement import kept_curves, quantiles, success_at
 from .evaluate import CSS, COLOURS, INK, figure_png, figure_svg, new_figure, section, table_html, table_markdown
+from .files import write_whole
 
 # %% ../nbs/13b_fronts.ipynb #38579c55
 class Arm(NamedTuple):
@@ -297,9 +298,9 @@ def write_report(found: dict, out: Path) -> Path:  # the page
     out.mkdir(parents=True, exist_ok=True)
     made = dict(losses=plot_losses(study), success=plot_successes(study), kept=plot_kept(study))
     figures = {name: fig for name, fig in made.items() if fig}
-    for name, fig in figures.items(): (out / f"{workload}_{name}.png").write_bytes(figure_png(fig, 110))
-    (out / f"{workload}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / f"{workload}.md").write_text(tables(study) + "\n")
+    for name, fig in figures.items(): write_whole(out / f"{workload}_{name}.png", figure_png(fig, 110))
+    write_whole(out / f"{workload}.json", json.dumps(found, indent=1) + "\n")
+    write_whole(out / f"{workload}.md", tables(study) + "\n")
     def cells(rows): return [[html.escape(str(c)) for c in r] for r in rows]
     parts = [section("Drift and the new task", "Each method is a curve over its knob; lower and further "
                      "left is better.", figure_svg(figures["losses"], "task loss over held-out drift"))]
@@ -323,7 +324,7 @@ def write_report(found: dict, out: Path) -> Path:  # the page
                          table_html(["arm", "seeds", "losses", "success"], cells(volume_rows(volumes(study))))))
     parts.append(section("Every job", "Means over seeds.", table_html(HEAD, cells(table_rows(study)))))
     page = out / f"{workload}.html"
-    page.write_text(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Study: '
+    write_whole(page, f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Study: '
                     f'{html.escape(workload)}</title><style>{CSS}</style></head><body><h1>Study: '
-                    f'{html.escape(workload)}</h1>{"".join(parts)}</body></html>\n', encoding="utf-8")
+                    f'{html.escape(workload)}</h1>{"".join(parts)}</body></html>\n')
     return page

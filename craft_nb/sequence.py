@@ -18,6 +18,7 @@ import torch
 from . import demo
 from .config import CraftConfig
 from .evaluate import CSS, gem_metrics, libero_metrics, section, table_html, table_markdown
+from .files import write_whole
 from .stages import read_done
 
 # %% ../nbs/13a_sequence.ipynb #a67d08eb
@@ -123,8 +124,7 @@ def measured(run: demo.Run, path: Path, episodes: int, policy=None) -> dict:  # 
 
 def leave(file: Path, row: dict) -> dict:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.with_suffix(".tmp").write_text(json.dumps(row, indent=1))
-    file.with_suffix(".tmp").rename(file)
+    write_whole(file, json.dumps(row, indent=1))
     return row
 
 def done(file: Path, episodes: int) -> dict | None:
@@ -271,12 +271,10 @@ def sequence_report(folder) -> Path:  # the page
         parts.append(section(says.capitalize(), "NBT above 0: forgotten. BWT and FWT are GEM's; of losses all signs "
                              "are turned, so that higher is better.", *(table_html(*cells(t)) for t in tables)))
     folder = Path(folder)
-    (folder / "sequence.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "sequence.md").write_text("\n\n".join(texts) + "\n")
-    (folder
-     / "sequence.html").write_text(f'<!doctype html><html lang="en"><head><meta '
-                                   f'charset="utf-8"><title>Sequence</title><style>{CSS}</style></head><body><h1>Task '
-                                   f'after task</h1>{"".join(parts)}</body></html>\n', encoding="utf-8")
+    write_whole(folder / "sequence.json", json.dumps(found, indent=1) + "\n")
+    write_whole(folder / "sequence.md", "\n\n".join(texts) + "\n")
+    write_whole(folder / "sequence.html", '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Sequence'
+                f'</title><style>{CSS}</style></head><body><h1>Task after task</h1>{"".join(parts)}</body></html>\n')
     return folder / "sequence.html"
 
 # %% ../nbs/13a_sequence.ipynb #91bee169
@@ -286,6 +284,7 @@ def sequence(folder: Path, settings: demo.Settings, arms: list[str], seeds: list
     if strange := [a for a in arms if a not in ARMS]:
         raise ValueError(f"unknown arm {', '.join(strange)}: a sequence has {', '.join(ARMS)}")
     run = demo.Run(folder, settings, workers)
+    run.lock.flag = "--out"
     try:
         for name in () if only_report else ("record", "tokenizers"): run.stage(name)
         if not only_report:

@@ -427,6 +427,7 @@ def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], epi
     collect(out)  # what is damaged is said before anything runs
     if not only_report:
         base, here = demo.Run(folder, settings, workers), demo.Run(out, settings, workers)
+        base.lock.flag, here.lock.flag = "--demo", "--out"
         try:
             for name in ("record", "tokenizers", "teacher"): base.stage(name)
             base.close()

@@ -1,6 +1,9 @@
 """A study's jobs on a real, tiny workload: what one leaves, and that a finished one is not run again."""
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,6 +72,28 @@ def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "runs")
     # without weights it is trained anew
     with pytest.raises(AssertionError, match="it is trained"): run_job(base, str(tmp_path), job, 3)
+
+
+def test_a_folder_is_written_by_one_study_at_a_time(base, tmp_path, monkeypatch):
+    "The second is told by the flag that it has, and leaves what is there."
+    from craft_nb import demo
+    from craft_nb.sequence import sequence, sequence_settings
+    from craft_nb.study import Job, study
+    code = ("import sys; from craft_nb.machine import Lock; held = Lock(sys.argv[1]).take(); print(1, flush=True); "
+            "sys.stdin.read()")
+    out, tasks = tmp_path / "out", ["window-open-v3", "button-press-topdown-v3"]
+    first = subprocess.Popen([sys.executable, "-c", code, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline().strip() == b"1"
+        monkeypatch.setattr(demo.Run, "stage", lambda *a: None)  # those of the demo are done
+        says = f"{out}: .*{first.pid}.* writes here; wait for it, stop it, or give another --out$"
+        with pytest.raises(FileExistsError, match=says): study(Path(base[0]), out, base[1], [Job("sft", "lr=1", 0)])
+        with pytest.raises(FileExistsError, match=says): sequence(out, sequence_settings(base[1], tasks), ["sft"], [0])
+        assert len(list(out.iterdir())) == 1
+    finally:
+        first.kill()
+        first.wait()
+        for pipe in (first.stdin, first.stdout): pipe.close()
 
 
 def test_a_policy_that_answers_with_numbers(base, work, tmp_path):
