@@ -30,6 +30,7 @@ from .data import Rows, read_prompts, draw_over, find_tasks, several
 from .features import resolve_layers
 from .fit import (camera_findings, check_features, data_findings, heed, load_policy,
                           load_policy_alone, rename_of, require_fit, run_hashes, make_processors, Source, open_pictures)
+from .frames import read_plain
 from .losses import VIEWS, make_views, pass_needs
 from .machine import follow
 from .mcq import build_question_cache, read_questions
@@ -490,7 +491,7 @@ def live_frames(craft: CraftConfig, policy: PreTrainedConfig) -> LiveFrames:
                                          episodes=a.episodes)), several(a.tasks)
     dataset, n = load_dataset(cfg, policy, wanted), parse_count(a.num_anchors or "all")
     rows, _ = rows_of(dataset, wanted)
-    frames = LiveFrames(dataset, a.repo_id, dict(repo_id=cfg.repo_id, fps=dataset.meta.fps, chunk=chunk_length(dataset),
+    frames = LiveFrames(read_plain(dataset), a.repo_id, dict(repo_id=cfg.repo_id, fps=dataset.meta.fps, chunk=chunk_length(dataset),
                                                  episodes=cfg.episodes, frames=len(rows)), None if n == "all" else n,
                         draws=craft.anchor_draws, rows=rows if wanted else None)
     frames.views, frames.source = {n: {} for n in parse_weights(craft.views)}, dataset

@@ -29,6 +29,7 @@ from .anchors import AnchorCacheDataset
 from .config import as_path
 from .configs import CraftTrainConfig
 from .data import Read
+from .frames import read_plain
 from .machine import Lock, follow, point, undisturbed, watched
 from .policies import base_policy
 from .streams import FrameOrder, ready_batches
@@ -281,7 +282,7 @@ def loader_by_task(dataset, batch_size: int, rows: Iterable[int] | None = None):
     groups = {}
     for i in range(len(dataset)) if rows is None else rows: groups.setdefault(of[i], []).append(i)
     batches = [(t, g[k:k + batch_size]) for t, g in sorted(groups.items()) for k in range(0, len(g), batch_size)]
-    loader = torch.utils.data.DataLoader(Read(dataset), batch_sampler=[b for _, b in batches],
+    loader = torch.utils.data.DataLoader(Read(read_plain(dataset)), batch_sampler=[b for _, b in batches],
                                          collate_fn=lerobot_collate_fn if dataset.meta.has_language_columns else None)
     loader.tasks = [(names.get(t, f"task {t}"), len(b)) for t, b in batches]
     return loader

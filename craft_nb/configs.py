@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from .check import waivers
-from .config import CraftConfig, as_path, at_home
+from .config import CraftConfig, as_path, at_home, parse_size
 from .data import check_files, kind_of, parquet, read_info, several, read_json
 from .machine import LOCK, follow
 from .terminal import quieten
@@ -274,9 +274,4 @@ def parse_count(text: str) -> int | str:
 
 def parse_bytes(text: str) -> int:  # 0 for no limit
     "`--max_bytes`: 30MB, 1.5GiB, 200kB or a number of bytes."
-    import re
-    units = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    if not str(text).strip(): return 0
-    if not (m := re.fullmatch(r"(\d+(?:\.\d*)?)\s*([kmgt]i?)?b?", str(text).strip().lower())) or not float(m[1]):
-        raise ValueError(f"max_bytes: expected a size such as 30MB, 1.5GiB or 200kB, found {text!r}")
-    return int(float(m[1]) * units[m[2] or ""])
+    return parse_size(text, "max_bytes") if str(text).strip() else 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCK', 'SIGNALS', 'point', 'aside', 'follow', 'holder', 'Lock', 'give_way', 'HelperLost', 'watched', 'Watched',
-           'lost_helper', 'undisturbed']
+           'lost_helper', 'undisturbed', 'free_memory']
 
 # %% ../nbs/00a_machine.ipynb #7830839a
 import errno
@@ -283,6 +283,22 @@ def undisturbed() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGCHLD, asked)
     asked(signal.SIGCHLD, None)
+
+# %% ../nbs/00a_machine.ipynb #5924e689
+def free_memory() -> int:  # bytes; 0: the system does not tell
+    "Main memory that is free or can be made so, within the limit of a container."
+    def lines(file):
+        try: return Path(file).read_text().splitlines()
+        except OSError: return []
+    def number(file): return int(x[0]) if (x := lines(file)) and x[0].isdigit() else None
+    free = next((int(x.split()[1]) * 1024 for x in lines("/proc/meminfo") if x.startswith("MemAvailable")), 0)
+    for limit, used in (("memory.max", "memory.current"),
+                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        most, now = (number(f"/sys/fs/cgroup/{f}") for f in (limit, used))
+        files = sum(int(x.split()[1]) for x in lines(Path(f"/sys/fs/cgroup/{limit}").with_name("memory.stat"))
+                    if x.startswith(("inactive_file ", "total_inactive_file ")))
+        if most is not None and now is not None: free = min(free, max(most - now + files, 0))
+    return free
 
 # %% ../nbs/00a_machine.ipynb #7c1e0a92
 class Door(types.ModuleType):

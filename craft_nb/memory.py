@@ -91,6 +91,7 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
                optimizer=g * moments(trainer.optimizer), surgery=0, task_pass=g, anchor_pass=0)
     if trainer.method.copies: out["method"] = int(g * trainer.method.copies)
     if trainer.method.beside: out["teacher"] = trainer.method.beside
+    if trainer.frames and trainer.frames.held: out["frames"] = trainer.frames.held  # of main memory, beside the peak
     if not (acc and "FSDP" in str(acc.distributed_type)):
         out |= measure_passes(trainer, unwrapped(trainer))
     streams = ret is not None and ret.streams
@@ -142,6 +143,7 @@ class Memory(Callback):
     def before_fit(self, trainer):
         said, self.device = trainer.expected, next(trainer.policy.parameters()).device
         self.expected = said or estimate_memory(trainer)
+        self.kept = trainer.frames.here() if trainer.frames else 0
         if self.device.type == "cuda": torch.cuda.reset_peak_memory_stats(self.device)
         elif there := resident(forget_peak=True):
             self.start = there - self.expected["weights"] - self.expected.get("teacher", 0)
@@ -157,7 +159,8 @@ class Memory(Callback):
         if self.device.type != "cuda" and self.start is None:
             return print(f"memory used: this system does not tell; {_size(self.expected['peak'])} expected")
         used = (torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda"
-                else max(resident("VmHWM") - self.start, 0))
+                else max(resident("VmHWM") - self.start - (trainer.frames.here() - self.kept if trainer.frames else 0),
+                         0))
         trainer.event("memory_used", used=used, expected=self.expected["peak"])
         print(f"memory used: {_size(used)} of {_size(self.expected['peak'])} expected")
 

@@ -33,6 +33,7 @@ from .instructions import Heeded
 from .lerobot import (CraftTrainConfig, anchor_build, begun, builds_anchors, camera_findings, each_dataset,
                               load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
                               require_fit, require_writable, rows_of, wanted_tasks)
+from .machine import free_memory
 from .policies import adapter_for, base_policy
 from .trainer import (CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows,
                               unwrapped)
@@ -225,10 +226,7 @@ def available(device: torch.device) -> int:  # bytes; 0: unknown
     if device.type == "cuda":
         return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
                 - torch.cuda.memory_allocated(device))
-    try:
-        return next(int(x.split()[1]) * 1024 for x in Path("/proc/meminfo").read_text().splitlines()
-                    if x.startswith("MemAvailable"))
-    except (OSError, StopIteration): return 0
+    return free_memory()
 
 # %% ../nbs/11d_preflight.ipynb #4d6c6549
 def say_costs(r: Report, t: CraftTrainer) -> None:
@@ -240,8 +238,12 @@ def say_costs(r: Report, t: CraftTrainer) -> None:
         r.add("memory", f"{_size(m['peak'])} at the peak of a step "
               f"({', '.join(f'{k.replace(chr(95), chr(32))} {_size(v)}' for k, v in m.items() if v and k != 'peak')}), "
               f"{device} has {_size(has)}", available=has, **m)
-        if m["peak"] > .95 * has > 0:
-            r.findings.append(Finding("warn", "memory", f"a step needs {_size(m['peak'])} of {device}'s {_size(has)}: "
+        # frames lie in main memory, wherever the policy is
+        frames = m.get("frames", 0) if device.type == "cpu" else 0
+        if m["peak"] + frames > .95 * has > 0:
+            r.findings.append(Finding("warn", "memory", f"a step needs {_size(m['peak'])}"
+                                      + f" beside {_size(frames)} of decoded frames" * bool(frames) + f" of {device}'s "
+                                      f"{_size(has)}: "
                                       f"lower --batch_size (now {cfg.batch_size}) or --craft.anchor_batch_size (now "
                                       f"{cfg.craft.anchor_batch_size}), or set --craft.anchor_micro_batch", m))
     if s := attempt("time", pass_seconds, t):

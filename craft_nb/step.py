@@ -79,6 +79,7 @@ class StepParts:
                                                                                  cache_type, held_out)
         self.control, self.nonfinite, self.nonfinite_run = Control(), 0, 0
         self.agreed = False  # all ranks know that one was told to stop
+        self.frames = None  # `Room` of the frames that are kept in memory
         self.params = [p for p in policy.parameters() if p.requires_grad]
         self.method.attach(self)
 

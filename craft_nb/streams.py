@@ -24,6 +24,7 @@ from .config import parse_numbers
 from .configs import CraftTrainConfig, _ranges, localise
 from .data import Read, read_frame
 from .fit import camera_findings, check_features, data_findings, heed, instructions_of, require_fit
+from .frames import Room
 from .machine import Watched
 
 from lerobot.configs.default import DatasetConfig
@@ -130,11 +131,14 @@ def make_order(cfg: CraftTrainConfig, dataset, state: dict, ranks: int) -> Frame
                                       then.get("batch_size") or cfg.batch_size, then.get("num_processes") or ranks)
     return FrameOrder(frames, cfg.batch_size, ranks, **place, pairs=cfg.dataset.image_transforms.enable)
 
-def make_loader(cfg: CraftTrainConfig, dataset, order: FrameOrder | None, pin: bool):
-    "LeRobot's data loader."
+def make_loader(cfg: CraftTrainConfig, dataset, order: FrameOrder | None, pin: bool, room: Room | None = None):
+    "LeRobot's data loader. Decoded frames are kept as far as there is `room`."
     from lerobot.utils.collate import lerobot_collate_fn
     workers, collate = cfg.num_workers > 0, lerobot_collate_fn if dataset.meta.has_language_columns else None
-    if order is not None: dataset = Redrawn(dataset, order.frames.seed) if order.pairs else Read(dataset)
+    if order is not None:
+        draws = cfg.steps * cfg.batch_size * cfg.craft.gradient_accumulation_steps
+        dataset = (room or Room("none")).keep(dataset, draws, "training data", cfg.num_workers, order.ranks)
+        dataset = Redrawn(dataset, order.frames.seed) if order.pairs else Read(dataset)
     return torch.utils.data.DataLoader(
         dataset, batch_size=cfg.batch_size, sampler=order, shuffle=False, num_workers=cfg.num_workers, pin_memory=pin,
         drop_last=False, collate_fn=collate,
@@ -228,7 +232,8 @@ def old_data(cfg: CraftTrainConfig, trained, dataset: str, root: str, episodes: 
     if d.image_transforms.enable: old.set_image_transforms(ImageTransforms(d.image_transforms))
     return old
 
-def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_size: int, **which) -> OldDemonstrations:
+def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_size: int, room: Room | None = None,
+                       **which) -> OldDemonstrations:
     "What `replay` and its like are given. Raises `ValueError` if policy and old demonstrations do not fit."
     from lerobot.datasets.sampler import EpisodeAwareSampler
     old = main_first(acc, lambda: old_data(cfg, trained, **which))
@@ -247,5 +252,7 @@ def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_siz
     workers = dict(num_workers=cfg.num_workers) | (
         dict(prefetch_factor=cfg.prefetch_factor, multiprocessing_context=cfg.dataloader_multiprocessing_context)
         if cfg.num_workers else {})
+    old = (room or Room("none")).keep(old, cfg.steps * batch_size, "old demonstrations", cfg.num_workers,
+                                      acc.num_processes)
     return OldDemonstrations(old, frames, batch_size, pre, cfg.seed or 0, acc.process_index, acc.num_processes,
                              pin_memory=acc.device.type == "cuda", **workers)

@@ -38,6 +38,7 @@ from .configs import (ANCHORS, CraftTrainConfig, begun, data_root, each_dataset,
 from .data import read_info, read_prompts, several
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, make_processors,
                           require_fit, run_hashes)
+from .frames import Room
 from .machine import Lock, Watched, follow, give_way, holder
 from .methods import MethodParts, find_method, make_method, read_options
 from .monitor import RecordLog
@@ -156,8 +157,12 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
                                                                   load_optimizer=not sharded)
     pin = acc.device.type == "cuda"
     order = make_order(cfg, dataset, state, acc.num_processes)
-    loader = make_loader(cfg, dataset, order, pin)
-    eval_loader = None if held_out is None else loader_by_task(held_out, cfg.batch_size)
+    room = Room(cfg.craft.keep_frames, int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)))
+    loader = make_loader(cfg, dataset, order, pin, room)
+    eval_loader = None if held_out is None else loader_by_task(room.keep(
+        held_out, len(held_out) * (cfg.steps // cfg.eval_steps if cfg.eval_steps > 0 else 0), "held-out data"),
+        cfg.batch_size)
+    keep_anchors(room, cfg, [a.store for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)])
     adapter = (cache_adapter(judged if cache is None else cache, cfg.craft, policy) if cache is not None or judged
                is not None else adapter_for(policy, cfg.craft.capture) if taught else None)
     policy, optimizer, loader, scheduler = acc.prepare(policy, optimizer, loader, scheduler)
@@ -182,7 +187,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     # it is refused; what else there is, is looked at
     lost = gathering() and cfg.craft.enabled and cache is None and find_method(cfg.craft.method).needs == "anchors"
     method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(
-        old_demonstrations, cfg, acc, dataset, pre, post), answered) if cfg.craft.enabled and not lost else None
+        old_demonstrations, cfg, acc, dataset, pre, post, room=room), answered) if cfg.craft.enabled and not lost else None
     if teacher is not None and cfg.craft.teacher != "inside":
         method.beside = nbytes([*teacher.parameters(), *teacher.buffers()])
     trainer = CraftTrainer(
@@ -192,13 +197,21 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         cache_type=cache.cache_type if cache is not None else None, max_nonfinite_steps=cfg.craft.max_nonfinite_steps,
         callbacks=[*callbacks, Checkpoints(parts), Evaluations(parts), Locked(parts)],
         checkpoint=(lambda t: write_checkpoint(t, parts)) if cfg.save_checkpoint else None)
-    trainer.parts = parts
+    trainer.parts, trainer.frames = parts, room
     if state and not lost:
         trainer.load_state_dict(state)
         if trainer.method.tensors(): trainer.method.load_tensors(read_method_tensors(cfg.checkpoint_path))
         parts.saved = go_on_from(cfg, acc, trainer.step)
     logging.info("cache_type=%s", trainer.cache_type)
     return trainer
+
+# %% ../nbs/10k_training.ipynb #c9d07e9a
+def keep_anchors(room: Room, cfg: CraftTrainConfig, frames: list[LiveFrames]) -> None:
+    "Keep the frames that a teacher answers, once for all parts of them."
+    for f in {id(x): x for x in frames}.values():
+        drawn = cfg.steps // cfg.craft.retention_freq * cfg.craft.anchor_batch_size
+        f.frames.dataset = room.keep(f.frames.dataset, drawn, "frames of anchor_dataset", cfg.craft.anchor_num_workers,
+                                     number=len(f.frames.picked))
 
 # %% ../nbs/10k_training.ipynb #429f8a42
 def asked_anchors(craft: CraftConfig) -> dict:

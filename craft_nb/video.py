@@ -6,13 +6,14 @@
 __all__ = ['MEND', 'ForwardFile', 'ForwardFrames', 'read_forward']
 
 # %% ../nbs/10c_video.ipynb #64b38322
-import copy
 import os
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
+from .frames import PlainFrames, read_plain
 
 # %% ../nbs/10c_video.ipynb #458a7606
 MEND = "restore the file, or leave its episodes out with --dataset.episodes"
@@ -87,48 +88,13 @@ class ForwardFile:
 
     def close(self) -> None: self.box.close()
 
-# %% ../nbs/10c_video.ipynb #1d1f8426
-class Remembered:
-    "Rows of a table, the last one kept: LeRobot reads an episode's several times a frame."
-    def __init__(self, table): self.table, self.last = table, (None, None)
-    def __getattr__(self, name):
-        if name == "table": raise AttributeError(name)  # being unpickled
-        return getattr(self.table, name)
-    def __len__(self): return len(self.table)
-    def __iter__(self): return iter(self.table)
-    def __getitem__(self, i):
-        if not isinstance(i, int): return self.table[i]
-        if self.last[0] != i: self.last = i, self.table[i]
-        return self.last[1]
-
-def numbers(table, column: str, start: int, stop: int) -> torch.Tensor | None:  # (stop − start, …); None: no plain numbers
-    "Some rows of a column of numbers or of lists of them, as LeRobot has them: reals are float32, whole numbers int64."
-    import pyarrow as pa
-    x, n = table[column].slice(start, stop - start).combine_chunks(), stop - start
-    x = x.chunk(0) if isinstance(x, pa.ChunkedArray) and x.num_chunks == 1 else x
-    shape = ()
-    while pa.types.is_list(x.type) or pa.types.is_fixed_size_list(x.type):
-        if x.null_count or pa.types.is_list(x.type) and len(set(x.value_lengths().to_pylist())) > 1: return None
-        before, x = len(x), x.flatten()
-        if not before: return None
-        shape += (len(x) // before,)
-    kind = torch.float32 if pa.types.is_floating(x.type) else torch.int64 if pa.types.is_integer(x.type) else None
-    if kind is None or x.null_count or len(x) != n * int(torch.Size(shape).numel()): return None
-    return torch.tensor(x.to_numpy(zero_copy_only=False)).to(kind).reshape(n, *shape)
-
 # %% ../nbs/10c_video.ipynb #2839debd
-class ForwardFrames(torch.utils.data.Dataset):
+class ForwardFrames(PlainFrames):
     "A LeRobot data set whose frames are asked for in rising order; equal to it item by item."
     def __init__(self, dataset):
-        self.dataset, self.files, self.process = dataset, {}, os.getpid()
-        self.reader = copy.copy(dataset.reader)
+        super().__init__(dataset)
+        self.files, self.process = {}, os.getpid()
         self.usual, self.reader._query_videos = dataset.reader._query_videos, self._query_videos
-        self.listed, self.reader._query_hf_dataset = dataset.reader._query_hf_dataset, self._query_numbers
-        self.reader._meta = copy.copy(self.reader._meta)
-        self.reader._meta.episodes = Remembered(self.reader._meta.episodes)
-
-    def __len__(self): return len(self.dataset)
-    def __getitem__(self, i): return self.reader.get_item(i)
 
     def _query_videos(self, times: dict[str, list[float]], episode: int) -> dict[str, torch.Tensor]:
         out, meta = {}, self.reader._meta
@@ -144,17 +110,6 @@ class ForwardFrames(torch.utils.data.Dataset):
             out[camera] = (x if self.reader._return_uint8 else x.type(torch.float32) / 255).squeeze(0)
         return out
 
-    def _query_numbers(self, places: dict[str, list[int]]) -> dict[str, torch.Tensor]:
-        "Rows of columns of numbers: one slice of the table, where LeRobot makes a tensor of every row."
-        r, out, rest = self.reader, {}, {}
-        for k, at in places.items():
-            if k in r._meta.video_keys: continue
-            rows = at if r._absolute_to_relative_idx is None else [r._absolute_to_relative_idx[i] for i in at]
-            x = None if r.hf_dataset._indices is not None else numbers(r.hf_dataset.data, k, min(rows), max(rows) + 1)
-            if x is None: rest[k] = at
-            else: out[k] = x[torch.tensor(rows) - min(rows)]
-        return out | (self.listed(rest) if rest else {})
-
     def file(self, camera: str, path: Path) -> ForwardFile:
         if self.process != os.getpid(): self.files, self.process = {}, os.getpid()
         if (now := self.files.get(camera)) is None or now.path != str(path):
@@ -162,9 +117,7 @@ class ForwardFrames(torch.utils.data.Dataset):
             self.files[camera] = now = ForwardFile(path)
         return now
 
-    def __getstate__(self): return dict(dataset=self.dataset)
-    def __setstate__(self, state): self.__init__(state["dataset"])
-
-def read_forward(dataset, backend: str):  # the data set itself where there is nothing to gain
+def read_forward(dataset, backend: str):
     "`dataset` as a build reads it."
-    return ForwardFrames(dataset) if backend == "pyav" and dataset.meta.video_keys else dataset
+    films = backend == "pyav" and getattr(dataset, "reader", None) is not None and dataset.meta.video_keys
+    return ForwardFrames(dataset) if films else read_plain(dataset)
