@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,8 @@ def once_a_row(policy: nn.Module, path: str, rows: int, n: int, seen: list | Non
     with replaced(policy, path, lambda own: partial(once, own)): yield
 
 # %% ../nbs/05c_draws.ipynb #3c1f7a21
+LOOKS = WeakValueDictionary()  # name → `Looks`, below
+
 def is_frozen(policy: nn.Module, paths: Sequence[str]) -> bool:
     "Is nothing trained in the modules at `paths`, and is there no layer of peft's in them that could be switched?"
     within = [m for p in paths for m in submodule(policy, p).modules()]
@@ -179,21 +182,44 @@ def is_frozen(policy: nn.Module, paths: Sequence[str]) -> bool:
 @contextmanager
 def seen_once(policy: nn.Module, adapter, given: dict, kept: dict | None = None) -> Iterator[None]:
     """Inside the `with`, the method at `adapter.sees`, where there is one, says what `given` holds of its calls, in their
-    order. What is worked out goes into `kept` where the modules `adapter.eyes`, all that it runs, are frozen."""
+    order, or a `Looks` that it names. What is worked out goes into `kept` where the modules `adapter.eyes`, all that it
+    runs, are frozen."""
     path = getattr(adapter, "sees", "")
-    if not path or kept is None and not any(k.startswith("frozen.") for k in given):
+    if not path or kept is None and not any(k.startswith(("frozen.", "looked.")) for k in given):
         yield
         return
     policy = base_policy(policy)
-    rows, calls = len(next(iter(given.values()))), itertools.count()
-    keeps = kept is not None and is_frozen(policy, adapter.eyes)
-    name = f"frozen.{id(submodule(policy, adapter.eyes[0])):x}"
+    rows, calls, frozen = len(next(iter(given.values()))), itertools.count(), is_frozen(policy, adapter.eyes)
+    eye, keeps = submodule(policy, adapter.eyes[0]), kept is not None and frozen
+    table = next((t for k in given if (t := LOOKS.get(k)) and t.eye is eye and frozen), None)
     def look(own, *args, **kw):
-        if (k := f"{name}.{next(calls)}") in given: return given[k]
+        if (k := f"frozen.{id(eye):x}.{(call := next(calls))}") in given: return given[k]
+        if table and (out := table.say(call, given[table.name].tolist(), own, *args)) is not None: return out
         out = own(*args, **kw)
         if keeps and isinstance(out, Tensor) and out.ndim and len(out) == rows: kept[k] = out.detach()
         return out
     with replaced(policy, path, lambda own: partial(look, own)): yield
+
+# %% ../nbs/05c_draws.ipynb #3c1f7a24
+class Looks:
+    "What frozen modules of a policy say of the pictures of each anchor: worked out when one is first shown, then kept."
+    def __init__(self, eye: nn.Module, rows: int, most: float):  # most: bytes for all `rows`; a picture that does not fit is not kept
+        self.eye, self.rows, self.most, self.sizes, self.said = eye, rows, most, {}, {}
+        self.name = f"looked.{id(self):x}"
+        LOOKS[self.name] = self
+
+    @property
+    def nbytes(self) -> int: return self.rows * sum(self.sizes.values())  # when every row was shown
+
+    def say(self, call: int, rows: list[int], own: Callable, picture: Tensor) -> Tensor | None:
+        "What `own` says of the pictures (b, …) of `rows`, those of the `call`-th call in a pass; None: ask it yourself."
+        said = self.said.setdefault(call, {})
+        for i in (i for i, r in enumerate(rows) if r not in said):
+            if self.sizes.get(call) == 0: return None
+            y = own(picture[i : i + 1]).detach()
+            self.sizes.setdefault(call, y.nbytes if self.nbytes + self.rows * y.nbytes <= self.most else 0)
+            if self.sizes[call]: said[rows[i]] = y.cpu()
+        return torch.cat([said[r] for r in rows]).to(picture.device) if self.sizes[call] else None
 
 # %% ../nbs/05c_draws.ipynb #b4e1ad0c
 def pack_image(x: Tensor) -> tuple[Tensor, Tensor] | None:  # (b, …, c, h, w) float → (b, …, c, h, w) uint8, (b, c, 2): offset and steps a unit

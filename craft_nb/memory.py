@@ -94,6 +94,7 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
     if trainer.frames and trainer.frames.held: out["frames"] = trainer.frames.held  # of main memory, beside the peak
     if not (acc and "FSDP" in str(acc.distributed_type)):
         out |= measure_passes(trainer, unwrapped(trainer))
+    if trainer.method.looks and trainer.params[0].device.type == "cpu": out["looks"] = trainer.method.looks.nbytes
     streams = ret is not None and ret.streams
     if streams: out["surgery"] = max(nbytes(ret.surgery.params[i] for i in ids) for ids in ret.surgery.groups.values())
     elif ret and (ret.separate or not ret.one_pass(trainer)): out["surgery"] = g
@@ -103,7 +104,7 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
     # foreach: one temporary
     step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)
     buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
-    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + out.get("teacher", 0) + buckets
+    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + out.get("teacher", 0) + out.get("looks", 0) + buckets
                   + max(task, 0 if streams else anchor, step)}
 
 # %% ../nbs/07f_memory.ipynb #0beda662

@@ -335,6 +335,7 @@ class AnchorLoader:
         if not 0 <= rank < world_size: raise ValueError(f'rank must be 0 … {world_size - 1}, found {rank}')
         self.dataset, self.batch_size, self.seed, self.step = dataset, batch_size, seed, step
         self.rank, self.world_size, self.shuffle, self.passes = rank, world_size, shuffle, 0
+        self.mark = ''  # under which `forever` tells the rows of a batch; empty: not at all
         self.how = dict(num_workers=num_workers, pin_memory=pin_memory)
         if num_workers: self.how['prefetch_factor'] = prefetch
 
@@ -360,8 +361,9 @@ class AnchorLoader:
             return [(r, (first + i) // n) for i, r in enumerate(rows)] if anew else rows
         for batch in _decoded(_Turns(self.dataset) if anew else self.dataset, map(asked, itertools.count(self.step)),
                               self.how):
+            told = {self.mark: torch.tensor(anchor_batch(self.step, n, *mine))} if self.mark else {}
             self.step += 1
-            yield batch
+            yield batch | told
 
     def state_dict(self) -> dict:  # plain and JSON-able, the same on each rank
         return dict(seed=self.seed, anchors_seen=self.step * self.global_batch, passes=self.passes,

@@ -28,6 +28,7 @@ class Method:
     duals: dict = {}  # multipliers by name
     copies = 0  # of the trained weights that it holds, for the memory estimate
     beside = 0  # bytes of a teacher that it holds
+    looks = None  # a table of what frozen modules said of its anchors
     constrained = False  # is it a `Constraint`, with budgets, multipliers and surgery?
     steers = False  # by looks at held-out anchors? Then each is told to `see_parts` too
 
