@@ -3,15 +3,17 @@ import contextlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from craft_nb import cli
 from craft_nb.builder import Answered, anchor_batch_targets, draw_seeds
+from craft_nb.config import CraftConfig
 from craft_nb.losses import make_views
 from craft_nb.policies import adapter_for
-from craft_nb.trainer import AnchorPass
+from craft_nb.trainer import AnchorPass, AnchorRows
 from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
 
 MODULE = dict(pi0="model.action_out_proj", pi05="model.action_out_proj", smolvla="model.action_out_proj",
@@ -362,15 +364,22 @@ def event(what, run="run"):
 
 
 @pytest.mark.parametrize("kind", ["act", "smolvla"])
-def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
+def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside, monkeypatch):
     """Inside a student with adapters, and as a second model: the losses of a cached run; the first is 0; a resumed run
-    is the unbroken one."""
+    is the unbroken one. A frozen vision tower looks at each anchor of a cache once, alone, or anew each time."""
+    from lerobot.policies.smolvla.smolvlm_with_expert import SmolVLMWithExpertModel
     from safetensors.torch import load_file
+    looks, own = [], SmolVLMWithExpertModel.embed_image
+    monkeypatch.setattr(SmolVLMWithExpertModel, "embed_image", lambda self, x: looks.append(len(x)) or own(self, x))
     build(work, zoo(kind))
+    looks.clear()
     how = ["--steps=10", "--save_freq=5", "--craft.check=false", *adapters(kind)]
     train(work, zoo(kind), *how)
     train(work, zoo(kind), "--output_dir=live", "--craft.teacher=inside", *how)
-    train(work, zoo(kind), "--output_dir=second", f"--craft.teacher={zoo(kind)}", *how)
+    # of one anchor; no other batch has that size
+    assert looks.count(1) == (24 if kind == "smolvla" else 0)
+    train(work, zoo(kind), "--output_dir=second", f"--craft.teacher={zoo(kind)}", "--craft.keep_looks=0", *how)
+    assert looks.count(1) == (24 if kind == "smolvla" else 0)
     cached, live, second = steps(), steps("live"), steps("second")
     assert live[0]["retention_loss"] == 0 and cached[9]["retention_loss"] > 1e-6
     for rows in (live, second):
@@ -378,7 +387,7 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside):
                                                                     rel=0)
         assert [r["task_loss"] for r in rows] == pytest.approx([r["task_loss"] for r in cached], abs=1e-5, rel=0)
     m, mine = event("memory", "second"), event("memory", "live")
-    # inside, what the frozen tower said is kept for the student
+    assert "looks" not in m and mine.get("looks") == (12 * 4 * 64 * 4 if kind == "smolvla" else None)
     assert m["peak"] - mine["peak"] > 0.99 * m["teacher"] and m["teacher"] > 0.5 * m["weights"] and "teacher" not in mine
     whole = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
     cli.train(["--resume", "--config_path=live/checkpoints/000005/pretrained_model/train_config.json"])
@@ -411,6 +420,7 @@ def test_a_teacher_inside_and_its_student_look_once(work, zoo, kind, language):
         assert loss(policy, {k: x[3:] for k, x in out.items()}).item() == pytest.approx(
             loss(policy, {k: x[3:] for k, x in without.items()}).item(), rel=1e-4, abs=1e-9)
         return asked, len(seen) - asked, len(out) - len(without), once.item()
+    from craft_nb.training import keep_looks
     policy = adapted(language)
     assert looks(policy, []) == (1, 0, 1, pytest.approx(0, abs=1e-9))
     with torch.no_grad():
@@ -419,7 +429,12 @@ def test_a_teacher_inside_and_its_student_look_once(work, zoo, kind, language):
     assert same == [1, 0, 1] and moved > 1e-6
     again = Answered(None, policy.requires_grad_(False), views, adapter).answer(rows)
     assert loss(policy, again).item() <= 1e-9 and not any(k.startswith("frozen.") for k in again)
-    assert looks(adapted(f"{language}|vision"), []) == (1, 1, 0, pytest.approx(0, abs=1e-9))
+    loader = SimpleNamespace(dataset=AnchorRows(SimpleNamespace(store=None), ROWS), mark="")
+    table = keep_looks(CraftConfig(), loader, policy, adapter)
+    assert loader.mark == table.name and table.rows == len(ROWS)
+    policy = adapted(f"{language}|vision")
+    assert looks(policy, []) == (1, 1, 0, pytest.approx(0, abs=1e-9))
+    assert keep_looks(CraftConfig(), loader, policy, adapter) is None
 
 
 def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
