@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -31,7 +32,8 @@ from craft_nb.config import CraftConfig
 from craft_nb.losses import make_views
 from craft_nb.passes import route_forward
 from craft_nb.policies import adapter_for
-from craft_nb.trainer import CraftTrainer, Retention, one_step
+from craft_nb.trainer import AnchorRows, CraftTrainer, Retention, one_step
+from craft_nb.training import keep_looks
 from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
 from memory import peak_memory
 
@@ -88,10 +90,21 @@ def with_adapters(work, kind, folder):
     return policy
 
 
+TABLES = []  # what frozen towers said, kept as long as the process
+
+
+def looked_at(policy, rows):
+    "`rows` as a run's loader hands them out: with their numbers, where what a frozen tower says of them is kept."
+    n = len(next(iter(rows.values())))
+    loader = SimpleNamespace(dataset=AnchorRows(SimpleNamespace(store=None), list(range(n))), mark="")
+    TABLES.append(keep_looks(CraftConfig(), loader, policy, adapter_for(policy)))
+    return rows | ({loader.mark: torch.arange(n)} if loader.mark else {})
+
+
 def lora(work, kind, folder, batch, rows, view, rounds) -> dict:
     "Both ways to have the teacher's answer, beside plain LoRA; `rows`: a batch of anchors with stored answers."
     def asked(policy): return map(Answered(None, policy, make_views([view]), adapter_for(policy)).answer, forever(rows))
-    made = dict(plain=lambda p: None, cached=lambda p: forever(rows), inside=asked)
+    made = dict(plain=lambda p: None, cached=lambda p: forever(looked_at(p, rows)), inside=asked)
     def fresh(name):
         policy = with_adapters(work, kind, folder)
         return policy, trainer_of(policy, batch, made[name](policy), [view])

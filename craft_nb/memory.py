@@ -104,7 +104,8 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
     # foreach: one temporary
     step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)
     buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
-    return out | {"peak": out["weights"] + out["optimizer"] + out.get("method", 0) + out.get("teacher", 0) + out.get("looks", 0) + buckets
+    beside = sum(out.get(k, 0) for k in ("method", "teacher", "looks"))
+    return out | {"peak": out["weights"] + out["optimizer"] + beside + buckets
                   + max(task, 0 if streams else anchor, step)}
 
 # %% ../nbs/07f_memory.ipynb #0beda662
