@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import typing
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -111,6 +112,8 @@ def in_words(e: BaseException) -> str:
     """What an error says; of one that a worker process sent only that, not its traceback, and of draccus what is
     behind it."""
     text = str(e)
+    if not text.strip() and (at := traceback.extract_tb(e.__traceback__)):
+        return f"without a message, raised by {at[-1].name} in {Path(at[-1].filename).name}"
     if type(e).__module__.startswith("draccus") and e.__cause__: return f"{text.rstrip('.')}: {in_words(e.__cause__)}"
     return (re.split(rf"\n(?:[\w.]+\.)?{type(e).__name__}: ", text)[-1].strip()
             if text.startswith("Caught ") and "Traceback" in text else text)

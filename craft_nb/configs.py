@@ -10,6 +10,7 @@ __all__ = ['LEAST', 'ANCHORS', 'CraftTrainConfig', 'check_counts', 'begun', 'is_
 # %% ../nbs/10f_configs.ipynb #0781fa9a
 import importlib.util
 import json
+import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -59,6 +60,8 @@ def check_counts(cfg: CraftTrainConfig) -> None:
         raise ValueError("; ".join(wrong))
     if cfg.seed is not None and not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed: expected 0 … {2**32 - 1}, or null, found {cfg.seed}")
+    if not 0 <= cfg.tolerance_s < math.inf:
+        raise ValueError(f"tolerance_s: expected seconds, from 0, that a timestamp may be off; found {cfg.tolerance_s}")
     if cfg.dataset.streaming and not cfg.num_workers:
         raise ValueError("dataset.streaming: data workers bring the frames: expected num_workers of 1 or more, found 0")
     if not cfg.wandb.enable: return

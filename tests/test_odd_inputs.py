@@ -242,6 +242,7 @@ FLAGS = [
     (train, ["--craft.enabled=true", "--craft.anchor_cache_dir=data"], "anchors.json"),
     (evaluate, ["--max_frames=-1"], "max_frames"), (evaluate, ["--seed=x"], "seed"),
     (evaluate, ["--out_dir=data"], "data"), (train, ["--dataset.eval_split=1.5"], "eval_split"),
+    (train, ["--tolerance_s=-1"], "tolerance_s"), (train, ["--tolerance_s=nan"], "tolerance_s"),
     (train, ["--batch_size=0"], "batch_size"), (train, ["--craft.anchor_dataset.root=data"], "anchor_dataset.repo_id"),
     (train, ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=data", "--craft.anchor_dataset.episodes=[9]"],
      "has episodes 0"), (train, ["--craft.enabled=true", "--craft.anchor_dataset.repo_id=nowhere"], "nowhere"),
