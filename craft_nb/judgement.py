@@ -98,9 +98,9 @@ def unsound(f: dict) -> str | None:  # None: it is
 def clipped(f: dict) -> str | None:  # None: not worth a word
     "What to do where nearly every step is clipped."
     if not f["clipped"] or f["clipped"] <= .9: return None
-    return per_cent(f"{f['clipped']:.0%} of the steps were clipped, so that the clipping norm sets their length: lower the "
-                    "learning rate, or raise grad_clip_norm (--policy.optimizer_grad_clip_norm, without the policy's "
-                    "preset --optimizer.grad_clip_norm)")
+    return per_cent(f"{f['clipped']:.0%} of the steps were clipped, so that the clipping norm sets their length: "
+                    "lower the learning rate, or raise grad_clip_norm (--policy.optimizer_grad_clip_norm, "
+                    "without the policy's preset --optimizer.grad_clip_norm)")
 
 def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # None: nothing to change
     """What to change in a run that retains, by what its records show. `cost`: relative task loss against plain;
@@ -124,7 +124,8 @@ def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # N
         if steered and f.get("asked_budget"):
             most, now = f.get("share_max"), (f.get("share") or {}).get("mean")
             if most and now and now > .98 * most:
-                return f"the share stood at its ceiling: raise --craft.share_max above {most:g}, or lower the learning rate"
+                return (f"the share stood at its ceiling: raise --craft.share_max above {most:g}, "
+                        "or lower the learning rate")
             return "the weight follows the drift and was late: begin with a larger --craft.share, or train longer"
         if top and lam and lam > .98 * top and kind == "craft":
             return f"λ stood at its bound: raise --craft.lambda_max above {top:g}"
@@ -174,11 +175,13 @@ STUDY = dict(view="action_logits", unit="nats per action token", teacher=(67, 10
                      69, 100), (.0876, 70, 100), (.0879, 70, 100), (.0915, 65, 100), (.1028, 67,
                      100), (.1035, 66, 100), (.1046, 73, 100), (.1055, 68, 100), (.1067, 69, 100),
                      (.1094, 68, 100), (.1146, 66, 100), (.1203, 75, 100), (.1258, 72, 100), (.1313,
-                     75, 100), (.1718, 75, 100), (.1928, 67, 100), (.2105, 67, 100), (.2892, 62,
-                     100), (.3299, 62, 100), (.3902, 35, 100), (.6185, 54, 100), (.6845, 24, 100),
-                     (.7110, 48, 100), (.9118, 22, 100), (.9336, 30, 100), (1.0419, 9, 100),
-                     (1.4271, 2, 100), (1.5691, 5, 100), (1.5820, 4, 100), (1.6937, 4, 100),
-                     (1.7257, 3, 100), (1.7543, 4, 100), (1.7841, 4, 100)))
+                     75, 100), (.1683, 73, 100), (.1717, 69, 100), (.1718, 75, 100), (.1739, 71,
+                     100), (.1784, 76, 100), (.1928, 67, 100), (.2105, 67, 100), (.2794, 64, 100),
+                     (.2892, 62, 100), (.3299, 62, 100), (.3902, 35, 100), (.5368, 46, 100), (.6185,
+                     54, 100), (.6845, 24, 100), (.7110, 48, 100), (.9118, 22, 100), (.9336, 30,
+                     100), (1.0419, 9, 100), (1.4271, 2, 100), (1.5691, 5, 100), (1.5737, 8, 100),
+                     (1.5820, 4, 100), (1.6937, 4, 100), (1.7257, 3, 100), (1.7543, 4, 100),
+                     (1.7841, 4, 100), (1.8232, 6, 100), (1.9838, 8, 100)))
 
 def kept_curves(points) -> tuple:  # weight, height, half and steepness of likely curves, spread around each
     "Curves height / (1 + (drift / half)^steepness) with beta-binomial runs around them, weighed by `points`."

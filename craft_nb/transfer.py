@@ -75,7 +75,7 @@ def transfer(studies: dict[str, dict], first: tuple[str, str], seed: str = "0", 
         views = sorted({x.view for a in students(study) if (x := arm_of(a)).view},
                        key=lambda v: ((workload, v) != first, v))
         for view in views:
-            points = points_of(study, view)
+            if not (points := points_of(study, view)): continue
             lost = regrets(points) if len(points) > 2 else {}
             rows.append(dict(workload=workload, view=view, points=len(points), chosen_here=(workload, view) == first,
                              **{m: dict(point=points.get((m, k)), regret=lost.get((m, k))) for m, k in chosen.items()}))
