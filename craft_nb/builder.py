@@ -515,12 +515,13 @@ def cache_plan(policy: nn.Module, views: dict[str, View], made: dict, prompts: S
     "Manifest fields of a build; `given` overrides."
     base, view, adapter = base_policy(policy), next(iter(views.values())), adapter or adapter_for(policy)
     facts, units = adapter.facts(policy), getattr(adapter, "units", {})
+    known = given.get("hashes", {}).get("weights") or hash_tensors(base.state_dict())  # gigabytes are hashed once
     hidden = (dict(layers=list(view.layers), pooling=list(view.pooling)) if "hidden" in adapter.gives
               else dict(layers=[], pooling=[]))
     plan = dict(views={n: dict(tensors=list(v.tensors), distance=v.distance, unit=units.get(n, v.unit))
                        for n, v in views.items()},
                 policy_type=base.config.type, width=facts["width"], dtype=facts["dtype"], **hidden,
-                prompts=list(prompts or []), hashes={"weights": hash_tensors(base.state_dict())},
+                prompts=list(prompts or []), hashes={"weights": known},
                 versions={"python": platform.python_version(), "torch": torch.__version__},
                 extra=(made := made | facts["extra"]))
     if "action_logits" in views: made["top_k"] = views["action_logits"].top_k

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -159,7 +160,8 @@ class _Queued(_Resumable):
     def _start(self, encoders: int):
         self._rows, self._waiting, self._filling = [], collections.deque(), 0
         self.full, self.fewer, self.answers = False, False, None
-        self._queue, self._encoders = (concurrent.futures.ThreadPoolExecutor(k) for k in (1, encoders))
+        self._queue, *more = self._pools = [concurrent.futures.ThreadPoolExecutor(k) for k in (1, encoders)[:encoders]]
+        self._map = more[0].map if more else map  # one encoder alone is the queue's own thread
 
     def add(self, batch: dict):  # {name: (b, …) tensor}: inputs, targets and index of the next b anchors
         "Take the next anchors. Returns at once; an error of disk or codec shows at a later `add`, or at `finish`."
@@ -172,7 +174,7 @@ class _Queued(_Resumable):
         self.position += b
 
     def _encode(self, ready: dict, b: int):
-        coded = {k: _pieces(f, *ready[k], self._encoders.map) for k, f in self.fields.items()}
+        coded = {k: _pieces(f, *ready[k], self._map) for k, f in self.fields.items()}
         for i in range(b): self._push({k: c[i] for k, c in coded.items()})
 
     def _push(self, row: dict):  # {name: pieces}
@@ -218,7 +220,7 @@ class _Queued(_Resumable):
 
     def close(self):
         "Stop without publishing; the finished shards stay, and the same call goes on from them."
-        for pool in (self._queue, self._encoders): pool.shutdown(wait=True, cancel_futures=True)
+        for pool in self._pools: pool.shutdown(wait=True, cancel_futures=True)
         self.release()
 
 # %% ../nbs/04c_writing.ipynb #b396cc5f
@@ -238,7 +240,7 @@ class AnchorWriter(_Queued):
         images: str = 'webp',  # 'webp', 'zlib', 'raw', or 'reference': hashes of the frames instead of pixels
         packed: dict | None = None,  # {tensor: (mask tensor, token axis)}; None: `PACKED`
         restore: dict | None = None,  # {image tensor: key of `_RESTORE`}, for pixels that were float
-        encoders: int = 2,  # threads that compress frames
+        encoders: int = 0,  # threads that compress frames; 0: two, or one where there are no more than two cores
         max_bytes: int = 0,  # the cache ends before it grows above that; 0: no limit
         **manifest,  # policy_type, layers, pooling, width, dtype, hashes, dataset, versions, prompts, extra
     ):
@@ -254,7 +256,7 @@ class AnchorWriter(_Queued):
         self.packed = PACKED if packed is None else packed
         self.max_bytes, self._manifest = max_bytes, 8192 + len(json.dumps(plan, indent=1))
         super().__init__(out_dir, json.loads(_canonical(plan)))
-        self._start(encoders)
+        self._start(encoders or min(2, max(1, (os.cpu_count() or 1) - 1)))
 
     def ranges(self, batch_size: int):  # yields (start, stop) of each batch that is still to come
         "Batches cut at shard borders, so that an interrupted build sees the batches of an unbroken one."
