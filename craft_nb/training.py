@@ -188,7 +188,8 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     # it is refused; what else there is, is looked at
     lost = gathering() and cfg.craft.enabled and cache is None and find_method(cfg.craft.method).needs == "anchors"
     method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(
-        old_demonstrations, cfg, acc, dataset, pre, post, room=room), answered) if cfg.craft.enabled and not lost else None
+        old_demonstrations, cfg, acc, dataset, pre, post, room=room), answered
+    ) if cfg.craft.enabled and not lost else None
     if teacher is not None and cfg.craft.teacher != "inside":
         method.beside = nbytes([*teacher.parameters(), *teacher.buffers()])
     trainer = CraftTrainer(
