@@ -129,9 +129,10 @@ class Answered:
               torch.random.fork_rng(devices=gpus)):
             if self.preprocess is None: asked = {k: x for k, x in batch.items() if k not in STORED}
             else:
-                seeds, batch = batch["draw_seed"], {k: x for k, x in batch.items() if k != "draw_seed"}
-                asked = teacher_says(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds,
-                                     adapter=self.adapter)
+                seeds, named = batch["draw_seed"], {k: x for k, x in batch.items() if k.startswith("looked.")}
+                batch = {k: x for k, x in batch.items() if k != "draw_seed" and k not in named}
+                asked = named | teacher_says(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds,
+                                             adapter=self.adapter)
             kept = {} if inside else None
             return asked | teacher_targets(teacher, asked, self.views, self.adapter, kept) | (kept or {})
 

@@ -419,10 +419,11 @@ def answered_by(teacher: nn.Module, anchors, craft: CraftConfig, adapter, pre) -
                     (lambda b: pre(frames.told(b))) if frames else None, craft.anchor_actions)
 
 def keep_looks(craft: CraftConfig, loader, policy: nn.Module, adapter) -> Looks | None:
-    """A table of what the policy's vision tower says of the anchors of a cache. None where it is trained or has adapters,
-    where nothing shall be kept, or where the anchors are frames, whose pictures may be others each time."""
+    """A table of what the policy's vision tower says of a run's anchors. None where it is trained or has adapters, where
+    nothing shall be kept, or where pictures are augmented, others each time."""
     policy, eyes = base_policy(policy), getattr(adapter, "eyes", ())
-    if not craft.keep_looks or isinstance(loader.dataset.store, LiveFrames) or not is_frozen(policy, eyes): return None
+    anew = getattr(loader.dataset.store, "transforms", None)
+    if not craft.keep_looks or anew is not None or not is_frozen(policy, eyes): return None
     table = Looks(submodule(policy, eyes[0]), len(loader.dataset), craft.keep_looks * 1e9)
     loader.mark = table.name
     return table

@@ -447,6 +447,7 @@ def test_frames_are_anchors_where_a_teacher_answers(work, zoo, inside):
     assert (rows[0]["retention_loss"] == 0 < rows[3]["retention_loss"]
             and set(rows[0]["retention_losses"]) == {"answer", "action_tokens", "pooled"})
     assert event("certificate")["held_out"] > 0 and rows[0]["cache_type"] == "frames"
+    assert event("memory")["looks"] > 0  # kept, since nothing is augmented
     whole = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
     cli.train(["--resume", "--config_path=run/checkpoints/000002/pretrained_model/train_config.json"])
     again = load_file("run/checkpoints/last/pretrained_model/adapter_model.safetensors")
