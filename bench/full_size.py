@@ -9,7 +9,9 @@ Nothing is downloaded: the VLM's shape is written down here, tokenizers are made
 parameters, float32; pi0_fast: 2.9 B, bfloat16. Needs about 12 GiB of memory, pi0_fast 16. Writes
 outputs/bench/full_size.json: {policy: {"parameters", "peak_over_estimate", "step_ratio", "first_loss", "bytes", …}}:
 the peak of the training process over the estimate it printed before its first step; a retention step (K = 1) over a
-plain step, medians of two runs of the same length, first step left out; L_ret of the first step.
+plain step, medians of two runs of the same length, first step left out; L_ret of the first step. A frozen vision tower
+looks at each of the 16 anchors once (`--craft.keep_looks`): with more than 16 / anchors steps (`--batch 4 --anchors 2
+--steps 11`) those that show them for the first time are left out, and `step_ratio` is that of a long run.
 """
 import argparse
 import json
@@ -86,8 +88,8 @@ def device_name(device: str) -> str:
 
 
 def rows(run: Path) -> list[dict]: return [json.loads(r) for r in (run / "metrics.jsonl").read_text().splitlines()]
-def seconds(run: Path) -> float:
-    return statistics.median(r["seconds"] for r in rows(run)[1:] if "event" not in r and r["step"] > 1)
+def seconds(run: Path, first: int) -> float:  # steps that are left out
+    return statistics.median(r["seconds"] for r in rows(run)[1:] if "event" not in r and r["step"] > first)
 
 
 def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, device: str, brief: bool) -> dict:
@@ -116,10 +118,11 @@ def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, devic
                 f"--save_freq={10 * steps}")
     if not (kept / "metrics.jsonl").exists():
         command("craft-train", *common, *craft, f"--output_dir={kept}", f"--save_freq={steps - 1}")
-    found = rows(kept)
+    found, shown = rows(kept), -(-16 // anchors)  # steps that show every anchor once
+    first = shown if shown < steps else 1
     used = next(r for r in found if r.get("event") == "memory_used")
     mine = [r for r in found if "event" not in r]
-    out |= dict(first_loss=mine[0]["retention_loss"], step_ratio=seconds(kept) / seconds(plain),
+    out |= dict(first_loss=mine[0]["retention_loss"], step_ratio=seconds(kept, first) / seconds(plain, first),
                 peak_over_estimate=used["used"] / used["expected"],
                 peak_gib=used["used"] / 2**30, batch=batch, anchors=anchors, steps=steps, device=device_name(device))
     if brief: return out
