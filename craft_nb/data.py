@@ -282,8 +282,8 @@ def left_out(folders: Sequence[Path], places: Sequence[Path]) -> str:  # "" if n
     deep = [p for d in places for p in inside(d) if p.is_dir() and p not in places and any(map(picture, inside(p)))]
     if not rest and not deep: return ""
     said = ", ".join([*(p.name for p in rest), *(f"{p.name}/ with its pictures" for p in deep)][:4])
-    return (f"{len(rest) + len(deep)} left out ({said}{', …' * (len(rest) + len(deep) > 4)}): taken are {', '.join(PICTURES)} "
-            f"right in {' and '.join(map(str, places))}; convert or move what you want to have")
+    return (f"{len(rest) + len(deep)} left out ({said}{', …' * (len(rest) + len(deep) > 4)}): taken are "
+            f"{', '.join(PICTURES)} right in {' and '.join(map(str, places))}; convert or move what you want to have")
 
 # %% ../nbs/06a_data.ipynb #23c42ac4
 def list_pictures(folder: str | Path, cameras: Sequence[str]) -> list[dict[str, Path]]:  # {camera: file} of each
@@ -296,8 +296,8 @@ def list_pictures(folder: str | Path, cameras: Sequence[str]) -> list[dict[str, 
                        key=lambda p: (p.stem, p.suffix))
         names = [p.stem if some else p.name for p in taken]
         if twice := [p.name for p, n in zip(taken, names, strict=True) if names.count(n) > 1]:
-            raise ValueError(f"image_dir: {d}: {' and '.join(twice[:2])} have one name, by which moments are matched over "
-                             "cameras: take one of them out")
+            raise ValueError(f"image_dir: {d}: {' and '.join(twice[:2])} have one name, "
+                             "by which moments are matched over cameras: take one of them out")
         return dict(zip(names, taken, strict=True))
     places = {c: next((d for d in (folder / c, folder / c.rpartition(".")[2]) if d.is_dir()),
                       folder if len(cameras) == 1 else None) for c in cameras}

@@ -181,9 +181,9 @@ def is_frozen(policy: nn.Module, paths: Sequence[str]) -> bool:
 
 @contextmanager
 def seen_once(policy: nn.Module, adapter, given: dict, kept: dict | None = None) -> Iterator[None]:
-    """Inside the `with`, the method at `adapter.sees`, where there is one, says what `given` holds of its calls, in their
-    order, or a `Looks` that it names. What is worked out goes into `kept` where the modules `adapter.eyes`, all that it
-    runs, are frozen."""
+    """Inside the `with`, the method at `adapter.sees`, where there is one, says what `given` holds of its calls, in
+    their order, or a `Looks` that it names. What is worked out goes into `kept` where the modules `adapter.eyes`, all
+    that it runs, are frozen."""
     path = getattr(adapter, "sees", "")
     if not path or kept is None and not any(k.startswith(("frozen.", "looked.")) for k in given):
         yield
@@ -212,7 +212,8 @@ class Looks:
     def nbytes(self) -> int: return self.rows * sum(self.sizes.values())  # when every row was shown
 
     def say(self, call: int, rows: list[int], own: Callable, picture: Tensor) -> Tensor | None:
-        "What `own` says of the pictures (b, …) of `rows`, those of the `call`-th call in a pass; None: ask it yourself."
+        """What `own` says of the pictures (b, …) of `rows`, those of the `call`-th call in a pass; None: ask it
+        yourself."""
         said = self.said.setdefault(call, {})
         for i in (i for i, r in enumerate(rows) if r not in said):
             if self.sizes.get(call) == 0: return None

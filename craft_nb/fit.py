@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['make_processors', 'run_hashes', 'base_weights', 'rename_of', 'camera_findings', 'normaliser', 'used_features',
            'sizes_of', 'statistics_findings', 'data_findings', 'require_fit', 'check_features', 'instructions_of',
-           'state_size', 'heed', 'load_policy', 'load_policy_alone']
+           'state_size', 'heed', 'load_policy', 'load_policy_alone', 'recompute_targets']
 
 # %% ../nbs/10g_fit.ipynb #0860ab9d
 import json
@@ -22,11 +22,14 @@ from torch import nn
 from .anchors import hash_json, hash_tensors
 from .check import (Finding, Numbers, check_cameras, check_numbers, check_rename, check_rows, check_split,
                             check_statistics, check_times, check_videos, image_shape, recompute_line, refuse, tasks_of)
-from .config import at_home
-from .configs import require_parts
+from .builder import teacher_targets
+from .config import as_path, at_home
+from .configs import require_local, require_parts
 from .data import ImageFolder, list_pictures, usual_state
 from .instructions import Heeded, heed_instructions
-from .policies import base_policy, check_loaded_weights
+from .losses import make_views
+from .machine import follow
+from .policies import adapter_for, base_policy, check_loaded_weights
 from .terminal import loading
 
 from lerobot.configs.policies import PreTrainedConfig
@@ -312,6 +315,24 @@ def load_policy_alone(cfg: PreTrainedConfig):
     if Path(base).is_dir(): check_loaded_weights(policy, base)
     if adapted: policy = PeftModel.from_pretrained(policy, str(cfg.pretrained_path))
     return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
+
+# %% ../nbs/10g_fit.ipynb #6441b48b
+def recompute_targets(policy_path: str, manifest: dict):  # → function of a batch of the cache: {target: tensor}
+    "A function that recomputes what a cache of `manifest` stores, with the policy at `policy_path`."
+    require_local(policy_path := Path(follow(as_path(policy_path))))
+    cfg = PreTrainedConfig.from_pretrained(policy_path)
+    cfg.pretrained_path = policy_path
+    policy, pre, _ = load_policy_alone(cfg)
+    want, found = manifest["hashes"].get("weights"), run_hashes(policy, pre)["weights"]
+    if want not in (None, found):
+        raise ValueError(f"{policy_path} is not the teacher of this cache: expected weights {want}, found {found}")
+    views = make_views(manifest["views"], layers=manifest["layers"], pooling=manifest["pooling"],
+                       top_k=manifest["extra"].get("top_k", 32))
+    stored = {t for v in manifest["views"].values() for t in v["tensors"] if not t.endswith("_mask")}
+    adapter = adapter_for(policy, manifest["extra"].get("capture", ""))
+    return lambda batch: {
+        k: x for k, x in teacher_targets(policy, {n: x for n, x in batch.items() if n not in stored}, views,
+                                         adapter).items() if k in stored}
 
 # %% ../nbs/10g_fit.ipynb #a88336c6
 @dataclass

@@ -197,7 +197,8 @@ def frame_size(dataset) -> int:  # bytes
     meta, total = dataset.meta, FrameTable.head
     for k, f in meta.features.items():
         seen = f["dtype"] in ("image", "video")
-        if not seen and f["dtype"] not in ("bool", *(f"{x}{b}" for x in ("int", "uint", "float") for b in (8, 16, 32, 64))):
+        if (not seen
+            and f["dtype"] not in ("bool", *(f"{x}{b}" for x in ("int", "uint", "float") for b in (8, 16, 32, 64)))):
             raise ValueError(f"its frames have texts ({k})")
         times = len((dataset.reader.delta_indices or {}).get(k, [0]))
         each = 1 if seen and k not in meta.depth_keys else 4 if seen else 8
@@ -228,7 +229,8 @@ class Room:
         self.left -= number * size
         self.held += min(number, draws) * size
         logging.info("%s: %s frames, %s of memory once they are decoded", what, f"{number:,}", _size(number * size))
-        self.kept.append(KeptFrames(dataset, FrameTable(len(plain), size, {*dataset.meta.camera_keys} - {*dataset.meta.depth_keys})))
+        self.kept.append(
+            KeptFrames(dataset, FrameTable(len(plain), size, {*dataset.meta.camera_keys} - {*dataset.meta.depth_keys})))
         return self.kept[-1]
 
     def _not(self, dataset, what: str, why: str, more: bool = False) -> PlainFrames:

@@ -419,8 +419,8 @@ def answered_by(teacher: nn.Module, anchors, craft: CraftConfig, adapter, pre) -
                     (lambda b: pre(frames.told(b))) if frames else None, craft.anchor_actions)
 
 def keep_looks(craft: CraftConfig, loader, policy: nn.Module, adapter) -> Looks | None:
-    """A table of what the policy's vision tower says of a run's anchors. None where it is trained or has adapters, where
-    nothing shall be kept, or where pictures are augmented, others each time."""
+    """A table of what the policy's vision tower says of a run's anchors. None where it is trained or has adapters,
+    where nothing shall be kept, or where pictures are augmented, others each time."""
     policy, eyes = base_policy(policy), getattr(adapter, "eyes", ())
     anew = getattr(loader.dataset.store, "transforms", None)
     if not craft.keep_looks or anew is not None or not is_frozen(policy, eyes): return None

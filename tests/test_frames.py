@@ -7,7 +7,8 @@ import torch
 
 
 def trained(work, folder, keep, monkeypatch):
-    "A run over several epochs, with old demonstrations, augmented pictures and held-out data. → what it left; frames read."
+    """A run over several epochs, with old demonstrations, augmented pictures and held-out data. → what it left; frames
+    read."""
     from lerobot.configs.default import DatasetConfig
     from lerobot.configs.policies import PreTrainedConfig
     from lerobot.datasets.dataset_reader import DatasetReader

@@ -388,7 +388,8 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside, monkeypatc
         assert [r["task_loss"] for r in rows] == pytest.approx([r["task_loss"] for r in cached], abs=1e-5, rel=0)
     m, mine = event("memory", "second"), event("memory", "live")
     assert "looks" not in m and mine.get("looks") == (12 * 4 * 64 * 4 if kind == "smolvla" else None)
-    assert m["peak"] - mine["peak"] > 0.99 * m["teacher"] and m["teacher"] > 0.5 * m["weights"] and "teacher" not in mine
+    assert (m["peak"] - mine["peak"] > 0.99 * m["teacher"] and m["teacher"] > 0.5 * m["weights"]
+            and "teacher" not in mine)
     whole = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")
     cli.train(["--resume", "--config_path=live/checkpoints/000005/pretrained_model/train_config.json"])
     again = load_file("live/checkpoints/last/pretrained_model/adapter_model.safetensors")

@@ -83,7 +83,8 @@ def test_every_item_is_lerobots_own(inside, which):
         forward, kept = ForwardFrames(ds), Room().keep(ds, 2 * len(ds), "films")
         assert len(forward) == len(ds) == len(kept)
         # the last ones go back
-        for i in (*range(0, len(ds), 2), len(ds) - 1, 3, 1, 1, 0): assert same(forward[i], ds[i]) and same(kept[i], ds[i]), i
+        for i in (*range(0, len(ds), 2), len(ds) - 1, 3, 1, 1, 0):
+            assert same(forward[i], ds[i]) and same(kept[i], ds[i]), i
         assert kept.rows.filled == len({*range(0, len(ds), 2), len(ds) - 1, 3, 1, 0})
     before, forward.process = forward.files, -1  # as in a worker that was forked while the files are open
     assert (same(forward[2], ds[2]) and forward.files is not before
