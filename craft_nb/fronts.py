@@ -150,7 +150,7 @@ def plot_losses(study: dict):  # matplotlib Figure
     for ax, y, title in zip(axes[0], ("task_loss_seen", "task_loss"),
                             ("episodes trained on", "episodes not trained on")):
         for i, (arm, knobs) in enumerate(students(study).items()):
-            points, colour, mark = curve(knobs, y=y), colours(study)[arm], "osD^vP*X"[i // len(COLOURS)]
+            points, colour, mark = curve(knobs, y=y), colours(study)[arm], "osD^vP*X"[i // len(COLOURS) % 8]
             ax.plot(*zip(*points), mark + "-", color=colour, linewidth=1.4, markersize=5, label=arm)
             seen = [(r["drift"], r[y]) for by_seed in knobs.values() for r in by_seed.values()]
             ax.plot(*zip(*seen), ".", color=colour, markersize=3, alpha=0.6)
@@ -173,7 +173,7 @@ def plot_successes(study: dict):  # matplotlib Figure, or None without episodes
         (x, y), colour = zip(*[(o[0], n[0]) for o, n in points]), colours(study)[arm]
         spread = [[[max(0., v[0] - v[1]) for v in side], [max(0., v[2] - v[0]) for v in side]] for side in zip(*points)]
         ax.errorbar(x, y, xerr=spread[0], yerr=spread[1],
-                    fmt=("*" if arm == "teacher" else "osD^vP*X"[i // len(COLOURS)]) + "-", color=colour,
+                    fmt=("*" if arm == "teacher" else "osD^vP*X"[i // len(COLOURS) % 8]) + "-", color=colour,
                     linewidth=1.4, elinewidth=.6, markersize=9 if arm == "teacher" else 5, label=arm)
         seen = [[r[w][0] / r[w][1] for w in ("old", "new")] for by_seed in done.values() for r in by_seed.values()
                 if r.get("starts")]
@@ -188,7 +188,7 @@ def plot_successes(study: dict):  # matplotlib Figure, or None without episodes
 def plot_kept(study: dict):  # matplotlib Figure, or None with fewer than five runs that were rolled out
     "Old success over held-out drift, a dot a run, with the curve through them."
     runs = [(arm, r) for arm, knobs in students(study).items() for x in knobs.values() for r in x.values()
-            if r.get("starts") and r.get("drift")]
+            if r.get("starts") and r.get("drift") and r["old"][1]]
     if len(runs) < 5: return None
     fig, axes = new_figure(6.4, 4.2)
     ax, drifts = axes[0, 0], [r["drift"] for _, r in runs]
@@ -199,8 +199,8 @@ def plot_kept(study: dict):  # matplotlib Figure, or None with fewer than five r
     ax.plot(xs, middle, color=INK, linewidth=1)
     for arm in dict(runs):
         seen = [(r["drift"], r["old"][0] / r["old"][1]) for a, r in runs if a == arm]
-        ax.plot(*zip(*seen), "osD^vP*X"[[*study].index(arm) // len(COLOURS)], color=colours(study)[arm], markersize=4.5,
-                label=arm)
+        ax.plot(*zip(*seen), "osD^vP*X"[[*study].index(arm) // len(COLOURS) % 8], color=colours(study)[arm],
+                markersize=4.5, label=arm)
     for r in study.get("teacher", {}).get("", {}).values():
         if r.get("old"): ax.axhline(r["old"][0] / r["old"][1], color=INK, linewidth=.8, linestyle=":", label="teacher")
     ax.set_xscale("log")

@@ -188,7 +188,8 @@ def kept_curves(points) -> tuple:  # weight, height, half and steepness of likel
     import torch
     how = dict(dtype=torch.float64)
     x, k, n = torch.tensor(points, **how).T
-    grid = torch.meshgrid(torch.linspace(.04, 1, 25, **how), torch.logspace(-2, 1, 31, **how),
+    ends = float(x.min().log10()) - .9, float(x.max().log10()) + .7  # whatever the unit of the drifts
+    grid = torch.meshgrid(torch.linspace(.04, 1, 25, **how), torch.logspace(*ends, 31, **how),
                           torch.linspace(.5, 6.5, 9, **how), torch.logspace(1, 3, 5, **how), indexing="ij")
     height, half, steep, spread = (t.flatten() for t in grid)
     weight = torch.zeros_like(height)

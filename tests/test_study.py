@@ -176,3 +176,22 @@ def test_whole_study_tiny_on_libero(tmp_path, capsys):
     assert set(found) == {"teacher", "sft", "share:action_logits@24"} and found["sft"]["lr=1"]["0"]["old"][1] == 2
     assert (len(found["sft"]["lr=1"]["0"]["done"]) == 3
             and "did the new, %" in (tmp_path / "out/libero_goal.html").read_text())
+
+
+def test_arms_of_adapters_leave_whole_policies(base, tmp_path):
+    import re
+    from safetensors.torch import load_file
+    from craft_nb.demo import Run
+    from craft_nb.study import PROJECTIONS, Job, cache_jobs, collect, run_job
+    jobs = [Job("lora", "rank=2,lr=10", 0), Job("osf", "", 0)]
+    for f, args, _ in cache_jobs(base, tmp_path, jobs, 8): f(*args)
+    teacher = load_file(f"{Run(*base).result('teacher')['path']}/model.safetensors")
+    for job in jobs:
+        run_job(base, str(tmp_path), job)
+        policy = tmp_path / "runs" / job.key / "policy"
+        found = load_file(policy / "model.safetensors")
+        assert found.keys() == teacher.keys() and not (policy / "adapter_config.json").exists(), job
+        moved = {k for k in found if (found[k] - teacher[k]).abs().max() > 1e-5}
+        held = [k for k in moved if not re.fullmatch(PROJECTIONS, k.removesuffix(".weight"))]
+        assert moved and not held, (job, held)
+    assert collect(tmp_path)["demo"].keys() == {"lora", "osf"}
