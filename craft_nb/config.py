@@ -30,7 +30,7 @@ CHOICES = dict(
     distance=("", "mse", "cosine", "cosine_vectors", "l1", "relative", "kl", "cross_entropy"),
 )
 RANGES = dict(  # inclusive
-    anchor_batch_size=(1, math.inf), anchor_draws=(1, math.inf), keep_looks=(0, math.inf), retention_freq=(1, math.inf),
+    anchor_batch_size=(1, math.inf), anchor_draws=(1, math.inf), retention_freq=(1, math.inf),
     initial_lambda=(0, math.inf), lambda_lr=(0, math.inf),
     lambda_max=(0, math.inf), epsilon_start=(0, math.inf), epsilon_end=(0, math.inf), epsilon_decay_steps=(0, math.inf),
     conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1),
@@ -176,7 +176,7 @@ class CraftConfig:
     anchor_dataset: AnchorData = field(default_factory=AnchorData)
     teacher: str = ""  # who answers for the anchors: empty: the cache | inside: this network with its adapters off | folder of a policy; frames of anchor_dataset then need no cache
     anchor_actions: str = "dataset"  # teacher, anchor_dataset: what the answer is conditioned on, dataset | teacher (sampled on every retention step)
-    keep_looks: float = 2.0  # GB of memory for what a frozen vision tower says of anchors that are not augmented, so that it runs once an anchor and not once a step; 0: nothing is kept
+    keep_looks: str = "2GB"  # most memory for what a frozen vision tower says of anchors that are not augmented, so that it runs once an anchor and not once a step: a size such as 2GB | none
     anchor_draws: int = 2  # teacher, anchor_dataset: draws of noise and time an anchor, where the answer depends on them
     keep_frames: str = "auto"  # most memory for decoded frames that are drawn again: auto (a quarter of what is free) | a size such as 20GB | none; never changes a result
 
@@ -189,6 +189,7 @@ def check_config(cfg: CraftConfig) -> None:
     for f in fields(cfg):
         value, want = getattr(cfg, f.name), f.type if isinstance(f.type, type) else _TYPES[f.type]
         if want is float and type(value) is int: setattr(cfg, f.name, value := float(value))
+        if f.name == "keep_looks": setattr(cfg, f.name, value := _of_gigabytes(value))
         if want is AnchorData and isinstance(value, dict):
             if strange := sorted(set(value) - set(ANCHOR_FIELDS)):
                 faults.append(f"anchor_dataset: unknown {', '.join(map(repr, strange))}; known: "
@@ -210,14 +211,20 @@ def check_config(cfg: CraftConfig) -> None:
 # %% ../nbs/00_config.ipynb #99c99fbf
 _TYPES = {"bool": bool, "int": int, "float": float, "str": str}
 
+def _of_gigabytes(value):  # a number alone was GB in earlier configs, and 0 none
+    try: number = float(value) if type(value) in (int, float, str) else None
+    except (ValueError, OverflowError): return value
+    return value if number is None else f"{number:g}GB" if number else "none"
+
 def _joint_faults(cfg):  # what no single field can show
     faults = []
     for name in ("views", "view_epsilons", "layer_weights", "method_options"):
         try: (parse_options if name == "method_options" else parse_weights)(getattr(cfg, name), name)
         except ValueError as e: faults.append(str(e))
-    if cfg.keep_frames not in ("auto", "none"):
-        try: parse_size(cfg.keep_frames, "keep_frames")
-        except ValueError as e: faults.append(str(e).replace("expected", "expected auto, none or"))
+    for name, words in dict(keep_frames=("auto", "none"), keep_looks=("none",)).items():
+        if (size := getattr(cfg, name)) in words: continue
+        try: parse_size(size, name)
+        except ValueError as e: faults.append(str(e).replace("expected", f"expected {', '.join(words)} or"))
     if cfg.initial_lambda > cfg.lambda_max:
         faults.append(f"initial_lambda: expected at most lambda_max={cfg.lambda_max}, found {cfg.initial_lambda}")
     if cfg.epsilon_schedule == "geometric" and min(cfg.epsilon_start, cfg.epsilon_end) <= 0:

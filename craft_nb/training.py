@@ -32,7 +32,7 @@ from .caches import (BuildCacheConfig, build_cache, cache_adapter, cache_views, 
 from .check import USERS, Finding, attempt, gathered, gathering, waivers
 from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last,
                                   read_craft_state, read_method_tensors, same_draws, write_card, write_checkpoint)
-from .config import CraftConfig, as_path, at_home, parse_weights
+from .config import CraftConfig, as_path, at_home, parse_size, parse_weights
 from .configs import (ANCHORS, CraftTrainConfig, begun, data_root, each_dataset, localise, or_say_what_is_lost,
                               require_parts, require_writable)
 from .data import read_info, read_prompts, several
@@ -423,8 +423,8 @@ def keep_looks(craft: CraftConfig, loader, policy: nn.Module, adapter) -> Looks 
     where nothing shall be kept, or where pictures are augmented, others each time."""
     policy, eyes = base_policy(policy), getattr(adapter, "eyes", ())
     anew = getattr(loader.dataset.store, "transforms", None)
-    if not craft.keep_looks or anew is not None or not is_frozen(policy, eyes): return None
-    table = Looks(submodule(policy, eyes[0]), len(loader.dataset), craft.keep_looks * 1e9)
+    if craft.keep_looks == "none" or anew is not None or not is_frozen(policy, eyes): return None
+    table = Looks(submodule(policy, eyes[0]), len(loader.dataset), parse_size(craft.keep_looks, "keep_looks"))
     loader.mark = table.name
     return table
 

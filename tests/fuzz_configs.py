@@ -16,9 +16,10 @@ from craft_nb.trainer import CraftTrainer, Retention
 from linear_run import Linear, LinearAdapter
 
 TEXTS = dict(views=["", "pooled", "pooled:0.5", " pooled : 2 ", "tokens", "pooled,tokens:3"],
-             view_epsilons=["", "pooled:0.3", "nose:1"], layer_weights=["", "-1:1", "-1:0.25", "-2:0.5"])
+             view_epsilons=["", "pooled:0.3", "nose:1"], layer_weights=["", "-1:1", "-1:0.25", "-2:0.5"],
+             keep_looks=["none", "30MB", "2GB", "2.0", "0"])
 SPOILT = dict(views=["pooled:heavy", "pooled,pooled", ":1", "pooled:-1"], view_epsilons=["pooled:x"],
-              layer_weights=["-1:nan"])
+              layer_weights=["-1:nan"], keep_frames=["much", "0"], keep_looks=["auto", "-1", "nan"])
 COSTLY = dict(probe_steps=3, gradient_accumulation_steps=3)  # their size is time
 
 
@@ -48,7 +49,8 @@ def bad(f):
         return st.one_of(*wrong, *above, st.floats(-1e300, lo, exclude_max=True),
                          st.sampled_from([math.nan, math.inf, -math.inf, "0.1", False]))
     words = [st.text(min_size=1).filter(lambda x: x not in CHOICES[f.name])] if f.name in CHOICES else []
-    return st.one_of(*wrong, st.integers(), *words, *([st.sampled_from(SPOILT[f.name])] if f.name in SPOILT else []))
+    numbers = [st.integers()] if f.name != "keep_looks" else []  # GB, in earlier configs
+    return st.one_of(*wrong, *numbers, *words, *([st.sampled_from(SPOILT[f.name])] if f.name in SPOILT else []))
 
 
 FIELDS = {f.name: f for f in fields(CraftConfig)}

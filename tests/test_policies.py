@@ -378,7 +378,7 @@ def test_a_teacher_at_hand_is_the_cached_one(work, zoo, kind, inside, monkeypatc
     train(work, zoo(kind), "--output_dir=live", "--craft.teacher=inside", *how)
     # of one anchor; no other batch has that size
     assert looks.count(1) == (24 if kind == "smolvla" else 0)
-    train(work, zoo(kind), "--output_dir=second", f"--craft.teacher={zoo(kind)}", "--craft.keep_looks=0", *how)
+    train(work, zoo(kind), "--output_dir=second", f"--craft.teacher={zoo(kind)}", "--craft.keep_looks=none", *how)
     assert looks.count(1) == (24 if kind == "smolvla" else 0)
     cached, live, second = steps(), steps("live"), steps("second")
     assert live[0]["retention_loss"] == 0 and cached[9]["retention_loss"] > 1e-6
