@@ -273,6 +273,18 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BESIDE = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".html", ".log", ".py",
           ".ipynb", ".parquet", ".safetensors", ".pt", ".npy", ".npz", ".ini", ".db", ".zip", ".gz", ".tar"}
 
+def upright(file: Path):  # PIL, RGB
+    "A picture as it is shown to a person, turned as its EXIF data say."
+    from PIL import Image, ImageOps
+    with Image.open(file) as x: return ImageOps.exif_transpose(x).convert("RGB")
+
+def size_of(file: Path) -> tuple[int, int]:  # (h, w)
+    "The size of `upright(file)`, which of most files is read without decoding them."
+    from PIL import Image
+    with Image.open(file) as x:
+        turned = x.format != "TIFF" and x.getexif().get(0x0112, 1) > 4  # a TIFF's sides are swapped by Pillow itself
+        return x.size if turned else x.size[::-1]
+
 def left_out(folders: Sequence[Path], places: Sequence[Path]) -> str:  # "" if nothing that matters; places: where pictures are taken from
     "What of some folders is not taken and may have been meant as pictures, in words."
     def inside(d): return [p for p in sorted(d.iterdir()) if not p.name.startswith(".")]
@@ -332,12 +344,10 @@ class ImageFolder(torch.utils.data.Dataset):
                 | dict(task=self.prompts[self.task_index[i]]))
 
     def sizes(self) -> dict[str, dict[tuple, Path]]:  # {camera: {(h, w): the first such file}}
-        from PIL import Image
         out = {}
         for p in self.pictures:
             for c, f in p.items():
-                try:
-                    with Image.open(f) as x: out.setdefault(c, {}).setdefault(x.size[::-1], f)
+                try: out.setdefault(c, {}).setdefault(size_of(f), f)
                 except Exception as e:
                     raise ValueError(f"image_dir: {f} is no picture ({type(e).__name__}); take it out") from None
         return out
@@ -352,10 +362,7 @@ class ImageFolder(torch.utils.data.Dataset):
                     state=None if self.state is None else [float(x) for x in self.state])
 
 def load_picture(file: Path) -> torch.Tensor:  # (3, h, w) float in 0 … 1
-    from PIL import Image
-    try:
-        with Image.open(file) as x:
-            return torch.from_numpy(np.asarray(x.convert("RGB"), np.float32).transpose(2, 0, 1) / 255)
+    try: return torch.from_numpy(np.asarray(upright(file), np.float32).transpose(2, 0, 1) / 255)
     except Exception as e:
         raise ValueError(f"image_dir: {file} cannot be read ({type(e).__name__}: {str(e)[:80]}); take it out") from e
 

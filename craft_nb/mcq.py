@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .anchors import AnchorWriter, read_manifest
 from .builder import PACKED, cache_plan, teacher_targets
 from .config import as_path
+from .data import upright
 from .draws import mixed_precision
 from .evaluate import rate
 from .losses import make_views
@@ -132,10 +133,9 @@ def choice_ids(tokenizer, q: Question) -> dict[str, list[int]]:
     return ids
 
 def picture(q: Question):  # PIL, RGB
-    from PIL import Image
     if q.image is None: raise ValueError(f"line {q.line}: there is no image_path, and this network looks at a picture")
-    try: return Image.open(q.image).convert("RGB")
-    except OSError as e: raise ValueError(f"line {q.line}: {q.image} is no picture ({e})") from None
+    try: return upright(q.image)
+    except Exception as e: raise ValueError(f"line {q.line}: {q.image} is no picture ({e})") from None
 
 def likelihoods(logits: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:  # (b, t, V), (b, t), (b, t) bool → (b,), (b,)
     "Sum of log p of those of `ids` that count, each predicted by the logits in front of it; and how many they are."

@@ -497,6 +497,8 @@ def test_pictures_and_prompts_alone(inside, work, caplog):
     from PIL import Image
     Path("seen").mkdir()
     for i in range(3): Image.new("RGB", (64, 64), (80 * i, 0, 0)).save(f"seen/{i}.png")
+    (tag := Image.Exif())[0x0112] = 6  # as a phone that was held upright
+    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save("seen/2.png", exif=tag)
     for name in ("IMG_1.HEIC", "2.tiff", "notes.txt", ".DS_Store"): Path("seen", name).write_bytes(b"x")
     Path("p.txt").write_text("Push and open a window\nPress a button from the top\n")
     alone = ["--dataset.repo_id=", "--image_dir=seen", "--prompts_file=p.txt"]
@@ -512,6 +514,9 @@ def test_pictures_and_prompts_alone(inside, work, caplog):
             == sorted((i, t) for i in range(3) for t in Path("p.txt").read_text().splitlines()))
     assert (m["repo_id"] == "pictures/seen" and m["pictures"] == ["0.png", "1.png", "2.png"]
             and np.allclose(m["state"], state, atol=1e-4) and "mean" in m["state_is"])
+    x = ds[ds.column("episode_index").tolist().index(2)]["pixel_values"][0].float()  # (3, h, w)
+    left, top = x[..., :32].mean() - x[..., 32:].mean(), x[:, :32].mean() - x[:, 32:].mean()
+    assert left > 100 > 5 > abs(top)
     shutil.rmtree("cache")
     for flags, says in ((["--dataset.repo_id=data", *alone[1:]], "in the place of a data set"),
                         (alone[:2], "--prompts_file"), ([*alone, "--actions=dataset"], "no actions"),
