@@ -10,6 +10,7 @@ __all__ = ['CRAFT_STATE', 'METHOD_TENSORS', 'RunParts', 'write_checkpoint', 'who
 # %% ../nbs/10j_checkpoints.ipynb #e03cb0f8
 import copy
 import errno
+import io
 import itertools
 import json
 import logging
@@ -17,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from torch import nn
 
 from .anchors import AnchorCacheDataset
 from .config import as_path
-from .configs import CraftTrainConfig
+from .configs import CraftTrainConfig, wandb_mode
 from .data import Read
 from .frames import read_plain
 from .machine import Lock, follow, point, undisturbed, watched
@@ -211,7 +212,9 @@ class Wandb(Callback):
         cfg = copy.copy(cfg)  # LeRobot goes on with the run that it finds; where there is none yet, one begins
         cfg.resume = (cfg.resume
                       and bool(cfg.wandb.run_id or len(list(Path(cfg.output_dir).glob("wandb/latest-run/run-*"))) == 1))
-        self.logger, self.log_freq = WandBLogger(cfg), cfg.log_freq
+        asked, cfg.wandb.mode = cfg.wandb.mode, wandb_mode(cfg)
+        try: self.logger, self.log_freq = WandBLogger(cfg), cfg.log_freq
+        finally: cfg.wandb.mode = asked
     def after_step(self, trainer, record):
         if self.log_freq and trainer.step % self.log_freq == 0:
             self.logger.log_dict({k: v for k, v in record.items() if isinstance(v, (int, float))}, trainer.step)
@@ -256,22 +259,39 @@ def once(loader, cameras, preprocessor):
 def rollouts(policy, pre, post, env_cfg, eval_cfg, seed, autocast, videos: Path | None = None,
              max_videos: int = 0) -> dict:  # task → [bool, …]
     "Success of each episode in LeRobot's environments."
-    from lerobot.envs.factory import make_env, make_env_pre_post_processors
-    from lerobot.envs.utils import close_envs
+    from lerobot.envs.factory import make_env_pre_post_processors
     from lerobot.scripts.lerobot_eval import eval_policy_all
     env_pre, env_post = make_env_pre_post_processors(env_cfg=env_cfg, policy_cfg=policy.config)
-    with watched("a simulator", f"--eval.batch_size (now {eval_cfg.batch_size})") as started:
-        made = make_env(env_cfg, n_envs=eval_cfg.batch_size, use_async_envs=eval_cfg.use_async_envs)
-        started()
-        try:
-            with torch.no_grad(), autocast():
-                info = eval_policy_all(
-                    envs=made, policy=policy, env_preprocessor=env_pre, env_postprocessor=env_post, preprocessor=pre,
-                    postprocessor=post, n_episodes=eval_cfg.n_episodes, start_seed=seed,
-                    max_parallel_tasks=env_cfg.max_parallel_tasks, videos_dir=videos, max_episodes_rendered=max_videos)
-        finally: close_envs(made)
+    with (simulators(env_cfg, eval_cfg.batch_size, eval_cfg.use_async_envs) as made, torch.no_grad(), autocast()):
+        info = eval_policy_all(
+            envs=made, policy=policy, env_preprocessor=env_pre, env_postprocessor=env_post, preprocessor=pre,
+            postprocessor=post, n_episodes=eval_cfg.n_episodes, start_seed=seed,
+            max_parallel_tasks=env_cfg.max_parallel_tasks, videos_dir=videos, max_episodes_rendered=max_videos)
     return {f"{t['task_group']}/{t['task_id']}" if t["task_id"]
             else t["task_group"]: [bool(s) for s in t["metrics"]["successes"]] for t in info["per_task"]}
+
+# %% ../nbs/10j_checkpoints.ipynb #d2704821
+@contextmanager
+def simulators(env_cfg, n: int, parallel: bool) -> Iterator[dict]:
+    "LeRobot's environments, `n` of each task, closed at the end."
+    from lerobot.envs.factory import make_env
+    from lerobot.envs.utils import close_envs
+    with watched("a simulator", f"--eval.batch_size (now {n})") as started:
+        made = make_env(env_cfg, n_envs=n, use_async_envs=parallel)
+        started()
+        try: yield made
+        finally: close_envs(made)
+
+def try_simulators(cfg: CraftTrainConfig) -> None:
+    """Raise what the first evaluation while training would be refused for: a simulator that is not installed, a task
+    that it does not have. One environment of each task is made and closed, none is reset."""
+    if cfg.env is None or not 0 < cfg.env_eval_freq <= cfg.steps or int(os.environ.get("RANK", 0)): return
+    try:
+        with same_draws(), redirect_stdout(io.StringIO()), simulators(cfg.env, 1, False): pass
+    except Exception as e:  # each simulator has its own
+        raise ValueError(f"env: {cfg.env.type} cannot be evaluated with task {cfg.env.task!r} ({type(e).__name__}: "
+                         f"{(str(e).splitlines() or [''])[0][:200]}): mend --env.type or --env.task, install the "
+                         "simulator, or train without it: --env_eval_freq=0") from e
 
 # %% ../nbs/10j_checkpoints.ipynb #5273cd61
 def loader_by_task(dataset, batch_size: int, rows: Iterable[int] | None = None):  # its `tasks`: (task, frames) of each batch

@@ -23,17 +23,16 @@ from pathlib import Path
 import torch
 
 from .anchors import MANIFEST, _bytes, _pil
-from .training import rehearsal, require_as_asked, require_one_place, settle
+from .training import available, low_memory, rehearsal, require_as_asked, require_one_place, settle
 from .cards import _size
 from .check import Finding, attempt, gathered
 from .config import AnchorData, CraftConfig
-from .configs import ANCHORS
+from .configs import ANCHORS, check_wandb
 from .data import several
 from .instructions import Heeded
 from .lerobot import (CraftTrainConfig, anchor_build, begun, builds_anchors, camera_findings, each_dataset,
                               load_dataset, make_trainer, open_cache, parse_count, ready, rename_of,
                               require_fit, require_writable, rows_of, wanted_tasks)
-from .machine import free_memory
 from .policies import adapter_for, base_policy
 from .trainer import (CraftTrainer, ahead, anchor_losses, estimate_memory, nbytes, passing, pressed, count_rows,
                               unwrapped)
@@ -221,12 +220,6 @@ def duration(seconds: float) -> str:
         if seconds >= 1.5 * n: return f"{seconds / n:.3g} {unit}"
     return f"{seconds:.2g} s"
 
-def available(device: torch.device) -> int:  # bytes; 0: unknown
-    "Memory that a run can have, what it holds already left out."
-    if device.type == "cuda":
-        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-                - torch.cuda.memory_allocated(device))
-    return free_memory()
 
 # %% ../nbs/11d_preflight.ipynb #4d6c6549
 def say_costs(r: Report, t: CraftTrainer) -> None:
@@ -238,14 +231,7 @@ def say_costs(r: Report, t: CraftTrainer) -> None:
         r.add("memory", f"{_size(m['peak'])} at the peak of a step "
               f"({', '.join(f'{k.replace(chr(95), chr(32))} {_size(v)}' for k, v in m.items() if v and k != 'peak')}), "
               f"{device} has {_size(has)}", available=has, **m)
-        # frames lie in main memory, wherever the policy is
-        frames = m.get("frames", 0) if device.type == "cpu" else 0
-        if m["peak"] + frames > .95 * has > 0:
-            r.findings.append(Finding("warn", "memory", f"a step needs {_size(m['peak'])}"
-                                      + f" beside {_size(frames)} of decoded frames" * bool(frames) + f" of {device}'s "
-                                      f"{_size(has)}: "
-                                      f"lower --batch_size (now {cfg.batch_size}) or --craft.anchor_batch_size (now "
-                                      f"{cfg.craft.anchor_batch_size}), or set --craft.anchor_micro_batch", m))
+        r.findings += filter(None, [low_memory(t, m, has)])
     if s := attempt("time", pass_seconds, t):
         each = s["task"] + s["retention"] / (cfg.craft.retention_freq if t.retention else 1)
         waits = max(each, s["load"] / max(1, cfg.num_workers)) if cfg.num_workers else each + s["load"]
@@ -403,6 +389,7 @@ def preflight(cfg: CraftTrainConfig, slow: bool = True, sheet: Path | None = Non
           contextlib.redirect_stdout(io.StringIO())):
         attempt("output", free_folder, cfg)
         attempt("anchors", require_one_place, cfg)
+        attempt("setup", check_wandb, cfg)
         out, cfg.output_dir, cfg.wandb.enable = cfg.output_dir, Path(tmp) / "run", False
         workers, cfg.num_workers = cfg.num_workers, min(1, cfg.num_workers) if cfg.dataset.streaming else 0
         own = out and builds_anchors(cfg) and (Path(out) / ANCHORS / MANIFEST).is_file()

@@ -29,18 +29,20 @@ from .anchors import MANIFEST, AnchorCacheDataset, build_anchor_dataloader, read
 from .builder import Answered, LiveFrames
 from .caches import (BuildCacheConfig, build_cache, cache_adapter, cache_views, check_cache, check_frames,
                              make_teacher, open_anchors, open_cache, pick_episodes, say_decoder)
+from .cards import _size
 from .check import USERS, Finding, attempt, gathered, gathering, waivers
 from .checkpoints import (Checkpoints, Evaluations, Progress, RunParts, Wandb, loader_by_task, move_last,
-                                  read_craft_state, read_method_tensors, same_draws, write_card, write_checkpoint)
+                                  read_craft_state, read_method_tensors, same_draws, try_simulators, write_card,
+                                  write_checkpoint)
 from .config import CraftConfig, as_path, at_home, parse_size, parse_weights
-from .configs import (ANCHORS, CraftTrainConfig, begun, data_root, each_dataset, localise, or_say_what_is_lost,
-                              require_parts, require_writable)
+from .configs import (ANCHORS, CraftTrainConfig, begun, check_wandb, data_root, each_dataset, localise,
+                              or_say_what_is_lost, require_parts, require_writable)
 from .data import read_info, read_prompts, several
 from .draws import Looks, base_policy, is_frozen, submodule
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, make_processors,
                           require_fit, run_hashes)
 from .frames import Room
-from .machine import Lock, Watched, follow, give_way, holder
+from .machine import Lock, Watched, follow, free_memory, give_way, holder
 from .methods import MethodParts, find_method, make_method, read_options
 from .monitor import RecordLog
 from .policies import adapter_for, check_loaded_weights
@@ -110,6 +112,8 @@ def settle(cfg: CraftTrainConfig) -> None:
     cfg.validate()
     if cfg.resume: cfg.checkpoint_path = Path(follow(cfg.checkpoint_path))
     require_writable(Path(cfg.output_dir))
+    check_wandb(cfg)
+    attempt("setup", try_simulators, cfg)
     if cfg.policy.pretrained_path: attempt("setup", require_parts, cfg.policy)
     if cfg.resume: check_same_data(cfg)
 
@@ -301,8 +305,28 @@ def rehearsal(cfg: CraftTrainConfig, accelerator=None) -> CraftTrainer:
     return assemble(cfg, (), accelerator or make_accelerator(cfg), True, None, None,
                     stand_in=functools.partial(few_anchors, cfg))
 
+def available(device: torch.device) -> int:  # bytes; 0: unknown
+    "Memory that a run can have, what it holds already left out."
+    if device.type == "cuda":
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+                - torch.cuda.memory_allocated(device))
+    return free_memory()
+
+def low_memory(t: CraftTrainer, m: dict, has: int | None = None) -> Finding | None:  # m: of `estimate_memory`; has: bytes
+    "The warning that a step may need more memory than there is."
+    cfg, device = t.parts.cfg, next(t.policy.parameters()).device
+    has = available(device) + m["weights"] if has is None else has
+    # frames lie in main memory, wherever the policy is
+    frames = m.get("frames", 0) if device.type == "cpu" else 0
+    if not m["peak"] + frames > .95 * has > 0: return None
+    return Finding("warn", "memory", f"a step needs {_size(m['peak'])}"
+                   + f" beside {_size(frames)} of decoded frames" * bool(frames) + f" of {device}'s {_size(has)}: "
+                   f"lower --batch_size (now {cfg.batch_size}) or --craft.anchor_batch_size (now "
+                   f"{cfg.craft.anchor_batch_size}), or set --craft.anchor_micro_batch", m)
+
 def rehearse(cfg: CraftTrainConfig, accelerator=None) -> None:
-    "Raise what a run would be refused for behind the build of its anchors. Says, draws, writes and leaves nothing."
+    """Raise what a run would be refused for behind the build of its anchors, and warn if its memory will not do. Draws,
+    writes and leaves nothing."""
     out, cfg, was = str(cfg.output_dir), copy.deepcopy(cfg), logging.root.manager.disable
     with (tempfile.TemporaryDirectory(prefix="craft-train-") as tmp, gathered(stop=True), same_draws(),
           redirect_stdout(io.StringIO())):
@@ -310,7 +334,8 @@ def rehearse(cfg: CraftTrainConfig, accelerator=None) -> None:
         logging.disable(logging.WARNING)
         try:
             trainer = rehearsal(cfg, accelerator)
-            if not cfg.dataset.streaming: estimate_memory(trainer)  # passes over the first batches
+            # passes over the first batches
+            low = None if cfg.dataset.streaming else low_memory(trainer, estimate_memory(trainer))
             trainer.accelerator.free_memory()
         except USERS as e:
             e.args = tuple(x.replace(str(cfg.output_dir), out) if isinstance(x, str) else x for x in e.args)
@@ -318,6 +343,7 @@ def rehearse(cfg: CraftTrainConfig, accelerator=None) -> None:
         finally:
             logging.disable(was)
             say_decoder.cache_clear()
+    if low: logging.warning(low.text)
 
 
 # %% ../nbs/10k_training.ipynb #e7242a51

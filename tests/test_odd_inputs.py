@@ -326,7 +326,8 @@ BEFORE = [(["--dataset.eval_split=0.99"], "eval_split"), (["--craft.method=share
           (["--craft.heldout_fraction=.9"], "leaves none to train on"), (["--craft.heldout_cache_dir=gone"], "at gone"),
           (["--craft.method_options=foo:1"], "takes none"), (["--craft.method=der"], "the view action_logits"),
           (["--peft.method_type=NO"], "expected one of ADALORA"), (["--dataset.streaming=true"], "num_workers"),
-          (["--policy.dtype=float8"], "float8")]
+          (["--policy.dtype=float8"], "float8"), (["--wandb.enable=true"], "no login here (No API key configured)"),
+          (["--env.type=metaworld", "--env.task=push-v3,fly-v3", "--env_eval_freq=1"], "(KeyError: 'fly-v3')")]
 
 
 @pytest.mark.parametrize("flags,says", BEFORE, ids=[" ".join(f) for f, _ in BEFORE])
@@ -334,12 +335,28 @@ def test_what_speaks_against_a_run_is_said_before_its_anchors_are_built(inside, 
     "A build takes hours, and nothing is found out behind it that could have been said before."
     import craft_nb.training as ours
     monkeypatch.setattr(ours, "Lock", lambda *a: pytest.fail("the anchors were built"))
+    monkeypatch.setenv("WANDB_SILENT", "True")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    def no_login(**kw): raise RuntimeError("No API key configured")
+    monkeypatch.setattr("wandb.login", no_login)
     Path("temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", "temporary")
     own = {"--craft.enabled": "true", "--craft.anchor_dataset.repo_id": "data", "--craft.anchor_dataset.num_anchors": 6,
            "--craft.anchor_batch_size": 2}
     assert says in refused(train, work, *(f"{k}={v}" for k, v in own.items() if k not in flags[-1]), *flags)
     assert not list(Path("temporary").glob("craft-*")) and sorted(os.listdir()) == ["data", "temporary"]
+
+
+def test_low_memory_is_said_before_anchors_are_built(inside, work, monkeypatch):
+    import craft_nb.training as ours
+    said = []
+    def begins(*a): raise OSError(f"the build begins, {len(said)} said")
+    monkeypatch.setattr(ours, "Lock", begins)
+    monkeypatch.setattr(ours, "free_memory", lambda: 1)
+    monkeypatch.setattr(ours.logging, "warning", lambda text, *_: said.extend([text] * ("a step needs" in text)))
+    says = refused(train, work, "--craft.enabled=true", "--craft.anchor_dataset.repo_id=data",
+                   "--craft.anchor_dataset.num_anchors=6", "--craft.anchor_batch_size=2")
+    assert "the build begins, 1 said" in says and "lower --batch_size (now 2)" in said[0], (says, said)
 
 
 def test_anchors_that_were_built_need_their_source_no_more(inside, work, capsys):

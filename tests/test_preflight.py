@@ -98,8 +98,9 @@ def test_anchors_that_are_yet_to_be_built(inside, capsys):
             in " ".join(said.split()) and "to be built" not in said), said
     code, said = check(capsys, *own, "--craft.method=nosuch")
     assert code == 1 and said.count("method: expected one of craft") == 1, said
-    code, said = check(capsys, *own, "--craft.anchor_dataset.tasks=fly")
-    assert code == 1 and "no task 'fly'" in said, said
+    code, said = check(capsys, *own, "--craft.anchor_dataset.tasks=fly", "--env.type=metaworld", "--env.task=fly-v3",
+                       "--env_eval_freq=1", "--wandb.enable=true", "--wandb.mode=no")
+    assert code == 1 and all(s in said for s in ("no task 'fly'", "KeyError: 'fly-v3'", "wandb.mode: expected")), said
 
 
 def test_all_faults_at_once(inside, capsys, tmp_path):
