@@ -192,7 +192,7 @@ def plot_kept(study: dict):  # matplotlib Figure, or None with fewer than five r
     if len(runs) < 5: return None
     fig, axes = new_figure(6.4, 4.2)
     ax, drifts = axes[0, 0], [r["drift"] for _, r in runs]
-    curves = kept_curves([(r["drift"], *r["old"]) for _, r in runs])
+    curves = kept_curves(tuple((r["drift"], *r["old"]) for _, r in runs))
     xs = [min(drifts) * (max(drifts) / min(drifts)) ** (i / 40) for i in range(41)]
     middle, low, high = zip(*(quantiles(*success_at(x, curves), .5, .025, .975) for x in xs))
     ax.fill_between(xs, low, high, color="#999999", alpha=.2, linewidth=0)

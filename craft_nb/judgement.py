@@ -6,6 +6,7 @@
 __all__ = ['GATES', 'YES', 'SIGNS', 'parse_gate']
 
 # %% ../nbs/10m_judgement.ipynb #8c880379
+import functools
 import math
 import operator
 import re
@@ -183,7 +184,8 @@ STUDY = dict(view="action_logits", unit="nats per action token", teacher=(67, 10
                      (1.5820, 4, 100), (1.6937, 4, 100), (1.7257, 3, 100), (1.7543, 4, 100),
                      (1.7841, 4, 100), (1.8232, 6, 100), (1.9838, 8, 100)))
 
-def kept_curves(points) -> tuple:  # weight, height, half and steepness of likely curves, spread around each
+@functools.lru_cache(8)
+def kept_curves(points: tuple) -> tuple:  # weight, height, half and steepness of likely curves, spread around each
     "Curves height / (1 + (drift / half)^steepness) with beta-binomial runs around them, weighed by `points`."
     import torch
     how = dict(dtype=torch.float64)
@@ -219,7 +221,7 @@ def predicted_kept(drift: float, study: dict = STUDY) -> dict:  # {ratio, low, h
     """Success on old tasks over the teacher's that the study's curve foretells for a run by its drift on held-out
     anchors; median and 95 % interval. `near`: has the study a run at such a drift?"""
     seen = [p[0] for p in study["points"]]
-    rate, likely = success_at(min(max(drift, min(seen)), max(seen)), kept_curves(study["points"]))
+    rate, likely = success_at(min(max(drift, min(seen)), max(seen)), kept_curves(tuple(map(tuple, study["points"]))))
     good, of = study["teacher"]
     also = good * rate.log() + (of - good) * (1 - rate).log()
     ratio, weight = (rate[:, None] / rate).flatten(), (likely[:, None] * (also - also.max()).exp()).flatten()

@@ -324,7 +324,7 @@ def adapters(kind): return ["--peft.method_type=LORA", "--peft.r=4", "--policy.o
 
 
 @pytest.mark.parametrize("kind", LORA)
-def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind, inside):
+def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind, inside, monkeypatch):
     from safetensors.torch import load_file
     build(work, zoo(kind))
     train(work, zoo(kind), "--steps=4", "--save_freq=2", *adapters(kind))
@@ -356,6 +356,14 @@ def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind
     a, b = (AnchorCacheDataset(n).batch(range(12)) for n in ("of_adapter", "of_merged"))
     torch.testing.assert_close(a["answer"], b["answer"], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(a["answer"], AnchorCacheDataset("cache").batch(range(12))["answer"], atol=1e-4)
+    own, given = Answered.answer, []
+    monkeypatch.setattr(Answered, "answer", lambda self, rows: given.append(own(self, rows)) or given[-1])
+    train(work, zoo(kind), "--output_dir=taught", f"--craft.teacher={end}", "--steps=1", "--craft.anchor_batch_size=12",
+          "--save_checkpoint=false", "--craft.check=false", *adapters(kind))
+    # a student without its teacher's adapters is as far from it as that is from the student
+    assert steps("taught")[0]["retention_loss"] == pytest.approx(drift, rel=1e-3)
+    merged = Answered(None, base.requires_grad_(False), make_views(["answer"]), adapter_for(base))
+    torch.testing.assert_close(given[-1]["answer"], own(merged, given[-1])["answer"], rtol=1e-4, atol=1e-4)
 
 
 def event(what, run="run"):
