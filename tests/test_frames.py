@@ -68,7 +68,7 @@ def test_processes_share_rows():
     other = multiprocessing.get_context("spawn").Process(target=add_other_row, args=(table,))
     other.start()
     try: other.join(120)
-    finally: other.kill()
+    finally: other.kill(), other.join()
     assert other.exitcode == 0 and table.get(1)["x"].tolist() == [1.0] * 3 and table.get(2) is None
 
 

@@ -78,7 +78,7 @@ def lab(tmp_path):
         finally:
             server.terminate()
             try: server.wait(PATIENCE*20)
-            except subprocess.TimeoutExpired: server.kill()
+            except subprocess.TimeoutExpired: server.kill(), server.wait()
             log.close()
 
 

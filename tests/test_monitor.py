@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from linear_run import make_run
 from nbclient import NotebookClient
 
 from craft_nb import CraftMonitor
+from craft_nb.control import Control
 from craft_nb.monitor import Curve, History, Place, RecordLog, Tail, draw, read_records, status
 
 ROOT = Path(__file__).parents[1]
@@ -159,10 +161,14 @@ def until(true, what, seconds=60.0):
     pytest.fail(f"waited {seconds:.0f} s for {what}")
 
 
-def settled(value, pause=.5):
-    "The value once it holds still: the step that was under way when Pause was pressed still ends."
-    until(lambda: value() == (time.sleep(pause), value())[1], "a value that holds still")
-    return value()
+def settled(run):
+    "Where a paused run stands: the step that was under way when Pause was pressed still ends."
+    def waits():  # in `Control.wait`, between two steps
+        frame, codes = sys._current_frames().get(run.thread.ident), set()
+        while frame: codes, frame = codes | {frame.f_code}, frame.f_back
+        return {Control.wait.__code__, threading.Condition.wait.__code__} <= codes
+    until(waits, "the step in hand to end")
+    return run.trainer.step
 
 
 class Live(CraftMonitor):
@@ -182,7 +188,7 @@ def test_buttons_and_knobs_drive_the_trainer(tmp_path):
     assert m.controls.step.disabled
     m.controls.pause.click()
     until(lambda: "paused" in text(m) and m.controls.pause.description == "Resume", "the state paused")
-    held = settled(lambda: trainer.step)
+    held = settled(run)
     time.sleep(.3)
     assert trainer.step == held and not m.controls.step.disabled
     m.controls.step.click()
@@ -217,7 +223,7 @@ def test_two_dashboards_do_not_disturb_each_other(tmp_path):
     until(lambda: all(t.step > 10 for t in trainers), "both runs")
     ms[0].controls.pause.click()
     until(lambda: "paused" in text(ms[0]), "one paused")
-    held, other = settled(lambda: trainers[0].step), trainers[1].step
+    held, other = settled(runs[0]), trainers[1].step
     until(lambda: trainers[1].step > other + 20, "two to go on")
     assert trainers[0].step == held and "training" in text(ms[1]) and "one" not in text(ms[1])
     for run in runs: run.stop(60)
@@ -307,6 +313,9 @@ def test_notebooks_keep_the_picture_in_the_cell_that_started(tmp_path):
 
 AGAIN = """
 from craft_nb import monitor
+def until(true):
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end: time.sleep(.01)
 class Kernel:   # as JupyterLab: the same cell, run twice
     def __init__(self, n): self.n = n
     def get_parent(self): return dict(metadata=dict(cellId='c1'), header=dict(msg_id=f'run {self.n}'))
@@ -318,9 +327,10 @@ class Shell:
 def test_running_a_cell_again_replaces_its_first_run(tmp_path):
     cells = execute(tmp_path, AGAIN,
         "monitor._shell = lambda: Shell(1)\nfirst = CraftMonitor('m.jsonl', interval=.02); "
-        "run1 = make_run([first], steps=10**6, pace=.01).start(); time.sleep(.5)",
+        "run1 = make_run([first], steps=10**6, pace=.01).start(); until(lambda: run1.trainer.step > 9)",
         "monitor._shell = lambda: Shell(2)\nsecond = CraftMonitor('m.jsonl', interval=.02); "
-        "run2 = make_run([second], steps=10**6, pace=.01).start(); time.sleep(1)",
+        "run2 = make_run([second], steps=10**6, pace=.01).start(); "
+        "until(lambda: run2.trainer.step > 9 and not run1.thread.is_alive())",
         "print(run1.thread.is_alive(), first.runs[0].state, first.place.box is None, second.runs[0].state)",
         "run2.stop(60); print(second.runs[0].state)")
     assert cells[3].outputs[0].text.split() == ["False", "stopped", "True", "training"]
