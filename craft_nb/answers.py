@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .draws import (RowDraws, base_policy, captured, eval_mode, mixed_precision, once_a_row, pack_image,
                             replaced, submodule, unpack_image)
 from .features import Features, capture_hidden
-from .tokens import decoder_facts
+from .tokens import TEXT, decoder_facts
 
 # %% ../nbs/05e_answers.ipynb #5f8c4fad
 @contextmanager
@@ -76,6 +76,7 @@ class Door:
     still: tuple[str, ...] = ()  # methods that draw nothing
     sees: str = ""  # method that embeds a picture, (b, c, h, w) → (b, …)
     eyes: tuple[str, ...] = ()  # the modules that it runs; where all are frozen, a teacher inside and its student run them once
+    padded: tuple[tuple[str, str], ...] = ()  # tokens and their mask: padding behind them changes nothing
 
     @property
     def gives(self): return frozenset(("answer", *["hidden"] * bool(self.decoder), *["actions"] * bool(self.expert)))
@@ -101,8 +102,6 @@ def chunk_shape(policy: nn.Module) -> tuple[int, int]:  # (t, a)
     return len(policy.config.action_delta_indices), policy.config.action_feature.shape[0]
 
 # %% ../nbs/05e_answers.ipynb #730a036c
-TEXT = ("observation.language.tokens", "observation.language.attention_mask")
-
 def door_inputs(policy: nn.Module, batch: dict) -> dict[str, Tensor]:
     """Observations and actions of a preprocessed batch: pictures as `pixel_values.*` uint8 with `pixel_scale.*`, the
     rest as it is."""
@@ -179,7 +178,8 @@ def door_features(door: Door, policy: nn.Module, anchors: dict[str, Tensor], lay
     b, (t, a) = len(next(iter(anchors.values()))), chunk_shape(policy)
     seeds = anchors.get("draw_seed", torch.zeros(b, 1, dtype=torch.long))
     n = seeds.shape[1] if actions else 1
-    batch, prefix = door_batch(policy, anchors, n, trim=not layers), []
+    cut = TEXT in door.padded or getattr(policy.config, "pad_language_to", "") == "longest"
+    batch, prefix = door_batch(policy, anchors, n, trim=cut and not layers), []
     with ExitStack() as stack:
         for x in (eval_mode(policy), mixed_precision(policy)): stack.enter_context(x)
         said = stack.enter_context(captured(policy, door.capture, b * n))
@@ -213,7 +213,7 @@ def door_batch(policy: nn.Module, anchors: dict[str, Tensor], n: int, trim: bool
     device = next(policy.parameters()).device
     batch.setdefault("action", torch.zeros(b, t, a, device=device))
     batch.setdefault("action_is_pad", torch.zeros(b, t, dtype=torch.bool, device=device))
-    if trim and getattr(policy.config, "pad_language_to", "") == "longest" and TEXT[1] in batch:
+    if trim and TEXT[1] in batch:
         longest = max(1, int(batch[TEXT[1]].sum(1).max()))
         batch |= {k: batch[k][:, :longest] for k in TEXT}
     return {k: v.repeat_interleave(n, 0) for k, v in batch.items()}

@@ -399,7 +399,9 @@ class Mir(AnchorMethod):
         super().__init__(parts.policy, parts.anchors, parts.views, parts.adapter, parts.config, parts.teacher_dtype)
         self.among, self.every, self.weight, self.virtual_lr = among, every, weight, virtual_lr
 
-    def attach(self, trainer): refuse_shards(self, trainer)
+    def attach(self, trainer):
+        super().attach(trainer)
+        refuse_shards(self, trainer)
 
     @torch.no_grad()
     def scores(self, trainer, batches: list[dict]) -> Tensor:  # (among · b,)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .draws import seen_once
+from .draws import base_policy, seen_once
 from .features import Features
 from .losses import View, pass_needs
 
@@ -39,6 +39,17 @@ def route_forward(policy: nn.Module) -> nn.Module:
     return policy
 
 def count_rows(anchors: dict) -> int: return len(next(v for v in anchors.values() if isinstance(v, Tensor)))
+
+# %% ../nbs/07b_passes.ipynb #6a1f20a2
+def cut_padding(policy: nn.Module, adapter, batch: dict) -> dict:
+    "A preprocessed batch without the columns of tokens and mask, pairs of names in `adapter.padded`, that no row uses."
+    if getattr(getattr(base_policy(policy), "config", None), "compile_model", False): return batch
+    out = dict(batch)
+    for names in (x for x in getattr(adapter, "padded", ()) if x[-1] in batch):
+        used = batch[names[-1]].bool().any(0).nonzero().flatten().tolist()
+        out |= {k: batch[k][:, : (max(used, default=0) // 8 + 1) * 8] for k in names}
+    return out
+
 
 # %% ../nbs/07b_passes.ipynb #6a1f20c5
 def unwrapped(trainer) -> nn.Module:

@@ -19,7 +19,7 @@ from .answers import Door
 from .draws import _candidates, base_policy, submodule
 from .features import Features, pool
 from .losses import VIEWS, TokenCEView, View
-from .tokens import PALIGEMMA, PI0FastAdapter
+from .tokens import PALIGEMMA, TEXT, PI0FastAdapter
 
 # %% ../nbs/06_policies.ipynb #983c6a62
 class AnchorAdapter(Protocol):
@@ -94,7 +94,7 @@ ADAPTERS |= {
                     "model.vlm_with_expert.vlm.model.text_model", tail=1, joint="model.vlm_with_expert",
                     expert="model.vlm_with_expert.lm_expert",
                     still=("model.embed_prefix", "model.embed_suffix", "model.vlm_with_expert.forward"),
-                    sees="model.vlm_with_expert.embed_image",
+                    padded=(TEXT,), sees="model.vlm_with_expert.embed_image",
                     eyes=("model.vlm_with_expert.vlm.model.vision_model", "model.vlm_with_expert.vlm.model.connector")),
     "act": Door("model.action_head", "action", None, still=("model.forward",)),
     "diffusion": Door("diffusion.unet", "noise", "diffusion.conditional_sample",

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .config import CraftConfig, parse_weights
 from .dual import Dual, no_trace, see_held_out, see_parts
 from .losses import View, rounding_error
-from .passes import AnchorPass, count_rows
+from .passes import AnchorPass, count_rows, cut_padding
 from .step import Method, StepParts, across_ranks, clip_gradients, take_grad, task_backward
 from .surgery import StreamingSurgery, Surgery, moved_gradients, read_sums
 
@@ -61,6 +62,10 @@ class AnchorMethod(Method):
             raise ValueError(f"views: the config names {', '.join(self.weights_of)}, given are {', '.join(views)}")
         self.named = [(n.removeprefix("module.").replace("_fsdp_wrapped_module.", ""), p)
                       for n, p in policy.named_parameters() if p.requires_grad]
+
+    def attach(self, trainer):
+        if getattr(self.adapter, "padded", ()):
+            trainer.batches = map(partial(cut_padding, trainer.policy, self.adapter), trainer.batches)
 
     # what each view's loss is multiplied with
     def pressures(self) -> list[float]: return list(self.weights_of.values())
@@ -294,7 +299,9 @@ FIRST_MEASURED = 10  # retention steps that are all measured, before every n-th 
 class Retention(Constraint):
     "CRaFT: the task loss under budgets for the drift on anchors."
     name = "craft"
-    def attach(self, trainer): refuse_pieces(self, trainer)
+    def attach(self, trainer):
+        super().attach(trainer)
+        refuse_pieces(self, trainer)
     def setup(self, trainer):
         if self.config.epsilon_unit == "auto": trainer.event("calibrated", drift=calibrate_budget(trainer))
 

@@ -123,6 +123,23 @@ def test_pass_is_no_deeper_than_it_must_be(work):
     for h in hooks: h.remove()
 
 
+def test_a_pass_for_logits_works_on_what_predicts_alone(work):
+    """The last block's feed-forward part sees the rows that the head sees; logits and gradients are those of a whole
+    pass."""
+    policy, batch = with_cameras(work, 2, 1)
+    adapter, params = adapter_for(policy), list(policy.parameters())
+    anchors, block = adapter.prepare(policy, adapter.inputs(policy, batch)), adapter.decoder(policy).layers[-1]
+    rows = []
+    hook = block.mlp.act_fn.register_forward_hook(lambda m, args, y: rows.append(y.shape[:-1].numel()))
+    some, whole = (adapter.features(policy, anchors, layers, True, True) for layers in ([], [-1]))
+    hook.remove()
+    assert rows[0] == some.action_mask.sum() < rows[1] == whole.hidden[-1].shape[:2].numel() and not some.hidden
+    torch.testing.assert_close(some.logits, whole.logits, rtol=1e-4, atol=1e-5)
+    one, all_ = (torch.autograd.grad(f.logits.logsumexp(-1).sum(), params, allow_unused=True) for f in (some, whole))
+    for a, b in zip(one, all_, strict=True):
+        assert (a is None) == (b is None) and (a is None or (a - b).norm() <= 1e-4 * b.norm() + 1e-6)
+
+
 def test_decoding_is_what_the_policy_does(work):
     policy, batch = with_cameras(work, 2)
     policy.eval()

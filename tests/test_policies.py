@@ -12,6 +12,7 @@ from craft_nb import cli
 from craft_nb.builder import Answered, anchor_batch_targets, draw_seeds
 from craft_nb.config import CraftConfig
 from craft_nb.losses import make_views
+from craft_nb.passes import cut_padding
 from craft_nb.policies import adapter_for
 from craft_nb.trainer import AnchorPass, AnchorRows
 from craft_nb.zoo import KINDS, zoo_checkpoint, zoo_data
@@ -133,6 +134,22 @@ def test_the_observation_is_seen_once_for_all_draws(work, zoo):
     adapter.features(policy, adapter.prepare(policy, rows), [], True, False)
     hook.remove()
     assert rows["answer"].shape[1] == 3 and seen == [len(ROWS)]
+
+
+@pytest.mark.parametrize("kind", ["pi0_fast", "pi0", "pi05", "smolvla"])
+def test_padding_that_is_cut_off_changes_nothing(work, zoo, kind):
+    "Loss and gradients of LeRobot's own `forward`, with sixteen columns of padding more and without what can be cut."
+    policy, batch = loaded(work, (lambda _: work.policy_path) if kind == "pi0_fast" else zoo, kind)
+    pairs, params = adapter_for(policy).padded, [p for p in policy.parameters() if p.requires_grad]
+    long = batch | {k: torch.nn.functional.pad(batch[k], (0, 16)) for pair in pairs for k in pair}
+    short = cut_padding(policy, adapter_for(policy), long)
+    assert all(short[k].shape[1] <= long[k].shape[1] - 9 for pair in pairs for k in pair)
+    def said(x):
+        torch.manual_seed(0)
+        return torch.autograd.grad(policy(x)[0], params, allow_unused=True)
+    for a, b in zip(said(long), said(short), strict=True):
+        if a is None: assert b is None
+        else: assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7
 
 
 @pytest.mark.parametrize("kind", ["pi0", "pi05", "smolvla"])
