@@ -18,4 +18,5 @@ def test_estimate_is_within_a_tenth(tmp_path, batch_size, how):
     found = training_memory("small", "cpu", batch_size, tmp_path, **how)
     assert list(found) == ["plain", "pooled", "action_logits"] + ["streamed"] * (not how)
     for name, f in found.items(): assert 0.9 <= f["expected_over_peak"] <= 1.1, (name, f)
-    assert found["action_logits"]["peak_gib"] >= found["plain"]["peak_gib"]
+    # a retention step may hold less than a plain one: its task batch is without padding
+    assert found["action_logits"]["peak_gib"] >= 0.7 * found["plain"]["peak_gib"]
