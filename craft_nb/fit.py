@@ -29,6 +29,7 @@ from .data import ImageFolder, list_pictures, usual_state
 from .instructions import Heeded, heed_instructions
 from .losses import make_views
 from .machine import follow
+from .memory import as_one_product
 from .policies import adapter_for, base_policy, check_loaded_weights
 from .terminal import loading
 
@@ -300,7 +301,8 @@ def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict 
     with loading(): policy = make_policy(cfg=cfg, ds_meta=ds_meta, env_cfg=env, rename_map=rename_map or {})
     if Path(cfg.pretrained_path).is_dir() and not getattr(cfg, "use_peft", False):
         check_loaded_weights(policy, cfg.pretrained_path)
-    return policy.eval(), *make_processors(cfg, policy, str(cfg.device), rename_map=rename_map or None)
+    processors = make_processors(cfg, policy, str(cfg.device), rename_map=rename_map or None)
+    return as_one_product(policy.eval()), *processors
 
 def load_policy_alone(cfg: PreTrainedConfig):
     """A policy without a data set or environment to tell its features: those of its checkpoint. An adapter's stands on
@@ -314,7 +316,7 @@ def load_policy_alone(cfg: PreTrainedConfig):
     with loading(): policy = get_policy_class(cfg.type).from_pretrained(base, config=cfg)
     if Path(base).is_dir(): check_loaded_weights(policy, base)
     if adapted: policy = PeftModel.from_pretrained(policy, str(cfg.pretrained_path))
-    return policy.eval(), *make_processors(cfg, policy, str(cfg.device))
+    return as_one_product(policy.eval()), *make_processors(cfg, policy, str(cfg.device))
 
 # %% ../nbs/10g_fit.ipynb #6441b48b
 def recompute_targets(policy_path: str, manifest: dict):  # → function of a batch of the cache: {target: tensor}

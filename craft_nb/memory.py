@@ -71,6 +71,18 @@ def gradient_pass(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     params = [p for p in model.parameters() if p.requires_grad]
     return pass_bytes(model, lambda: torch.autograd.grad(loss(), params, allow_unused=True))
 
+# %% ../nbs/07f_memory.ipynb #15d4262e
+def laid_out(layer: nn.Module, given: tuple) -> tuple:
+    return tuple(x.contiguous() if isinstance(x, Tensor) else x for x in given)
+
+def as_one_product(policy: nn.Module) -> nn.Module:
+    "Let no frozen layer of half precision on a CPU multiply sample by sample. → `policy`, changed."
+    for m in policy.modules():
+        w = m.weight if isinstance(m, nn.Linear) else None
+        if w is not None and w.device.type == "cpu" and w.itemsize < 4 and not w.requires_grad:
+            m.register_forward_pre_hook(laid_out)
+    return policy
+
 # %% ../nbs/07f_memory.ipynb #98c80fcd
 MOMENTS = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "Adamax": 2, "RMSprop": 1, "Adagrad": 1}
 

@@ -49,8 +49,8 @@ from .policies import adapter_for, check_loaded_weights
 from .streams import (main_first, make_accelerator, make_loader, make_order, old_demonstrations, ready_batches,
                               train_and_held_out)
 from .terminal import loading
-from .trainer import (AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, cache_episodes,
-                              estimate_memory, nbytes, route_forward, set_aside)
+from .trainer import (AnchorRows, Callback, CraftTrainer, HeldOut, Memory, Method, as_one_product,
+                              cache_episodes, estimate_memory, nbytes, route_forward, set_aside)
 
 from lerobot.common import train_utils
 from lerobot.configs.default import DatasetConfig
@@ -129,7 +129,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     torch.backends.cuda.matmul.allow_tf32 = True
     dataset, held_out = main_first(acc, lambda: or_say_what_is_lost(cfg.dataset, lambda: train_and_held_out(cfg)))
     require_fit(camera_findings(cfg.policy, dataset.meta, cfg.rename_map), cfg.craft.allow_mismatch)
-    policy = make_student(cfg, dataset.meta)
+    policy = as_one_product(make_student(cfg, dataset.meta))
     keep = cfg.resume or keeps_statistics(cfg)
     pre, post = make_processors(cfg.policy, policy, acc.device.type,
                                 None if keep else rename_stats(dataset.meta.stats, cfg.rename_map), cfg.rename_map)
