@@ -86,8 +86,11 @@ def train_job(run_args, arm, blind=False):
     config = train_config(run, arm, blind)
     refuse_held(config.output_dir)
     shutil.rmtree(config.output_dir, ignore_errors=True)
-    torch.set_num_threads(1)  # the other core loads data, or trains another arm
-    train(config, quiet=True)
+    # a teacher trains alone: its step takes the cores that the arms share
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run.workers if arm in ("teacher", "blind") else 1)
+    try: train(config, quiet=True)
+    finally: torch.set_num_threads(threads)
     return str(Path(follow(config.output_dir/"checkpoints"/"last"/"pretrained_model")).resolve())
 
 def train_arms(run:Run, stage:str, arms, steps:int, **kw): # {arm: checkpoint path}
@@ -366,7 +369,7 @@ def parse(argv=None):
                    help="where everything goes (%(default)s)")
     p.add_argument("--size", choices=WORKLOADS[name].sizes, default="full",
                    help="tiny runs the same code in a minute or two and learns nothing")
-    p.add_argument("--workers", type=int, default=2, help="processes, one thread each (%(default)s)")
+    p.add_argument("--workers", type=int, default=2, help="processes, one thread each; the threads of the teacher (%(default)s)")
     p.add_argument("--again", action="store_true", help="redo the named stages (all by default) and those after them")
     full = sized(name, policy, "full")
     flags = [f for f in fields(full) if f.name not in ("policy", *WORKLOADS[name].unused)]
