@@ -369,7 +369,8 @@ def parse(argv=None):
                    help="where everything goes (%(default)s)")
     p.add_argument("--size", choices=WORKLOADS[name].sizes, default="full",
                    help="tiny runs the same code in a minute or two and learns nothing")
-    p.add_argument("--workers", type=int, default=2, help="processes, one thread each; the threads of the teacher (%(default)s)")
+    p.add_argument("--workers", type=int, default=2,
+                   help="processes, one thread each; the threads of the teacher (%(default)s)")
     p.add_argument("--again", action="store_true", help="redo the named stages (all by default) and those after them")
     full = sized(name, policy, "full")
     flags = [f for f in fields(full) if f.name not in ("policy", *WORKLOADS[name].unused)]
