@@ -400,8 +400,8 @@ class Mir(AnchorMethod):
         self.among, self.every, self.weight, self.virtual_lr = among, every, weight, virtual_lr
 
     def attach(self, trainer):
-        super().attach(trainer)
         refuse_shards(self, trainer)
+        super().attach(trainer)
 
     @torch.no_grad()
     def scores(self, trainer, batches: list[dict]) -> Tensor:  # (among · b,)

@@ -300,8 +300,8 @@ class Retention(Constraint):
     "CRaFT: the task loss under budgets for the drift on anchors."
     name = "craft"
     def attach(self, trainer):
-        super().attach(trainer)
         refuse_pieces(self, trainer)
+        super().attach(trainer)
     def setup(self, trainer):
         if self.config.epsilon_unit == "auto": trainer.event("calibrated", drift=calibrate_budget(trainer))
 
