@@ -140,17 +140,18 @@ def forever(x):
 def training_memory(size: str, device: str, batch_size: int, folder: Path, steps: int = 3, accumulate: int = 1,
                     **craft) -> dict:
     """Peak memory of whole training steps with AdamW in GiB, what `estimate_memory` said before the first, and seconds
-    a step."""
+    a step. `cut`: plain steps on a batch without padding, as a retention step's task batch is."""
     from craft_nb.builder import anchor_batch_targets
     from craft_nb.config import CraftConfig
     from craft_nb.losses import make_views
+    from craft_nb.passes import cut_padding
     from craft_nb.policies import adapter_for
     from craft_nb.trainer import CraftTrainer, Retention, estimate_memory, one_step
-    policy, batch, frames = workload(size, folder, device, batch_size)
-    out = {}
-    for name, how in dict(plain=None, pooled=dict(views="pooled"), action_logits=dict(views="action_logits"),
+    policy, padded, frames = workload(size, folder, device, batch_size)
+    short, out = cut_padding(policy, adapter_for(policy), padded), {}
+    for name, how in dict(plain=None, cut=None, pooled=dict(views="pooled"), action_logits=dict(views="action_logits"),
                           streamed=dict(views="action_logits", projection_scope="layer")).items():
-        retention = None
+        retention, batch = None, short if name == "cut" else padded
         if name == "streamed" and (craft or accumulate > 1): continue  # takes one batch of each kind
         if how:
             anchors = anchor_batch_targets(policy, frames, make_views([how["views"]]), actions="dataset")
