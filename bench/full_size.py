@@ -2,7 +2,8 @@
 without CRaFT, resume, drift.
 
     python bench/full_size.py                        SmolVLA in full and with LoRA, pi0_fast with LoRA, both also with the teacher inside
-    python bench/full_size.py --only smolvla_lora    one of them: smolvla, smolvla_lora, smolvla_lora_inside, pi0_fast_lora, pi0_fast_lora_inside
+    python bench/full_size.py --only smolvla_lora    one of them: smolvla, smolvla_lora, smolvla_lora_inside, pi0_fast_lora, pi0_fast_lora_inside;
+                                                     for a GPU besides: pi0_fast (in full), pi0_lora, pi0_lora_inside
     python bench/full_size.py --device cuda --batch 16 --anchors 8 --steps 8     on a GPU, half as many anchors as samples
 
 Nothing is downloaded: the VLM's shape is written down here, tokenizers are made from the data. SmolVLA: 450 M
@@ -31,25 +32,28 @@ LORA = ["--peft.method_type=LORA", "--peft.r=16"]
 LANGUAGE = "--peft.target_modules=.*language_model.*(q_proj|v_proj)"
 SMOLVLA, FAST = (dict(kind="smolvla", view="answer"),
                  dict(kind="pi0_fast", view="action_logits", flags=[*LORA, LANGUAGE]))
+PI0 = dict(kind="pi0", view="answer", flags=LORA)
 RUNS = {
     "smolvla": SMOLVLA | dict(flags=["--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false"],
                               cache=True), "smolvla_lora": SMOLVLA | dict(flags=LORA, cache=True),
     "smolvla_lora_inside": SMOLVLA | dict(flags=LORA, cache=False),
     "pi0_fast_lora": FAST | dict(cache=True), "pi0_fast_lora_inside": FAST | dict(cache=False)}
+USUAL = ",".join(RUNS)
+RUNS |= {"pi0_fast": FAST | dict(flags=[], cache=True), "pi0_lora": PI0 | dict(cache=True),
+         "pi0_lora_inside": PI0 | dict(cache=False)}
 
 
 def checkpoint(work, kind: str, device: str):
     "Folder of the policy with random weights, made in a process of its own so that its memory is not counted."
     import torch
-    from lerobot.policies import make_policy, make_pre_post_processors
+    from lerobot.policies import make_policy
     from craft_nb.small import save_checkpoint_folder
     torch.manual_seed(0)
     if kind == "smolvla":
         from transformers import AutoConfig
         from craft_nb.zoo import save_small_vlm
-        from craft_nb.small import lerobot_metaworld
         from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
-        vlm = save_small_vlm(work.tokenizers / "vlm_500m", lerobot_metaworld().TASK_DESCRIPTIONS.values())
+        vlm = save_small_vlm(work.tokenizers / "vlm_500m", list(work.meta.tasks.index))
         c = AutoConfig.from_pretrained(vlm)
         for part, size in ((c.text_config, SMOLVLM2_500M["text"]), (c.vision_config, SMOLVLM2_500M["vision"])):
             for k, v in size.items():
@@ -58,6 +62,9 @@ def checkpoint(work, kind: str, device: str):
         c.save_pretrained(vlm)
         config = SmolVLAConfig(vlm_model_name=str(vlm), chunk_size=50, n_action_steps=50, push_to_hub=False,
                                device=device)
+    elif kind == "pi0":
+        from lerobot.policies.pi0.configuration_pi0 import PI0Config
+        config = PI0Config(dtype="bfloat16", gradient_checkpointing=True, push_to_hub=False, device=device)
     else:
         from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
         config = PI0FastConfig(text_tokenizer_name=str(work.tokenizers / "text"),
@@ -65,9 +72,18 @@ def checkpoint(work, kind: str, device: str):
                                chunk_size=10, n_action_steps=10, max_action_tokens=64, gradient_checkpointing=True,
                                push_to_hub=False, device=device)
     policy = make_policy(config, ds_meta=work.meta)
-    save_checkpoint_folder(policy, *make_pre_post_processors(policy.config, dataset_stats=work.meta.stats),
-                           work.folder / kind)
+    save_checkpoint_folder(policy, *processors(policy.config, work), work.folder / kind)
     (work.folder / f"{kind}.json").write_text(json.dumps(sum(p.numel() for p in policy.parameters())))
+
+
+def processors(config, work):
+    "LeRobot's, with the tokenizer of the data where the type names one of the hub."
+    from types import SimpleNamespace
+    from lerobot.policies import make_pre_post_processors
+    from lerobot.policies.pi0 import processor_pi0
+    from craft_nb.zoo import local_tokenizer
+    with local_tokenizer(processor_pi0, SimpleNamespace(text_tokenizer_name=str(work.tokenizers / "text"))):
+        return make_pre_post_processors(config, dataset_stats=work.meta.stats)
 
 
 def command(name: str, *flags: str) -> str:
@@ -115,9 +131,10 @@ def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, devic
     plain, kept = folder / f"{name.removesuffix('_inside')}-plain", folder / f"{name}-craft"
     if not (plain / "metrics.jsonl").exists():
         command("craft-train", *common, "--craft.enabled=true", "--craft.method=sft", f"--output_dir={plain}",
-                f"--save_freq={10 * steps}")
+                "--save_checkpoint=false")
     if not (kept / "metrics.jsonl").exists():
-        command("craft-train", *common, *craft, f"--output_dir={kept}", f"--save_freq={steps - 1}")
+        command("craft-train", *common, *craft, f"--output_dir={kept}", f"--save_freq={steps - 1}",
+                *["--save_checkpoint=false"] * (brief and how["flags"][:1] != LORA[:1]))  # adapters are small
     found, shown = rows(kept), -(-16 // anchors)  # steps that show every anchor once
     first = shown if shown < steps else 1
     used = next(r for r in found if r.get("event") == "memory_used")
@@ -140,7 +157,7 @@ def measure(name: str, folder: Path, steps: int, batch: int, anchors: int, devic
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--only", default=",".join(RUNS))
+    ap.add_argument("--only", default=USUAL)
     ap.add_argument("--folder", type=Path, default=Path("outputs/full_size"))
     ap.add_argument("--out", type=Path, default=Path("outputs/bench/full_size.json"))
     ap.add_argument("--steps", type=int, default=3)

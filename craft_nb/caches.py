@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def say_decoder(backend: str) -> None:  # once
 
 def versions() -> dict[str, str]:
     from importlib.metadata import version
-    return {p: version(p) for p in ("craft_nb", "lerobot", "transformers", "torch", "safetensors")}
+    own = sys.modules["craft_nb"].__version__  # also where it runs from its source tree, not installed
+    return {"craft_nb": own} | {p: version(p) for p in ("lerobot", "transformers", "torch", "safetensors")}
 
 # %% ../nbs/10h_caches.ipynb #0f93e616
 def episodes_of(meta, tasks: list[str], among: list[int] | None = None, where: str = "the data set",
@@ -431,6 +433,10 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
                         "compare it yourself with the %s fps of the data", cache.dir, dataset.meta.fps)
     if m["layers"]: resolve_layers(m["layers"], facts["extra"]["depth"])
     check_views(adapter, policy, views)
+    if craft.rehearsal and (fed := m["extra"].get("actions")) != "dataset":
+        raise ValueError(f"rehearsal: {cache.dir} holds {f'actions={fed}' if fed else 'no action tokens'}, "
+                         "which are no labels: expected a cache built with craft-build-cache --actions=dataset; "
+                         "build one, or set --craft.rehearsal=0")
     return out
 
 def not_to_compare(views: dict) -> dict[str, str]:  # name: why

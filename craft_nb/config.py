@@ -36,8 +36,8 @@ RANGES = dict(  # inclusive
     conflict_threshold=(-1, 1), epsilon_fraction=(0, math.inf), probe_steps=(1, math.inf), ema_beta=(0, 1),
     pi_nu=(0, 1), pi_kp=(0, math.inf), pi_ki=(0, math.inf), lambda_warmup_steps=(0, math.inf),
     lambda_update_every=(1, math.inf), measure_every=(1, math.inf), share=(0, math.inf), share_max=(0, math.inf),
-    budget=(0, math.inf), heldout_fraction=(-1, 0.9), heldout_every=(0, math.inf), lambda_clip_patience=(1, math.inf),
-    anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
+    budget=(0, math.inf), rehearsal=(0, 1), heldout_fraction=(-1, 0.9), heldout_every=(0, math.inf),
+    lambda_clip_patience=(1, math.inf), anchor_micro_batch=(0, math.inf), anchor_num_workers=(0, math.inf),
     gradient_accumulation_steps=(1, math.inf), max_nonfinite_steps=(1, math.inf),
 )
 
@@ -147,6 +147,7 @@ class CraftConfig:
     share: float = 0.3  # share: the floor of λ‖r‖/‖g‖, averaged over steps; means the same in every view
     share_max: float = 2.0  # share: its ceiling, which only a budget makes it climb to
     budget: float = 0.0  # ε as a ceiling of the drift on held-out anchors, in units of L_ret: share steers by it; 0: none, or the final ε
+    rehearsal: float = 0.0  # share of the anchors' gradient that comes from their labels, the data set's own action tokens, in place of the teacher's answers (DER++); needs a cache built with --actions=dataset
     heldout_fraction: float = -1.0  # of the cache's episodes, set aside to judge the drift on; -1: a tenth with controller=share, else none
     heldout_cache_dir: str = ""  # a cache to judge the drift on, in place of a part of the one that is trained on
     heldout_every: int = 0  # steps between looks at held-out anchors; 0: so many that looking takes about a hundredth of the run
@@ -251,6 +252,11 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.teacher and cfg.anchor_dataset.prompts_file:
         faults.append("anchor_dataset.prompts_file: frames that a teacher answers keep their own instructions; "
                       "build a cache with craft-build-cache --prompts_file")
+    if cfg.rehearsal and cfg.method not in ("craft", "constant", "share") and ":" not in cfg.method:
+        faults.append(f"rehearsal: goes with method craft, constant or share, found {cfg.method}")
+    if cfg.rehearsal and (cfg.teacher or cfg.anchor_dataset.repo_id) and cfg.anchor_actions != "dataset":
+        faults.append("rehearsal: the labels are the data set's actions: expected anchor_actions=dataset, "
+                      f"found {cfg.anchor_actions}")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults
 

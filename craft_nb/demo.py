@@ -116,7 +116,7 @@ def finetune(run:Run):
     return {a: paths[a] for a in run.settings.arm_names}
 
 # %% ../nbs/12_demo.ipynb #41e03a8d
-def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes): # {path, seconds, anchors, bytes}
+def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes, actions:str="teacher"):  # {path, seconds, anchors, bytes}
     "A cache of the teacher's answers on at most so many frames of some episodes."
     from lerobot.configs import PreTrainedConfig
     from lerobot.configs.default import DatasetConfig
@@ -129,8 +129,8 @@ def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes): # {path, 
     shutil.rmtree(out, ignore_errors=True)
     # a tiny demo's teacher knows nothing
     m = build_cache(BuildCacheConfig(dataset, policy, out_dir=str(out), num_anchors=number, views=view, batch_size=32,
-                                     seed=run.settings.seed, allow_undecodable=run.settings.teacher_steps < 200),
-                    progress=False)
+                                     actions=actions, seed=run.settings.seed,
+                                     allow_undecodable=run.settings.teacher_steps < 200), progress=False)
     return dict(path=str(out), seconds=time.time() - start, anchors=number, bytes=sum(s["bytes"] for s in m["shards"]))
 
 def cache_job(run_args, name, view, anchors, episodes):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'VIEWS', 'vector_distance', 'compute_retention_loss_hidden', 'token_cross_entropy', 'View',
            'register_view', 'PooledView', 'PooledFeaturesView', 'TokensView', 'ActionTokensView', 'ActionLogitsView',
-           'TokenCEView', 'AnswerView', 'pass_needs', 'make_views']
+           'TokenCEView', 'LabelsView', 'AnswerView', 'pass_needs', 'make_views']
 
 # %% ../nbs/02_losses.ipynb #bb5b0407
 import math
@@ -273,6 +273,17 @@ class TokenCEView(View):
 
     def per_row(self, f, anchors): return token_cross_entropy(f.logits, anchors["labels"][f.action_mask])[None]
     def terms(self, anchors): return int((anchors["labels"] != -100).sum())
+
+# %% ../nbs/02_losses.ipynb #5e1ab002
+class LabelsView(View):
+    """Cross-entropy to the action tokens that an anchor itself carries, `action_ids` (b, a+1), where `predict_mask` (b,
+    a) counts."""
+    name, tensors, unit = "rehearsal", ("action_ids", "predict_mask"), "nats per action token"
+    distances, needs_hidden, needs_actions, needs_logits, zero_at_start = ("cross_entropy",), False, True, True, False
+
+    def per_row(self, f, anchors):
+        labels = anchors["action_ids"][:, 1:][:, : f.action_mask.shape[1]][f.action_mask]
+        return torch.nn.functional.cross_entropy(f.logits.float(), labels.long(), reduction="none")
 
 # %% ../nbs/02_losses.ipynb #c9711334
 @register_view

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .config import CraftConfig, parse_weights
 from .dual import Dual, no_trace, see_held_out, see_parts
-from .losses import View, rounding_error
+from .losses import LabelsView, View, rounding_error
 from .passes import AnchorPass, count_rows, cut_padding
 from .step import Method, StepParts, across_ranks, clip_gradients, take_grad, task_backward
 from .surgery import StreamingSurgery, Surgery, moved_gradients, read_sums
@@ -42,6 +42,7 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
 # %% ../nbs/07d_retention.ipynb #7b3f90c8
 class AnchorMethod(Method):
     "A method that looks at anchors."
+    rehearsal, rehearsed = 0.0, 0.0  # share of their labels; the loss on these in the last pass
     def __init__(
         self,
         policy: nn.Module,  # its trainable parameters are operated on
@@ -105,6 +106,10 @@ class Constraint(AnchorMethod):
                              f"found {', '.join(f'{n} with {d}' for n, d in odd.items())}: "
                              f"set --craft.epsilon_unit=raw or auto" + ", or --craft.distance=mse" * able)
         self.duals = make_duals(config, steps, self.weights_of, spreads or {})
+        self.rehearsal = config.rehearsal
+        if self.rehearsal and not any("predict_mask" in v.tensors for v in views.values()):
+            raise ValueError(f"rehearsal: the labels are action tokens: expected a view that looks at them "
+                             f"(action_logits, action_tokens), found {', '.join(views)}; set rehearsal=0")
         how = dict(gate=config.projection_gate, conflict_threshold=config.conflict_threshold,
                    use_projection=config.use_grad_projection, mode=config.projection_mode
                    if config.shared_lambda or config.projection_mode == "equal" else "weighted")
@@ -161,12 +166,16 @@ def anchor_losses(ret: AnchorMethod, policy: nn.Module, anchors: dict,
                   autocast: Callable = nullcontext) -> dict[str, Tensor]:
     """One anchor forward pass → view → loss, 0 where it is rounding; a wrapped policy goes through its own `forward`.
     Running out of memory says what to lower."""
-    anchor_pass = AnchorPass(ret.adapter, ret.views, {k: v for k, v in anchors.items() if isinstance(v, Tensor)})
+    anchor_pass = AnchorPass(ret.adapter, looked_at(ret), {k: v for k, v in anchors.items() if isinstance(v, Tensor)})
     with enough_memory(ret, count_rows(anchors)), autocast():
         losses = (policy(anchor_pass) if hasattr(policy, "routes_anchors") or hasattr(policy, "module")
                   else anchor_pass(policy))
-    return {n: x * (x.detach() > limit.to(x.device))
-            for (n, x), limit in zip(losses.items(), rounding_losses(ret, anchors, autocast))}
+    limits = dict(zip(ret.views, rounding_losses(ret, anchors, autocast), strict=True))
+    return {n: x * (x.detach() > limits[n].to(x.device)) if n in limits else x for n, x in losses.items()}
+
+def looked_at(ret: AnchorMethod) -> dict[str, View]:
+    "The views, and the labels where they are rehearsed."
+    return ret.views | ({"rehearsal": LabelsView()} if getattr(ret, "rehearsal", 0) else {})
 
 @contextmanager
 def enough_memory(ret: AnchorMethod, n: int) -> Iterator[None]:
@@ -184,18 +193,23 @@ def retention_backward(ret: AnchorMethod, trainer, weight: float = 1.0, batch: d
     batch, total = next(ret.line) if batch is None else batch, 0.0
     n = count_rows(batch)
     size = min(ret.config.anchor_micro_batch or n, n)
-    whole = {name: view.terms(batch) for name, view in ret.views.items()} if size < n else {}
+    views = looked_at(ret)
+    whole, labels = {name: view.terms(batch) for name, view in views.items()} if size < n else {}, 0.0
     for i in range(0, n, size):
         part = {k: v[i : i + size] for k, v in batch.items()}
         losses = anchor_losses(ret, trainer.policy, part, trainer.autocast)
-        for name, terms in whole.items(): losses[name] = losses[name] * (terms and ret.views[name].terms(part) / terms)
+        for name, terms in whole.items(): losses[name] = losses[name] * (terms and views[name].terms(part) / terms)
         loss = pressed(ret, losses)
         with enough_memory(ret, count_rows(part)): trainer.backward(loss if weight == 1 else weight * loss)
         total = total + stacked(ret, losses)
+        if ret.rehearsal: labels = labels + losses["rehearsal"].detach().float()
+    ret.rehearsed = labels
     return total
 
 def pressed(ret: AnchorMethod, losses: dict) -> Tensor:
-    return sum(p * losses[v] for p, v in zip(ret.pressures(), ret.weights_of, strict=True))
+    """Σ wᵥ Lᵥ; with rehearsal α it is (1 − α) Σ wᵥ Lᵥ + α Σ wᵥ L_labels."""
+    kept, a = sum(p * losses[v] for p, v in zip(ret.pressures(), ret.weights_of, strict=True)), ret.rehearsal
+    return (1 - a) * kept + a * sum(ret.pressures()) * losses["rehearsal"] if a else kept
 def stacked(ret: AnchorMethod, losses: dict) -> Tensor:
     return torch.stack([losses[v].detach().float() for v in ret.weights_of])
 
@@ -328,6 +342,7 @@ class Retention(Constraint):
         anchors = next(self.line)  # here, for a teacher at hand may have to answer
         with self.surgery.record(): losses = anchor_losses(self, trainer.policy, anchors, trainer.autocast)
         row |= violations(self, stacked(self, losses).tolist(), trainer.step)
+        if self.rehearsal: row["rehearsal_loss"] = losses["rehearsal"].item()
         clip = trainer.grad_clip_norm or None
         with self.surgery.merge_(pressed(self, losses), merge_weight(self), row["violation"] > 0, clip,
                                  self.remainder(trainer)) as out:
@@ -344,6 +359,7 @@ class Retention(Constraint):
                     | {"conflict": found["cosine"] is not None and found["cosine"] < self.config.conflict_threshold})
         else: losses = retention_backward(self, trainer, weight)
         row |= violations(self, across_ranks(trainer, losses).tolist(), trainer.step)
+        if self.rehearsal: row["rehearsal_loss"] = across_ranks(trainer, self.rehearsed).item()
         return r
 
     def merge(self, trainer, g: list, r: list, row: dict):

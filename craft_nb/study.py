@@ -43,7 +43,8 @@ class Job:
     @property
     def anchors(self) -> int: return arm_of(self.arm).anchors
     @property
-    def cache(self) -> str: return f"{self.view}-{self.anchors}" if self.view else ""  # its folder's name
+    def cache(self) -> str:  # its folder's name
+        return f"{self.view}-{self.anchors}" + "-labels" * bool(self.values.get("rehearsal")) if self.view else ""
     @property
     def values(self) -> dict[str, float]:  # raises `ValueError` for what is no number ≥ 0, or there twice
         out = {}
@@ -69,6 +70,7 @@ def craft_settings(job: Job) -> dict | None:  # of CraftConfig; None: plain fine
     if job.method == "lora" and (v["rank"] != int(v["rank"]) or v["rank"] < 1):
         raise ValueError(f"rank: expected a whole number from 1, found {v['rank']:g}")
     if job.method in ("sft", "teacher", *ADAPTERS): return None
+    if job.method in ("share", "constant"): kw["rehearsal"] = v.get("rehearsal", 0.0)
     if job.method == "share": return kw | dict(method="share", share=v["share"])
     if job.method == "budget": return kw | dict(method="share", share=v["share"], budget=v["budget"])
     if job.method == "origin": return kw | dict(projection_gate="always", retention_freq=5)
@@ -123,8 +125,8 @@ def search(anchors: int = 4500, views=FAST) -> dict[str, tuple]:  # arm → knob
 
 # %% ../nbs/14_study.ipynb #5dbe1b4e
 # of arms with settings of their own here
-KNOBS = dict(sft=(), share=("share",), budget=("share", "budget"), origin=(), constant=("lambda",), always=("lambda",),
-             landing=("budget",), lora=("rank",), osf=())
+KNOBS = dict(sft=(), share=("share", "rehearsal"), budget=("share", "budget"), origin=(),
+             constant=("lambda", "rehearsal"), always=("lambda",), landing=("budget",), lora=("rank",), osf=())
 OF_RUN = ("dataset", "root", "episodes", "batch_size")  # options that the study sets
 
 def check_job(job: Job) -> None:
@@ -194,15 +196,16 @@ def splits(run: demo.Run) -> dict[str, list[int]]:
     last = max(1, len(new) // 7)
     return dict(anchors=anchors, held=held[::2], third=held[1::2], new=new[:-last], unseen=new[-last:])
 
-def cache_job(run_args, out: str, name: str, views: str, number: int, part: str) -> None:
+def cache_job(run_args, out: str, name: str, views: str, number: int, part: str, actions: str = "teacher") -> None:
     demo.register()
     run, where = demo.Run(*run_args), Path(out) / "caches" / name
-    if not (where / "anchors.json").exists(): demo.build_anchors(run, where, views, number, splits(run)[part])
+    if not (where / "anchors.json").exists(): demo.build_anchors(run, where, views, number, splits(run)[part], actions)
 
 def cache_jobs(run_args, out: Path, jobs: list[Job], number: int) -> list:
     "For `run_jobs`: the caches that the jobs need, and the two that they are judged on."
     views = ",".join(dict.fromkeys([run_args[1].kind.answer, *(j.view for j in jobs if j.view and j.view != "pooled")]))
-    need = ({j.cache: (j.view, j.anchors, "anchors") for j in jobs if j.cache}
+    def fed(job): return "dataset" if job.values.get("rehearsal") else "teacher"
+    need = ({j.cache: (j.view, j.anchors, "anchors", fed(j)) for j in jobs if j.cache}
             | {k: (views, number, k) for k in ("held", "third")})
     return [(cache_job, (run_args, str(out), name, *how), None) for name, how in need.items()]
 

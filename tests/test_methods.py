@@ -314,3 +314,83 @@ def test_a_method_of_ones_own_is_found_where_the_command_is_called(tmp_path, mon
     assert (make_method(MethodParts(None, CraftConfig(method="mine_alone:Ball", method_options="radius:0.5"), 1)).radius
             == 0.5)
     with pytest.raises(ValueError, match="cannot be loaded"): find_method("mine_alone:Box")
+
+
+# labels beside the teacher's answers
+
+def labelled(work, views=("action_logits",)):
+    "A policy, its anchors fed with the data set's actions, the batch they were made of, and views."
+    from craft_nb.builder import anchor_batch_targets
+    policy, batch = work.policy(), work.processors()[0](work.batch(4))
+    made = make_views(list(views))
+    return policy, anchor_batch_targets(policy, batch, made, "dataset"), batch, made
+
+
+def test_labels_cost_what_lerobots_own_forward_says(work, monkeypatch):
+    from craft_nb.losses import LabelsView
+    from craft_nb.policies import adapter_for
+    from craft_nb.trainer import AnchorPass
+    policy, anchors, batch, _ = labelled(work)
+    found, own = [], nn.CrossEntropyLoss.forward
+    monkeypatch.setattr(nn.CrossEntropyLoss, "forward", lambda s, x, y: found.append(own(s, x, y)) or found[-1])
+    with torch.no_grad():
+        policy(batch)
+        ours = AnchorPass(adapter_for(policy), {"rehearsal": LabelsView()}, anchors)(policy)["rehearsal"]
+    theirs = found[0].reshape(len(anchors["action_ids"]), -1)  # a token each, the constant beginning and padding too
+    counted = nn.functional.pad(anchors["predict_mask"], (0, theirs.shape[1] - anchors["predict_mask"].shape[1]))
+    torch.testing.assert_close(ours, theirs[counted].mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_rehearsal_mixes_two_gradients(work):
+    from types import SimpleNamespace
+    from contextlib import nullcontext
+    from craft_nb.policies import adapter_for
+    from craft_nb.retention import retention_backward
+    policy, anchors, _, views = labelled(work)
+    with torch.no_grad():
+        for p in policy.parameters(): p.add_(torch.randn_like(p) * 1e-2 * p.std(correction=0))  # a student that has moved
+    def gradient(**config):
+        cfg = CraftConfig(method="share", controller="share", projection_gate="never", views="action_logits", **config)
+        ret = Retention(policy, itertools.repeat(anchors), views, adapter_for(policy), cfg, 10)
+        policy.zero_grad()
+        trainer = SimpleNamespace(policy=policy, autocast=nullcontext, backward=lambda x: x.backward())
+        loss = retention_backward(ret, trainer)
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None]), loss, ret.rehearsed
+    kept, labels, mixed = (gradient(rehearsal=x) for x in (0.0, 1.0, 0.3))
+    assert torch.allclose(kept[1], labels[1]) and torch.allclose(mixed[1], kept[1])  # L_ret stays what it was
+    assert kept[2] == 0 and labels[2] > 0 and torch.allclose(mixed[2], labels[2])
+    want = 0.7 * kept[0] + 0.3 * labels[0]
+    assert (mixed[0] - want).norm() < 1e-4 * want.norm()
+    parts = gradient(rehearsal=0.3, anchor_micro_batch=2, anchor_batch_size=4)
+    assert (parts[0] - mixed[0]).norm() < 1e-4 * want.norm() and torch.allclose(parts[2], mixed[2])
+
+
+def test_rehearsal_needs_labels(place, tmp_path):
+    import kill_training as K
+    from craft_nb.lerobot import BuildCacheConfig, build_cache
+    from lerobot.configs.default import DatasetConfig
+    from lerobot.configs.policies import PreTrainedConfig
+    work, _, folder = place
+    _, said = run(place, "unlabelled", "--craft.rehearsal=0.5", code=1)
+    assert "rehearsal: " in said and "--actions=dataset" in said and not (folder / "unlabelled").exists()
+    policy = PreTrainedConfig.from_pretrained(work.policy_path)
+    policy.pretrained_path, policy.push_to_hub = work.policy_path, False
+    build_cache(BuildCacheConfig(dataset=DatasetConfig(repo_id=str(work.root)), policy=policy, num_anchors=24,
+                                 out_dir=str(tmp_path / "labels"), views="action_logits", batch_size=8,
+                                 actions="dataset"), progress=False)
+    mine = (work, tmp_path / "labels", tmp_path)
+    whole, _ = run(mine, "whole", "--craft.rehearsal=0.5")
+    rows = K.rows(whole)
+    assert all(r["rehearsal_loss"] > 0 and r["skipped"] is None for r in rows)
+    assert rows[0]["retention_loss"] == 0 < rows[0]["rehearsal_loss"]  # it is the teacher, which knows better nothing
+    config = whole / "checkpoints/000004/pretrained_model/train_config.json"
+    again, _ = run(mine, "again", argv=["--resume", f"--config_path={config}", f"--output_dir={tmp_path / 'again'}"])
+    a, b = K.result(whole), K.result(again)
+    assert a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
+    for wrong, word in ((dict(method="replay"), "goes with method"), (dict(rehearsal=1.5), "rehearsal"),
+                        (dict(teacher="inside", anchor_actions="teacher"), "anchor_actions=dataset")):
+        with pytest.raises(ValueError, match=word): CraftConfig(**dict(rehearsal=0.5) | wrong)
+    policy, anchors, _, views = labelled(work, ["pooled"])
+    from craft_nb.policies import adapter_for
+    with pytest.raises(ValueError, match="expected a view that looks at them"):
+        Retention(policy, itertools.repeat(anchors), views, adapter_for(policy), CraftConfig(rehearsal=0.5, views="pooled"), 10)
