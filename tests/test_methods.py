@@ -348,7 +348,8 @@ def test_rehearsal_mixes_two_gradients(work):
     from craft_nb.retention import retention_backward
     policy, anchors, _, views = labelled(work)
     with torch.no_grad():
-        for p in policy.parameters(): p.add_(torch.randn_like(p) * 1e-2 * p.std(correction=0))  # a student that has moved
+        # a student that has moved
+        for p in policy.parameters(): p.add_(torch.randn_like(p) * 1e-2 * p.std(correction=0))
     def gradient(**config):
         cfg = CraftConfig(method="share", controller="share", projection_gate="never", views="action_logits", **config)
         ret = Retention(policy, itertools.repeat(anchors), views, adapter_for(policy), cfg, 10)
@@ -393,4 +394,5 @@ def test_rehearsal_needs_labels(place, tmp_path):
     policy, anchors, _, views = labelled(work, ["pooled"])
     from craft_nb.policies import adapter_for
     with pytest.raises(ValueError, match="expected a view that looks at them"):
-        Retention(policy, itertools.repeat(anchors), views, adapter_for(policy), CraftConfig(rehearsal=0.5, views="pooled"), 10)
+        Retention(policy, itertools.repeat(anchors), views, adapter_for(policy),
+                  CraftConfig(rehearsal=0.5, views="pooled"), 10)
