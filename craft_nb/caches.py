@@ -433,7 +433,8 @@ def check_cache(cache: AnchorCacheDataset, craft: CraftConfig, policy: nn.Module
                         "compare it yourself with the %s fps of the data", cache.dir, dataset.meta.fps)
     if m["layers"]: resolve_layers(m["layers"], facts["extra"]["depth"])
     check_views(adapter, policy, views)
-    if craft.rehearsal and (fed := m["extra"].get("actions")) != "dataset":
+    fed = craft.anchor_actions if m["format"] == "frames" else m["extra"].get("actions")  # frames are answered as asked
+    if craft.rehearsal and fed != "dataset":
         raise ValueError(f"rehearsal: {cache.dir} holds {f'actions={fed}' if fed else 'no action tokens'}, "
                          "which are no labels: expected a cache built with craft-build-cache --actions=dataset; "
                          "build one, or set --craft.rehearsal=0")

@@ -145,9 +145,10 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     state, hashes = {}, {}
     for anchors in (a for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)):
         check_frames(anchors, cfg, pre, policy)
-    for anchors in (a for a in (cache, judged) if a is not None):
+    for anchors, craft in ((a, c) for a, c in ((cache, cfg.craft), (judged, replace(cfg.craft, rehearsal=0.0)))
+                           if a is not None):
         hashes = hashes or run_hashes(policy, pre)
-        attempt("cache", check_cache, anchors, cfg.craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
+        attempt("cache", check_cache, anchors, craft, policy, hashes, resumed=cfg.resume, dataset=dataset)
     taught = cfg.craft.enabled and find_method(cfg.craft.method).needs == "teacher"
     if hashes or taught: route_forward(policy)
     sharded = "FSDP" in str(acc.distributed_type)

@@ -380,7 +380,8 @@ def test_rehearsal_needs_labels(place, tmp_path):
                                  out_dir=str(tmp_path / "labels"), views="action_logits", batch_size=8,
                                  actions="dataset"), progress=False)
     mine = (work, tmp_path / "labels", tmp_path)
-    whole, _ = run(mine, "whole", "--craft.rehearsal=0.5")
+    # the judge needs no labels
+    whole, _ = run(mine, "whole", "--craft.rehearsal=0.5", f"--craft.heldout_cache_dir={place[1]}")
     rows = K.rows(whole)
     assert all(r["rehearsal_loss"] > 0 and r["skipped"] is None for r in rows)
     assert rows[0]["retention_loss"] == 0 < rows[0]["rehearsal_loss"]  # it is the teacher, which knows better nothing
@@ -388,6 +389,11 @@ def test_rehearsal_needs_labels(place, tmp_path):
     again, _ = run(mine, "again", argv=["--resume", f"--config_path={config}", f"--output_dir={tmp_path / 'again'}"])
     a, b = K.result(whole), K.result(again)
     assert a.pop("rows")[4:] == b.pop("rows") and not K.difference(a, b)
+    # a teacher at hand answers frames, which have their labels with them; its own actions would be none
+    lora = ["--peft.method_type=LORA", "--peft.r=4", "--peft.target_modules=['q_proj','v_proj']", "--steps=2"]
+    inside, _ = run(mine, "inside", "--craft.rehearsal=0.5", "--craft.teacher=inside",
+                    f"--craft.anchor_dataset.repo_id={work.root}", *lora)
+    assert [r["rehearsal_loss"] > 0 for r in K.rows(inside)] == [True] * 2
     for wrong, word in ((dict(method="replay"), "goes with method"), (dict(rehearsal=1.5), "rehearsal"),
                         (dict(teacher="inside", anchor_actions="teacher"), "anchor_actions=dataset")):
         with pytest.raises(ValueError, match=word): CraftConfig(**dict(rehearsal=0.5) | wrong)
