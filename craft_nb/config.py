@@ -148,7 +148,7 @@ class CraftConfig:
     share_max: float = 2.0  # share: its ceiling, which only a budget makes it climb to
     budget: float = 0.0  # ε as a ceiling of the drift on held-out anchors, in units of L_ret: share steers by it; 0: none, or the final ε
     rehearsal: float = 0.0  # share of the anchors' gradient that comes from their labels, the data set's own action tokens, in place of the teacher's answers (DER++); needs a cache built with --actions=dataset
-    heldout_fraction: float = -1.0  # of the cache's episodes, set aside to judge the drift on; -1: a tenth with controller=share, else none
+    heldout_fraction: float = -1.0  # of the cache's episodes, set aside to judge the drift on; -1: with controller=share a tenth, with a budget 8 at least where that is no more than a quarter; else none
     heldout_cache_dir: str = ""  # a cache to judge the drift on, in place of a part of the one that is trained on
     heldout_every: int = 0  # steps between looks at held-out anchors; 0: so many that looking takes about a hundredth of the run
     require_budget: bool = False  # craft-train ends with exit code 2 if the held-out drift is above the budget

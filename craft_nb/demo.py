@@ -116,12 +116,13 @@ def finetune(run:Run):
     return {a: paths[a] for a in run.settings.arm_names}
 
 # %% ../nbs/12_demo.ipynb #41e03a8d
-def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes, actions:str="teacher"):  # {path, seconds, anchors, bytes}
-    "A cache of the teacher's answers on at most so many frames of some episodes."
+def build_anchors(run:Run, out:Path, view:str, anchors:int, episodes, actions:str="teacher",
+                  work=None):  # {path, seconds, anchors, bytes}
+    "A cache of the teacher's answers on at most so many frames of some episodes, of the data set of `work`."
     from lerobot.configs import PreTrainedConfig
     from lerobot.configs.default import DatasetConfig
     from craft_nb.lerobot import BuildCacheConfig, build_cache
-    work, path, start = workload(run), run.result("teacher")["path"], time.time()
+    work, path, start = work or workload(run), run.result("teacher")["path"], time.time()
     policy, dataset = (PreTrainedConfig.from_pretrained(path),
                        DatasetConfig(work.repo_id, root=str(work.root), episodes=episodes))
     policy.pretrained_path = Path(path)

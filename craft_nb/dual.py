@@ -95,7 +95,7 @@ def _landing(dual, loss, eps, gradients):
     return target / dual.pressure
 
 # %% ../nbs/04_dual.ipynb #b4f0916d
-SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, bias=0.5, aim=0.75, slack=2.0, settled=0.9)
+SHARE = dict(memory=0.9, smooth=0.8, ki=0.05, kp=2.0, looks=0.6, way=0.25, aim=0.75, slack=2.0, settled=0.9)
 
 def _mean(memory: dict, name: str, x: float, keep: float) -> float:
     "A running mean that weighs the first values equally."
@@ -113,7 +113,7 @@ def _share(dual, loss, eps, gradients):
     low, high = math.log(max(c.share, 1e-6)), math.log(max(c.share_max, 1e-6))
     s, e = memory.get("s", low), 0.0
     if 0 < eps < math.inf:
-        bound = mean * memory.get("bias", 1.0) * (1 + memory.get("doubt", 0.0))
+        bound = (dual.estimate or mean) * (1 + memory.get("doubt", 0.0))
         e = min(max(math.log(max(bound, 1e-30) / eps), -1.0), 1.0)
         s = min(max(s + p["ki"] * c.retention_freq * c.lambda_update_every * e, low), high)
     memory["s"], at = s, min(max(s + p["kp"] * e, low), high)
@@ -125,8 +125,8 @@ def _share(dual, loss, eps, gradients):
 def see_held_out(dual, loss: float) -> None:
     "Tell `share` what L_ret is on held-out anchors now."
     if dual.memory.get("loss", 0.0) > 0 and loss > 0:
-        dual.memory["bias"] = math.exp(_mean(dual.memory, "log_bias", math.log(loss / dual.memory["loss"]),
-                                             SHARE["bias"]))
+        for name, x in (("log_look", loss), ("log_then", dual.memory["loss"])):
+            _mean(dual.memory, name, math.log(x), SHARE["looks"])
 
 def see_parts(dual, losses: list[float | None]) -> None:  # None: of that part there was nothing in this look
     """Tell `share` what that look was on each part of the held-out episodes, so that it knows how far their mean may be
@@ -203,7 +203,9 @@ class Dual(Budget):
     @property
     def estimate(self) -> float | None:
         "L_ret on held-out anchors as `share` believes it to be; None before the first look."
-        return self.memory["loss"] * self.memory["bias"] if "bias" in self.memory else None
+        m = self.memory
+        if "log_look" not in m or not m["loss"] > 0: return None
+        return math.exp(m["log_look"] + SHARE["way"] * (math.log(m["loss"]) - m["log_then"]))
 
     def aim(self, step: int) -> float:
         """What the controller steers by: ε, for `share` with a budget tightened a little, and loosened as the learning

@@ -142,7 +142,11 @@ def advice(f: dict, cost: float | None, share: float | None) -> str | None:  # N
     if cost is not None and cost > .05:
         return "keeping costs more than 5 % of the task loss: train longer, or allow a larger ε and look at success"
     if c["half_width"] is not None and c["held_out"] + c["half_width"] > c["budget"]:
-        return "the budget is met, and the interval reaches over it: hold more episodes out, or train with a smaller ε"
+        room, n = c["budget"] - c["held_out"], c.get("episodes") or 0
+        need = math.ceil(n * (c["half_width"] / room) ** 2) if room > 0 else 0
+        told = f" (some {need}, now {n})" if n < need < 1000 else ""
+        return ("the budget is met, and the interval reaches over it: "
+                f"hold more episodes out{told}, or train with a smaller ε")
     return None
 
 def third_sentence(all_facts: dict[str, dict], evals: dict, tasks: dict) -> str:

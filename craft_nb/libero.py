@@ -294,9 +294,11 @@ def record_goals(
     episodes:dict, # {task: how many}
     pool=None, # executor; None records in this process
     noise:float=0.5, # of `record_goal`
+    first_seed:int=0, # episodes of a task have consecutive seeds
 ): # yields episodes, task by task
     "Successful expert episodes. RuntimeError if an expert fails more often than one time in three."
-    jobs = [(t, x.tolist(), noise) for t, n in episodes.items() for x in np.array_split(np.arange(n), max(1, n//4))]
+    jobs = [(t, (first_seed + x).tolist(), noise) for t, n in episodes.items()
+            for x in np.array_split(np.arange(n), max(1, n//4))]
     failed = dict.fromkeys(episodes, 0)
     for some in (pool.map if pool else map)(_record_some, jobs):
         for e in some:

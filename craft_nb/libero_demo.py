@@ -12,7 +12,7 @@ import itertools
 import sys
 from dataclasses import dataclass
 
-from .demo import DEFAULT, SIZES, WORKLOADS, MetaWorld, Settings, picked, run_jobs
+from .demo import DEFAULT, FRESH, SIZES, WORKLOADS, MetaWorld, Settings, picked, run_jobs
 
 # %% ../nbs/12a_libero_demo.ipynb #d4f300b7
 OBEDIENCE = ("What is claimed is obedience to instructions and not sight: objects stand where they always stand, "
@@ -107,10 +107,11 @@ class LiberoGoal(MetaWorld):
     def work(self, folder):
         from craft_nb.libero import GoalWorkload
         return GoalWorkload(folder)
-    def episodes(self, s, pool):
+    def episodes(self, s, pool, fresh=0):
         from craft_nb.libero import record_goals, require_goals
         require_goals(s.tasks)
-        return record_goals({t: s.episodes_of(t) for t in s.tasks}, pool, s.noise)
+        number = dict.fromkeys(s.old_tasks, fresh) if fresh else {t: s.episodes_of(t) for t in s.tasks}
+        return record_goals(number, pool, s.noise, FRESH*bool(fresh))
     def write(self, work, episodes): work.record(episodes)
     def tokenize(self, work): work.fit_tokenizers()
     def open(self, s, task, episodes):

@@ -288,6 +288,8 @@ def run_jobs(
     return [f.result() for f in futures]
 
 # %% ../nbs/11h_stages.ipynb #5be0c7d2
+FRESH = 50_000  # seed of the first episode that is recorded for judging alone; demonstrations start at 0
+
 class MetaWorld:
     "What the demo asks of a simulator; another workload overrides what differs."
     folder, sizes = "demo", SIZES
@@ -300,12 +302,12 @@ class MetaWorld:
     def work(self, folder):
         from craft_nb.small import Workload
         return Workload(folder)
-    def episodes(self, s:Settings, pool): # what `write` takes
+    def episodes(self, s:Settings, pool, fresh:int=0):  # what `write` takes; so many of each old task that were not there before
         from craft_nb.small import record_episodes, require_tasks
         require_tasks(s.tasks)
         return itertools.chain.from_iterable(
-            record_episodes(some, s.episodes, pool, noise=s.noise, **env_kw(s, some[0]))
-            for some in (s.old_tasks, s.new.split(",")))
+            record_episodes(some, fresh or s.episodes, pool, FRESH*bool(fresh), s.noise, **env_kw(s, some[0]))
+            for some in (s.old_tasks, s.new.split(","))[:1 if fresh else 2])
     def write(self, work, episodes):
         from craft_nb.small import write_dataset
         write_dataset(episodes, work.root, work.repo_id)

@@ -190,24 +190,38 @@ def numbers(text: str) -> list[int]:
 
 # %% ../nbs/14_study.ipynb #bf9b253c
 def splits(run: demo.Run) -> dict[str, list[int]]:
-    "Episodes: `anchors`, `held` and `third` of the old tasks, `new` and `unseen` of the new one."
+    "Episodes: `anchors` and `held` of the old tasks, `new` and `unseen` of the new one."
     s, work = run.settings, demo.workload(run)
     (anchors, held), new = demo.parted(run, 1 if len(s.old_tasks) > 1 else 2), work.episodes(*s.new.split(","))
     last = max(1, len(new) // 7)
-    return dict(anchors=anchors, held=held[::2], third=held[1::2], new=new[:-last], unseen=new[-last:])
+    return dict(anchors=anchors, held=held, new=new[:-last], unseen=new[-last:])
 
 def cache_job(run_args, out: str, name: str, views: str, number: int, part: str, actions: str = "teacher") -> None:
     demo.register()
     run, where = demo.Run(*run_args), Path(out) / "caches" / name
     if not (where / "anchors.json").exists(): demo.build_anchors(run, where, views, number, splits(run)[part], actions)
 
+THIRD, FRAMES = 30, 20  # episodes of an old task that are recorded to judge alone, at most; frames of each
+
+def third_job(run_args, out: str, views: str) -> None:
+    "Record the third set, and what the teacher says there."
+    demo.register()
+    run, where = demo.Run(*run_args), Path(out) / "caches" / "third"
+    if (where / "anchors.json").exists(): return
+    s, work = run.settings, demo.workload(demo.Run(Path(out) / "third", run.settings))
+    number = min([THIRD, *map(s.episodes_of, s.old_tasks)])
+    if not work.root.exists(): demo.door(s).write(work, demo.door(s).episodes(s, None, number))
+    episodes = work.episodes()
+    demo.build_anchors(run, where, views, FRAMES * len(episodes), episodes, work=work)
+
 def cache_jobs(run_args, out: Path, jobs: list[Job], number: int) -> list:
     "For `run_jobs`: the caches that the jobs need, and the two that they are judged on."
     views = ",".join(dict.fromkeys([run_args[1].kind.answer, *(j.view for j in jobs if j.view and j.view != "pooled")]))
     def fed(job): return "dataset" if job.values.get("rehearsal") else "teacher"
     need = ({j.cache: (j.view, j.anchors, "anchors", fed(j)) for j in jobs if j.cache}
-            | {k: (views, number, k) for k in ("held", "third")})
-    return [(cache_job, (run_args, str(out), name, *how), None) for name, how in need.items()]
+            | dict(held=(views, 2 * number, "held")))  # 32 anchors an episode, on the demo's workload
+    return [(third_job, (run_args, str(out), views), None),
+            *((cache_job, (run_args, str(out), name, *how), None) for name, how in need.items())]
 
 # %% ../nbs/14_study.ipynb #c5d10170
 def train_config(run: demo.Run, job: Job, out: Path):  # CraftTrainConfig

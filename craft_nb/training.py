@@ -509,8 +509,8 @@ def finish(trainer: CraftTrainer, table: str = "") -> None:  # table: Markdown, 
 LOOK, COST = 32, 0.01  # anchors a look; share of the run that looks, and the certificate, may take
 
 def part_anchors(craft: CraftConfig, policy: PreTrainedConfig | None = None,
-                 opened: tuple[AnchorCacheDataset, list[int]] | None = None
-                 ) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list[int]]:
+                 opened: tuple[AnchorCacheDataset, list] | None = None
+                 ) -> tuple[AnchorCacheDataset | None, AnchorCacheDataset | None, list]:
     """Anchors to train on, if the method takes any, anchors to judge on, and the episodes of those. `opened`: a cache
     and the episode of each of its anchors."""
     read_options(method := find_method(craft.method), craft.method_options)
@@ -525,19 +525,20 @@ def part_anchors(craft: CraftConfig, policy: PreTrainedConfig | None = None,
             raise ValueError(f"heldout_cache_dir: {craft.heldout_cache_dir} is the cache that is trained on; "
                              "build another of other frames")
         return cache, held, cache_episodes(held)
-    fraction = (craft.heldout_fraction if craft.heldout_fraction >= 0
-                else 0.1 * ("share" in (craft.controller, craft.method)))
+    usual = craft.heldout_fraction < 0
+    fraction = 0.1 * ("share" in (craft.controller, craft.method)) if usual else craft.heldout_fraction
     if not fraction or cache is None: return cache, None, []
     episodes = episodes or cache_episodes(cache)
-    kept, held = set_aside(episodes, fraction)
+    kept, held = set_aside(episodes, None if usual and craft.budget else fraction)
     return AnchorRows(cache, kept), AnchorRows(cache, held), [episodes[i] for i in held]
 
-def make_held_out(cfg: CraftTrainConfig, cache: AnchorCacheDataset, episodes: list[int], adapter, method) -> HeldOut:
+def make_held_out(cfg: CraftTrainConfig, cache: AnchorCacheDataset, episodes: list, adapter, method) -> HeldOut:
     "The judge of a run's drift."
     craft = cfg.craft
     # with gradient, a step
     samples = cfg.batch_size * craft.gradient_accumulation_steps + craft.anchor_batch_size / craft.retention_freq
-    every = craft.heldout_every or -int(-min(LOOK, len(episodes)) // (3 * COST * samples))
+    size = len(episodes) / -(-len(episodes) // LOOK)  # looks are about equally large
+    every = craft.heldout_every or max(1, -int(-size // (3 * COST * samples)))
     def budgets():
         if craft.budget: return dict.fromkeys(method.duals or ["shared"], craft.budget)
         return {n: d.epsilon(cfg.steps) for n, d in method.duals.items()}

@@ -22,12 +22,19 @@ def base(work, tmp_path_factory):  # arguments of `demo.Run` for a demo folder w
     return str(folder), settings
 
 
+def judged_by(base, out):  # in place of episodes that are recorded for it, which takes seconds
+    shutil.copytree(Path(base[0]) / "dataset", out / "third" / "dataset")
+
+
 def test_jobs_leave_a_front(base, tmp_path, monkeypatch):
     from craft_nb import lerobot
     from craft_nb.fronts import write_report
     from craft_nb.study import Job, cache_jobs, collect, finished, run_job
     jobs = [Job("sft", "lr=1", 0), Job("share:action_logits@16", "share=0.3", 0)]
-    for f, args, _ in cache_jobs(base, tmp_path, jobs, 8): f(*args)
+    from craft_nb.demo import Run, replace, workload
+    whole = base[0], replace(base[1], episodes=1, episode_length=130, spread="1")  # for experts who succeed
+    for f, args, _ in cache_jobs(whole, tmp_path, jobs, 8): f(*args)
+    assert [len(workload(Run(tmp_path / "third", base[1])).episodes(t)) for t in base[1].old_tasks] == [1, 1]
     make, made = lerobot.make_trainer, []
     def stopped(*args, **kw):
         trainer = make(*args, **kw)
@@ -54,6 +61,7 @@ def test_episodes_are_added_to_a_trained_job(base, tmp_path, monkeypatch):
     from craft_nb.fronts import tables
     from craft_nb.study import Job, cache_jobs, collect, finished, run_job
     job, teacher = Job("sft", "lr=1", 0), Job("teacher", "", 0)
+    judged_by(base, tmp_path)
     for f, args, _ in cache_jobs(base, tmp_path, [job], 8): f(*args)
     run_job(base, str(tmp_path), job)
     def refuse(*args, **kw): raise AssertionError("it is trained")
@@ -112,6 +120,7 @@ def test_a_policy_that_answers_with_numbers(base, work, tmp_path):
     cfg = train_config(Run(*run_args), job, tmp_path)
     assert ((cfg.seed, cfg.steps, cfg.scheduler.num_decay_steps, cfg.scheduler.peak_lr, cfg.optimizer.lr)
             == (1, 4, 4, 2.5e-4, 2.5e-4))
+    judged_by(run_args, tmp_path)
     for f, args, _ in cache_jobs(run_args, tmp_path, [job], 8): f(*args)
     run_job(run_args, str(tmp_path), job)
     found = collect(tmp_path, "demo_act")
@@ -184,6 +193,7 @@ def test_arms_of_adapters_leave_whole_policies(base, tmp_path):
     from craft_nb.demo import Run
     from craft_nb.study import PROJECTIONS, Job, cache_jobs, collect, run_job
     jobs = [Job("lora", "rank=2,lr=10", 0), Job("osf", "", 0)]
+    judged_by(base, tmp_path)
     for f, args, _ in cache_jobs(base, tmp_path, jobs, 8): f(*args)
     teacher = load_file(f"{Run(*base).result('teacher')['path']}/model.safetensors")
     for job in jobs:
