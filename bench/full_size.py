@@ -16,7 +16,6 @@ looks at each of the 16 anchors once (`--craft.keep_looks`): with more than 16 /
 """
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -90,9 +89,7 @@ def command(name: str, *flags: str) -> str:
     "What a command says, on success."
     print("+", name, *flags, flush=True)
     start = time.time()
-    # glibc would keep freed blocks of up to 32 MB, and the peak would be that of what was never given back
-    done = subprocess.run([str(Path(sys.executable).parent / name), *flags], capture_output=True, text=True,
-                          env=os.environ | dict(MALLOC_MMAP_THRESHOLD_="2000000"))
+    done = subprocess.run([str(Path(sys.executable).parent / name), *flags], capture_output=True, text=True)
     print(f"  {time.time() - start:.0f} s", flush=True)
     if done.returncode: sys.exit(f"{name} ended with {done.returncode}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done.stdout

@@ -7,6 +7,7 @@ __all__ = ['LOCK', 'SIGNALS', 'point', 'aside', 'follow', 'holder', 'Lock', 'giv
            'lost_helper', 'undisturbed', 'free_memory']
 
 # %% ../nbs/00a_machine.ipynb #7830839a
+import ctypes
 import errno
 import json
 import multiprocessing.connection
@@ -299,6 +300,17 @@ def free_memory() -> int:  # bytes; 0: the system does not tell
                     if x.startswith(("inactive_file ", "total_inactive_file ")))
         if most is not None and now is not None: free = min(free, max(most - now + files, 0))
     return free
+
+# %% ../nbs/00a_machine.ipynb #9e1b7a42
+BLOCK = 2**18  # bytes
+
+def give_back_freed() -> bool:
+    """Let glibc give what is freed back to the system, in blocks of `BLOCK` bytes and more. → does it? Not where the
+    environment has set its threshold, nor on a system without glibc."""
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""): return False
+    try: libc = ctypes.CDLL(None)
+    except TypeError: return False  # Windows
+    return hasattr(libc, "gnu_get_libc_version") and libc.mallopt(-3, BLOCK) == 1  # -3: M_MMAP_THRESHOLD
 
 # %% ../nbs/00a_machine.ipynb #7c1e0a92
 class Door(types.ModuleType):

@@ -42,7 +42,7 @@ from .draws import Looks, base_policy, is_frozen, submodule
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, make_processors,
                           require_fit, run_hashes)
 from .frames import Room
-from .machine import Lock, Watched, follow, free_memory, give_way, holder
+from .machine import Lock, Watched, follow, free_memory, give_back_freed, give_way, holder
 from .methods import MethodParts, find_method, make_method, read_options
 from .monitor import RecordLog
 from .policies import adapter_for, check_loaded_weights
@@ -123,6 +123,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     "The parts of a run whose folder is its own. `stand_in`: of the policy, anchors as `part_anchors` gives them."
     from lerobot.optim.factory import make_optimizer_and_scheduler
     from lerobot.utils.random_utils import load_rng_state, set_seed
+    if acc.device.type == "cpu": give_back_freed()
     if cfg.seed is not None: set_seed(cfg.seed, accelerator=acc)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (cfg.cudnn_deterministic,
                                                                           not cfg.cudnn_deterministic)
