@@ -162,10 +162,9 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         hashes = state["hashes"]  # of the run's first start
         _, optimizer, scheduler = train_utils.load_training_state(cfg.checkpoint_path, optimizer, scheduler,
                                                                   load_optimizer=not sharded)
-    pin = acc.device.type == "cuda"
     order = make_order(cfg, dataset, state, acc.num_processes)
     room = Room(cfg.craft.keep_frames, int(os.environ.get("LOCAL_WORLD_SIZE", acc.num_processes)))
-    loader = make_loader(cfg, dataset, order, pin, room)
+    loader = make_loader(cfg, dataset, order, acc.device.type == "cuda", room)
     eval_loader = None if held_out is None else loader_by_task(room.keep(
         held_out, len(held_out) * (cfg.steps // cfg.eval_steps if cfg.eval_steps > 0 else 0), "held-out data"),
         cfg.batch_size)
