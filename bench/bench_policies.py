@@ -10,8 +10,10 @@ adapters off).
 A retention step on every step (K = 1), anchors half the batch, two draws an anchor. Everything that is compared runs in
 one process, in turns, after a warm-up; figures are medians of ratios that were taken side by side. Writes
 outputs/bench/policies.json: {policy: {view: {"step_ratio", "bytes", "first_loss"}}}, `bytes` of an anchor in the cache,
-images among them. The views "… lora cached" and "… lora inside" have ratios to a plain LoRA step, and "extra_memory":
-bytes above that step's peak of live tensors, beside "forward", what one forward pass of the anchors makes. With
+images among them. With LoRA `step_ratio` is of steps whose anchors have been shown before, `step_ratio_new` of steps
+that show each for the first time: what a frozen tower and a teacher inside say of an anchor is kept. The views "… lora
+cached" and "… lora inside" have ratios to a plain LoRA step, and "extra_memory": bytes above that step's peak of live
+tensors, beside "forward", what one forward pass of the anchors makes. With
 --ratios there is "half_batch" besides: a bare forward and backward pass over half a batch, over one over the whole
 batch: 1 + half_batch, where all of a step is such a pass, is the floor of step_ratio.
 """
@@ -101,10 +103,28 @@ def looked_at(policy, rows):
     return rows | ({loader.mark: torch.arange(n)} if loader.mark else {})
 
 
+def anew(policy, rows):
+    "`rows` without end, each time as if they had never been shown."
+    shown, table = looked_at(policy, rows), TABLES[-1]
+    while True:
+        if table: table.said.clear()
+        yield shown
+
+
+def line_of(policy, rows):
+    "A loader that hands out `rows` without end."
+    shown, n = looked_at(policy, rows), len(next(iter(rows.values())))
+    return SimpleNamespace(dataset=AnchorRows(SimpleNamespace(store=None), list(range(n))), mark="", seed=0, step=1,
+                           batch_size=n, rank=0, world_size=1, rows=lambda step: list(range(n)),
+                           forever=lambda: forever(shown))
+
+
 def lora(work, kind, folder, batch, rows, view, rounds) -> dict:
     "Both ways to have the teacher's answer, beside plain LoRA; `rows`: a batch of anchors with stored answers."
-    def asked(policy): return map(Answered(None, policy, make_views([view]), adapter_for(policy)).answer, forever(rows))
-    made = dict(plain=lambda p: None, cached=lambda p: forever(looked_at(p, rows)), inside=asked)
+    def answered(p, line, most=0): return Answered(line, p, make_views([view]), adapter_for(p), most=most)
+    made = dict(plain=lambda p: None, cached=lambda p: forever(looked_at(p, rows)), cached_new=lambda p: anew(p, rows),
+                inside=lambda p: answered(p, line_of(p, rows), 2 * 10**9).forever(),
+                inside_new=lambda p: map(answered(p, None).answer, anew(p, rows)))
     def fresh(name):
         policy = with_adapters(work, kind, folder)
         return policy, trainer_of(policy, batch, made[name](policy), [view])
@@ -116,8 +136,9 @@ def lora(work, kind, folder, batch, rows, view, rounds) -> dict:
     policy = ready["inside"][0]
     ask = Answered(None, policy, make_views([view]), adapter_for(policy)).answer
     forward = peak_memory(lambda: ask(rows), policy) - sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
-    return {f"{view} lora {n}": dict(step_ratio=round(found[n], 3), first_loss=first[n],
-                                     extra_memory=peaks[n] - peaks["plain"], forward=forward) for n in found}
+    return {f"{view} lora {n}": dict(step_ratio=round(found[n], 3), step_ratio_new=round(found[f"{n}_new"], 3),
+                                     first_loss=first[n], extra_memory=peaks[n] - peaks["plain"], forward=forward)
+            for n in ("cached", "inside")}
 
 
 def measure(work, kind: str, batch_size: int, rounds: int, tmp: Path) -> dict:

@@ -35,6 +35,7 @@ from .features import resolve_layers
 from .losses import VIEWS, View, make_views, pass_needs
 from .machine import Watched, watched
 from .policies import adapter_for, adapters_off, base_policy, check_views, decodable, eval_mode
+from .reading import FirstAnswers
 from .tools import sample_anchors
 
 # %% ../nbs/07_builder.ipynb #85e5f424
@@ -111,16 +112,23 @@ class Answered:
         adapter,
         preprocess: Callable[[dict], dict] | None = None,  # for frames: the policy's LeRobot preprocessor
         actions: str = "dataset",  # for frames: what the answer is conditioned on, dataset | teacher
+        most: int = 0,  # bytes for answers that a loader's anchors got when they were first shown; 0: asked anew each time
     ):
         self.anchors, self.teacher, self.views, self.adapter, self.preprocess, self.actions = (
             anchors, teacher, views, adapter, preprocess, actions)
+        fixed = ((preprocess is None or actions == "dataset") and hasattr(anchors, "forever")
+                 and getattr(anchors.dataset.store, "transforms", None) is None) if most else False
+        self.known = FirstAnswers(anchors, most) if fixed else None
 
     def __getattr__(self, name): return handed_on(self, "anchors", name)  # state_dict, load_state_dict, …
     def __len__(self): return len(self.anchors)
     def batch(self, rows) -> dict: return self.answer(self.anchors.batch(rows))
-    def forever(self): return map(self.answer, self.anchors.forever())
+    def forever(self): return map(self.recall if self.known else self.answer, self.anchors.forever())
 
-    def answer(self, batch: dict) -> dict[str, Tensor]:
+    def recall(self, batch: dict) -> dict[str, Tensor]:
+        return self.known.recall(batch, self.answer, {t for v in self.views.values() for t in v.tensors})
+
+    def answer(self, batch: dict, said: dict | None = None) -> dict[str, Tensor]:  # said: the targets, if they are known
         """Inputs and targets of a batch, and what frozen modules said that its student need not run again. No random
         number is drawn, no mode and no flag is left changed."""
         gpus = [p.device] if (p := next(self.teacher.parameters())).is_cuda else []
@@ -133,6 +141,7 @@ class Answered:
                 batch = {k: x for k, x in batch.items() if k != "draw_seed" and k not in named}
                 asked = named | teacher_says(teacher, self.preprocess(batch), self.views, self.actions, seeds=seeds,
                                              adapter=self.adapter)
+            if said is not None: return asked | said
             kept = {} if inside else None
             return asked | teacher_targets(teacher, asked, self.views, self.adapter, kept) | (kept or {})
 

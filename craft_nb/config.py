@@ -177,7 +177,7 @@ class CraftConfig:
     anchor_dataset: AnchorData = field(default_factory=AnchorData)
     teacher: str = ""  # who answers for the anchors: empty: the cache | inside: this network with its adapters off | folder of a policy; frames of anchor_dataset then need no cache
     anchor_actions: str = "dataset"  # teacher, anchor_dataset: what the answer is conditioned on, dataset | teacher (sampled on every retention step)
-    keep_looks: str = "2GB"  # most memory for what a frozen vision tower says of anchors that are not augmented, so that it runs once an anchor and not once a step: a size such as 2GB | none
+    keep_looks: str = "2GB"  # most memory for what a frozen vision tower says of anchors that are not augmented, and as much for what a teacher at hand answers: each runs once an anchor and not once a step; a size such as 2GB | none
     anchor_draws: int = 2  # teacher, anchor_dataset: draws of noise and time an anchor, where the answer depends on them
     keep_frames: str = "auto"  # most memory for decoded frames that are drawn again: auto (a quarter of what is free) | a size such as 20GB | none; never changes a result
 

@@ -106,7 +106,9 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
     if trainer.frames and trainer.frames.held: out["frames"] = trainer.frames.held  # of main memory, beside the peak
     if not (acc and "FSDP" in str(acc.distributed_type)):
         out |= measure_passes(trainer, unwrapped(trainer))
-    if trainer.method.looks and trainer.params[0].device.type == "cpu": out["looks"] = trainer.method.looks.nbytes
+    known = getattr(getattr(trainer.method, "anchors", None), "known", None)
+    for name, table in dict(looks=trainer.method.looks, answers=known).items():
+        if table and trainer.params[0].device.type == "cpu": out[name] = table.nbytes
     streams = ret is not None and ret.streams
     if streams: out["surgery"] = max(nbytes(ret.surgery.params[i] for i in ids) for ids in ret.surgery.groups.values())
     elif ret and (ret.separate or not ret.one_pass(trainer)): out["surgery"] = g
@@ -116,7 +118,7 @@ def estimate_memory(trainer: StepParts) -> dict[str, int]:  # bytes
     # foreach: one temporary
     step = g + (g if trainer.params[0].is_cuda and not trainer.optimizer.param_groups[0].get("fused") else 0)
     buckets = g if "MULTI" in str(getattr(acc, "distributed_type", "")) else 0  # of DistributedDataParallel
-    beside = sum(out.get(k, 0) for k in ("method", "teacher", "looks"))
+    beside = sum(out.get(k, 0) for k in ("method", "teacher", "looks", "answers"))
     return out | {"peak": out["weights"] + out["optimizer"] + beside + buckets
                   + max(task, 0 if streams else anchor, step)}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'is_pt_cache', 'AnchorCacheDataset', 'anchor_order', 'anchor_batch', 'AnchorLoader',
-           'build_anchor_dataloader']
+           'build_anchor_dataloader', 'FirstAnswers']
 
 # %% ../nbs/04d_reading.ipynb #12afca79
 import functools
@@ -342,6 +342,10 @@ class AnchorLoader:
     @property
     def global_batch(self) -> int: return self.batch_size * self.world_size
 
+    def rows(self, step: int) -> list[int]:
+        "Of the batch that `forever` hands out at `step`."
+        return anchor_batch(step, len(self.dataset), self.batch_size, self.seed, self.rank, self.world_size)
+
     def _starts(self) -> range: return range(self.rank * self.batch_size, len(self.dataset), self.global_batch)
     def __len__(self) -> int: return len(self._starts())                                         # batches of one pass
 
@@ -354,14 +358,14 @@ class AnchorLoader:
 
     def forever(self):
         "Full batches without end, from `step` on; `step` counts what was handed out, whatever workers fetched ahead."
-        n, mine = len(self.dataset), (self.batch_size, self.seed, self.rank, self.world_size)
+        n = len(self.dataset)
         anew = getattr(self.dataset.store, 'transforms', None) is not None
         def asked(step):
-            rows, first = anchor_batch(step, n, *mine), (step * self.world_size + self.rank) * self.batch_size
+            rows, first = self.rows(step), (step * self.world_size + self.rank) * self.batch_size
             return [(r, (first + i) // n) for i, r in enumerate(rows)] if anew else rows
         for batch in _decoded(_Turns(self.dataset) if anew else self.dataset, map(asked, itertools.count(self.step)),
                               self.how):
-            told = {self.mark: torch.tensor(anchor_batch(self.step, n, *mine))} if self.mark else {}
+            told = {self.mark: torch.tensor(self.rows(self.step))} if self.mark else {}
             self.step += 1
             yield batch | told
 
@@ -399,3 +403,46 @@ def build_anchor_dataloader(
     "A loader over a cache of any kind."
     ds = cache_dir if isinstance(cache_dir, AnchorCacheDataset) else AnchorCacheDataset(cache_dir, views, frames)
     return AnchorLoader(ds, batch_size, seed, step, rank, world_size, num_workers, prefetch, pin_memory, shuffle)
+
+# %% ../nbs/04d_reading.ipynb #5a31c0d2
+class FirstAnswers:
+    "What was said of the rows of a loader's anchors when each was handed out first; nothing where all do not fit."
+    def __init__(self, loader: AnchorLoader, most: int):  # most: bytes
+        self.loader, self.most, self.order = loader, most, None
+
+    @property
+    def nbytes(self) -> int: return len(self.loader.dataset) * self.size if self.most else 0  # when every row was said
+    @property
+    def size(self) -> int: return sum(x.nbytes for x in next(iter(self.said.values()), {}).values())  # of a row
+
+    def recall(self, batch: dict, answer, names: set) -> dict[str, Tensor]:
+        "`answer` to the batch that the loader has just handed out, what is called `names` as of the first time."
+        now = []
+        def ask(b):
+            out = answer(b)
+            if b is batch: now.append(out)
+            return {k: x for k, x in out.items() if k in names}
+        said = self.say(self.loader.step - 1, batch, ask)
+        return now[0] | (said or {}) if now else answer(batch, said)
+
+    def say(self, step: int, batch: dict, ask) -> dict[str, Tensor] | None:  # ask: batch → tensors (b, …)
+        "What is said of the `step`-th batch; None: ask yourself."
+        if not self.most: return None
+        loader, rows = self.loader, self.loader.rows(step)
+        order = loader.seed, loader.batch_size, loader.rank, loader.world_size
+        if order != self.order: self.order, self.said, self.first, self.seen = order, {}, {}, 0
+        while self.seen <= step and len(self.first) < len(loader.dataset):
+            for r in loader.rows(self.seen): self.first.setdefault(r, self.seen)
+            self.seen += 1
+        for s in sorted({self.first[r] for r in rows if r not in self.said}):
+            theirs = loader.rows(s)
+            mark = {loader.mark: torch.tensor(theirs)} if loader.mark else {}
+            said = ask(batch if s == step else loader.dataset.batch(theirs) | mark)
+            for i, r in enumerate(theirs):
+                if self.first[r] == s: self.said.setdefault(r, {k: x[i].clone() for k, x in said.items()})
+            if self.nbytes > self.most or len({tuple((k, x.shape) for k, x in self.said[r].items())
+                                               for r in (*theirs, rows[0]) if r in self.said}) > 1:
+                self.most, self.said = 0, {}
+                return said if s == step else None
+        return {k: torch.stack([self.said[r][k] for r in rows]) for k in self.said[rows[0]]}
+
