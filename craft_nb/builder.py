@@ -116,7 +116,7 @@ class Answered:
     ):
         self.anchors, self.teacher, self.views, self.adapter, self.preprocess, self.actions = (
             anchors, teacher, views, adapter, preprocess, actions)
-        fixed = ((preprocess is None or actions == "dataset") and hasattr(anchors, "forever")
+        fixed = ((preprocess is None or actions == "dataset") and getattr(anchors, "world_size", 0) == 1
                  and getattr(anchors.dataset.store, "transforms", None) is None) if most else False
         self.known = FirstAnswers(anchors, most) if fixed else None
 
@@ -131,6 +131,7 @@ class Answered:
     def answer(self, batch: dict, said: dict | None = None) -> dict[str, Tensor]:  # said: the targets, if they are known
         """Inputs and targets of a batch, and what frozen modules said that its student need not run again. No random
         number is drawn, no mode and no flag is left changed."""
+        if said and self.preprocess is None: return {k: x for k, x in batch.items() if k not in STORED} | said
         gpus = [p.device] if (p := next(self.teacher.parameters())).is_cuda else []
         inside = any(p.requires_grad for p in self.teacher.parameters())
         with (adapters_off(self.teacher) if inside else contextlib.nullcontext(self.teacher) as teacher,
