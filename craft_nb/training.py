@@ -440,11 +440,10 @@ def make_student(cfg: CraftTrainConfig, ds_meta) -> nn.Module:
 
 def answered_by(teacher: nn.Module, anchors, craft: CraftConfig, adapter, pre) -> Answered:
     "A cache or a loader whose anchors `teacher` answers."
-    cache = getattr(anchors, "dataset", anchors)
-    frames = cache.store if isinstance(cache.store, LiveFrames) else None
-    return Answered(anchors, teacher, cache_views(cache, craft), adapter,
-                    (lambda b: pre(frames.told(b))) if frames else None, craft.anchor_actions,
-                    0 if craft.keep_looks == "none" else parse_size(craft.keep_looks, "keep_looks"))
+    cache, most = getattr(anchors, "dataset", anchors), craft.keep_looks
+    tell = (lambda b: pre(cache.store.told(b))) if isinstance(cache.store, LiveFrames) else None
+    return Answered(anchors, teacher, cache_views(cache, craft), adapter, tell, craft.anchor_actions,
+                    0 if most == "none" else parse_size(most, "keep_looks"))
 
 def keep_looks(craft: CraftConfig, loader, policy: nn.Module, adapter) -> Looks | None:
     """A table of what the policy's vision tower says of a run's anchors. None where it is trained or has adapters,
