@@ -107,9 +107,12 @@ def _mean(memory: dict, name: str, x: float, keep: float) -> float:
 def _share(dual, loss, eps, gradients):
     p, memory, c, (g, r, _) = SHARE, dual.memory, dual.config, gradients
     mean = _mean(memory, "loss", loss, p["smooth"])
-    if g > 0 and r > 0 and loss > 0:
+    # what r is the gradient of, now and on the average
+    of, usual = (loss, mean) if dual.pressed is None else (dual.pressed,
+                                                           _mean(memory, "pressed", dual.pressed, p["smooth"]))
+    if g > 0 and r > 0 and of > 0:
         _mean(memory, "log_g", math.log(g), p["memory"])
-        _mean(memory, "log_kappa", math.log(r) - 0.5 * math.log(loss), p["memory"])
+        _mean(memory, "log_kappa", math.log(r) - 0.5 * math.log(of), p["memory"])
     low, high = math.log(max(c.share, 1e-6)), math.log(max(c.share_max, 1e-6))
     s, e = memory.get("s", low), 0.0
     if 0 < eps < math.inf:
@@ -119,8 +122,8 @@ def _share(dual, loss, eps, gradients):
     memory["s"], at = s, min(max(s + p["kp"] * e, low), high)
     memory["share"] = memory["most"] = math.exp(at) if c.share_max else 0.0
     memory["held"] = at == high
-    if "log_kappa" not in memory or not max(mean, loss) > 0: return dual.lam
-    return memory["share"] * math.exp(memory["log_g"] - memory["log_kappa"]) / max(mean, loss) ** 0.5
+    if "log_kappa" not in memory or not max(usual, of) > 0: return dual.lam
+    return memory["share"] * math.exp(memory["log_g"] - memory["log_kappa"]) / max(usual, of) ** 0.5
 
 def see_held_out(dual, loss: float) -> None:
     "Tell `share` what L_ret is on held-out anchors now."
@@ -188,7 +191,7 @@ class Dual(Budget):
         super().__init__(config, total_steps, scale, epsilon_end)
         self.lam, self.lambda_lr, self.lambda_max = config.initial_lambda, config.lambda_lr, config.lambda_max
         self.pressure = float(config.retention_freq) if config.k_compensation or config.controller == "share" else 1.0
-        self.memory, self.pending, self.pinned = {}, [], 0
+        self.memory, self.pending, self.pinned, self.pressed = {}, [], 0, None
 
     @property
     def top(self) -> float:
@@ -222,10 +225,12 @@ class Dual(Budget):
         lr_scale: float = 1.0,  # multiplies lambda_lr, e.g. lr / peak lr; `landing` has no gain to scale
         grad_norms: tuple[float, float] | None = None,  # (‖g‖, ‖r‖); `landing` needs them
         cosine: float | None = None,  # of g and r; where it is not known, `landing` takes them to oppose
+        pressed: float | None = None,  # what r is the gradient of, where that is not L_ret alone: `share` reads ‖r‖ from it
     ) -> dict:  # lambda, epsilon, violation, control, clipped (λ is at lambda_max), pinned (at a limit for long)
         "Move λ after a retention step; call it once for each."
         c, eps, control = self.config, self.epsilon(step), 0.0
         cosine = -1.0 if cosine is None or math.isnan(cosine) else cosine
+        self.pressed = pressed
         if math.isfinite(retention_loss):
             self.pending = [*self.pending, retention_loss][-c.lambda_update_every:]
             if step >= c.lambda_warmup_steps and len(self.pending) >= c.lambda_update_every:

@@ -235,7 +235,10 @@ def update_multipliers(ret: Constraint, step: int, row: dict) -> None:
     "One dual step on the losses of this retention step."
     known = {} if row.get("grad_norm_retain") is None or ret.config.controller == "share" and not step else dict(
         grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]), cosine=row["cosine"])
-    for n, d in ret.duals.items(): d.update(step, row["now"][n], **known)
+    a = ret.rehearsal
+    for n, d in ret.duals.items():
+        mixed = (1 - a) * row["now"][n] + a * sum(ret.weights_of.values()) * row["rehearsal_loss"] if a else None
+        d.update(step, row["now"][n], pressed=mixed, **known)
 
 # %% ../nbs/07d_retention.ipynb #81d0e6b7
 @contextmanager
