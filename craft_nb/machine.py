@@ -302,11 +302,12 @@ def free_memory() -> int:  # bytes; 0: the system does not tell
     return free
 
 # %% ../nbs/00a_machine.ipynb #9e1b7a42
-BLOCK = 2**18  # bytes
+BLOCK, LARGE = 2**18, 2**30  # bytes
 
-def give_back_freed() -> bool:
-    """Let glibc give what is freed back to the system, in blocks of `BLOCK` bytes and more. → does it? Not where the
-    environment has set its threshold, nor on a system without glibc."""
+def give_back_freed(weights: int) -> bool:  # bytes
+    """Let glibc give what is freed back to the system, in blocks of `BLOCK` bytes and more. → does it? Not for weights
+    of less than `LARGE` bytes, where the environment has set its threshold, nor on a system without glibc."""
+    if weights < LARGE: return False
     if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""): return False
     try: libc = ctypes.CDLL(None)
     except TypeError: return False  # Windows

@@ -237,8 +237,8 @@ def update_multipliers(ret: Constraint, step: int, row: dict) -> None:
         grad_norms=(row["grad_norm_task"], row["grad_norm_retain"]), cosine=row["cosine"])
     a = ret.rehearsal
     for n, d in ret.duals.items():
-        mixed = (1 - a) * row["now"][n] + a * sum(ret.weights_of.values()) * row["rehearsal_loss"] if a else None
-        d.update(step, row["now"][n], pressed=mixed, **known)
+        if a: known["pressed"] = (1 - a) * row["now"][n] + a * sum(ret.weights_of.values()) * row["rehearsal_loss"]
+        d.update(step, row["now"][n], **known)
 
 # %% ../nbs/07d_retention.ipynb #81d0e6b7
 @contextmanager

@@ -123,7 +123,6 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     "The parts of a run whose folder is its own. `stand_in`: of the policy, anchors as `part_anchors` gives them."
     from lerobot.optim.factory import make_optimizer_and_scheduler
     from lerobot.utils.random_utils import load_rng_state, set_seed
-    if acc.device.type == "cpu": give_back_freed()
     if cfg.seed is not None: set_seed(cfg.seed, accelerator=acc)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = (cfg.cudnn_deterministic,
                                                                           not cfg.cudnn_deterministic)
@@ -131,6 +130,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     dataset, held_out = main_first(acc, lambda: or_say_what_is_lost(cfg.dataset, lambda: train_and_held_out(cfg)))
     require_fit(camera_findings(cfg.policy, dataset.meta, cfg.rename_map), cfg.craft.allow_mismatch)
     policy = as_one_product(make_student(cfg, dataset.meta))
+    if acc.device.type == "cpu": give_back_freed(nbytes(policy.parameters()))
     keep = cfg.resume or keeps_statistics(cfg)
     pre, post = make_processors(cfg.policy, policy, acc.device.type,
                                 None if keep else rename_stats(dataset.meta.stats, cfg.rename_map), cfg.rename_map)
