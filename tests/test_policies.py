@@ -374,7 +374,7 @@ def test_lora_begins_at_zero_resumes_and_goes_on_from_an_adapter(work, zoo, kind
     torch.testing.assert_close(a["answer"], b["answer"], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(a["answer"], AnchorCacheDataset("cache").batch(range(12))["answer"], atol=1e-4)
     own, given = Answered.answer, []
-    monkeypatch.setattr(Answered, "answer", lambda self, rows: given.append(own(self, rows)) or given[-1])
+    monkeypatch.setattr(Answered, "answer", lambda self, *asked: given.append(own(self, *asked)) or given[-1])
     train(work, zoo(kind), "--output_dir=taught", f"--craft.teacher={end}", "--steps=1", "--craft.anchor_batch_size=12",
           "--save_checkpoint=false", "--craft.check=false", *adapters(kind))
     # a student without its teacher's adapters is as far from it as that is from the student
