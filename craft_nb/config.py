@@ -257,6 +257,9 @@ def _joint_faults(cfg):  # what no single field can show
     if cfg.rehearsal and (cfg.teacher or cfg.anchor_dataset.repo_id) and cfg.anchor_actions != "dataset":
         faults.append("rehearsal: the labels are the data set's actions: expected anchor_actions=dataset, "
                       f"found {cfg.anchor_actions}")
+    if cfg.rehearsal and cfg.controller == "landing":
+        faults.append("rehearsal: controller=landing reads ‖r‖ from L_ret, of which r then is not the gradient alone; "
+                      "expected one of ascent, ema, pi, share")
     if cfg.ema_beta == 1: faults.append("ema_beta: 1 would never move; expected below 1")
     return faults
 

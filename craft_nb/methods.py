@@ -83,6 +83,9 @@ def make_method(parts: MethodParts) -> Method:
     cls = find_method(parts.config.method)
     method = cls(parts, **read_options(cls, parts.config.method_options))
     method.config = parts.config if method.config is None else method.config
+    if parts.config.rehearsal and not getattr(method, "rehearsal", 0):
+        raise ValueError(f"rehearsal: method {parts.config.method} rehearses no labels; expected craft, constant, "
+                         "share or a method that inherits from them, or rehearsal=0")
     return method
 
 # %% ../nbs/08a_methods.ipynb #5fa7087e

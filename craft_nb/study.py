@@ -140,6 +140,9 @@ def check_job(job: Job) -> None:
         raise ValueError(f"{zero[0]}: expected a factor above 0, found 0")
     if "every" in v and (v["every"] != int(v["every"]) or v["every"] < 1):
         raise ValueError(f"every: expected a whole number of steps from 1, found {v['every']:g}")
+    if v.get("rehearsal") and view not in ("action_logits", "action_tokens"):
+        raise ValueError(f"rehearsal: the labels are action tokens: expected the view action_logits or action_tokens, "
+                         f"found {view}")
     if method not in KNOBS: find_method(method)
     craft = CraftConfig(**(craft_settings(job) or dict(method="sft")))
     cls = find_method(craft.method)
