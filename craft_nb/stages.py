@@ -229,8 +229,9 @@ class Run:
         if path.exists():
             old = dict(policy=Settings.policy) | read_done(path, "settings")["settings"]  # older demos had one policy
             if differ := [f"{k}: {old.get(k)} then, {v} now" for k, v in used.items() if old.get(k) != v]:
-                raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}): use another --folder, "
-                                 "or --again to redo this and later stages")
+                flag = self.lock.flag
+                raise ValueError(f"{path} was made with other settings ({'; '.join(differ)}): use another {flag}"
+                                 + ", or --again to redo this and later stages" * (flag == "--folder"))
             return self.say(f"{name}: done before, in {path.parent}")
         result = func(self)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ import torch
 from . import demo, libero_demo  # the latter is a workload
 from .cli import expanded, refuse_clearly
 from .config import CraftConfig, as_path
+from .files import hash_file
 from .fronts import arm_of, write_report
 from .methods import find_method, read_options
 from .sequence import ARMS as SEQUENCE_ARMS, leave, sequence, sequence_settings, size_of
@@ -366,6 +367,41 @@ def collect(out: Path, workload: str = "demo") -> dict:  # {workload: {arm: {kno
                 row["step_ratio"] = cost(row) / base if base and cost(row) else None
     return {workload: found}
 
+# %% ../nbs/14_study.ipynb #5d1f7a21
+def of_demo(folder: Path, settings: demo.Settings) -> demo.Settings:
+    """`settings` over the demo in `folder`: its data and its teacher's training are what they were. Raises `ValueError`
+    if it is a demo of another workload, policy or size."""
+    own = {}
+    for file in (folder / "stages" / f"{name}.json" for name in ("record", "teacher")):
+        if file.exists(): own |= read_done(file).get("settings", {})
+    def as_is(s): return all(getattr(s, k) == v for k, v in own.items())
+    if (policy := own.get("policy", settings.policy)) != settings.policy:
+        raise ValueError(f"--demo={folder}: expected a demo of --policy={settings.policy}, found {policy}'s; give "
+                         f"--policy={policy}, or another --demo")
+    if own and ({*demo.door(settings).fields} - {*own} or any(not hasattr(settings, k) for k in own)):
+        raise ValueError(f"--demo={folder}: expected a demo of --workload={settings.workload}, found another's "
+                         f"({own.get('old', 'tasks unknown')}); give its --workload, or another --demo")
+    for size in demo.door(settings).sizes:
+        if own and (usual := demo.sized(settings.workload, settings.policy, size)) != settings and as_is(usual):
+            raise ValueError(f"--demo={folder} was made with --size={size}: give that here too, or another --demo")
+    differ = {k: v for k, v in own.items() if v != getattr(settings, k)}
+    for k, v in differ.items(): print(f"{k}: {v}, as in {folder} (usual: {getattr(settings, k)})")
+    return replace(settings, **differ)
+
+
+# %% ../nbs/14_study.ipynb #5d1f7a24
+def stand_on(out: Path, base: demo.Run) -> None:
+    "Note what the jobs in `out` begin with. Raises `ValueError` if those that are there began with something else."
+    file, skip = out / "teacher.json", ("anchors", "eval_episodes", "check_episodes", "arms")
+    now = {k: v for k, v in asdict(base.settings).items() if k not in skip} | dict(
+        teacher=hash_file(Path(base.result("teacher")["path"]) / "model.safetensors"))
+    then = read_done(file) if file.exists() else now
+    if differ := [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v]:
+        raise ValueError(f"{out} holds jobs over another demo ({'; '.join(differ)}): give the --demo and --size they "
+                         "are of, or another --out")
+    leave(file, now)
+
+
 # %% ../nbs/14_study.ipynb #24469d75
 def settle(out: Path, home: Path) -> None:
     "Let the saved policies of a study find the tokenizers of the demo in `home`, if they lie no more where they lay."
@@ -446,12 +482,14 @@ def study(folder: Path, out: Path, settings: demo.Settings, jobs: list[Job], epi
     if episodes: jobs = [Job("teacher", "", 0), *jobs]
     collect(out)  # what is damaged is said before anything runs
     if not only_report:
+        settings = of_demo(folder, settings)
         base, here = demo.Run(folder, settings, workers), demo.Run(out, settings, workers)
         base.lock.flag, here.lock.flag = "--demo", "--out"
         try:
             for name in ("record", "tokenizers", "teacher"): base.stage(name)
             base.close()
             here.lock.take()
+            stand_on(out, base)
             settle(out, base.folder)
             run_args, todo = ((str(base.folder), settings),
                               [j for j in jobs if not finished(out / "jobs" / f"{j.key}.json", episodes)])
