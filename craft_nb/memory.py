@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .cards import _size
 from .control import Callback
 from .passes import count_rows, passing, unwrapped
-from .retention import anchor_losses, endless, enough_memory, pressed
+from .retention import anchor_losses, enough_memory, pressed, put_back
 from .step import StepParts
 
 # %% ../nbs/07f_memory.ipynb #a1543cad
@@ -127,12 +127,7 @@ def ahead(trainer: StepParts) -> tuple[dict, dict | None]:
     "The next batch of the task and the next anchors, which are put back."
     ret, batch = trainer.retention, next(trainer.batches)
     trainer.batches = itertools.chain([batch], trainer.batches)
-    if ret is None: return batch, None
-    place = ret.anchors.state_dict() if hasattr(ret.anchors, "state_dict") else None
-    anchors = next(ret.line)
-    if place is None: ret.line = itertools.chain([anchors], ret.line)
-    else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
-    return batch, anchors
+    return batch, ret and put_back(ret)
 
 def measure_passes(trainer: StepParts, policy: nn.Module) -> dict[str, int]:
     "Both passes on the next batches. A streamed step holds both at once."

@@ -185,6 +185,10 @@ def say_anchors(r: Report, t: CraftTrainer, few: int = 6) -> None:
         r.findings.append(Finding("warn", "undecodable", f"{bad} of the {asked} answers of the teacher "
                                   f"({bad / asked:.0%}) are no action chunk: the student would be held to them; "
                                   f"build the cache again with --undecodable=skip", dict(answers)))
+    if still := getattr(t.method, "unmoved", ()):
+        r.findings.append(Finding("warn", "anchors", f"{', '.join(still)}: nothing that is trained has a say in what "
+                                  "this view compares, so it holds nothing; leave it out of --craft.views, or train "
+                                  "what stands before it", dict(views=still)))
     if not any(f.what == "cache" for f in r.findings):
         waived = t.parts.cfg.craft.allow_mismatch
         r.add("agreement", f"teacher, cache and policy agree in {', '.join(m['hashes']) or 'size and layers'}"

@@ -7,6 +7,7 @@ __all__ = ['AnchorMethod', 'Constraint', 'calibrate_budget', 'Retention']
 
 # %% ../nbs/07d_retention.ipynb #24afc8d1
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from .config import CraftConfig, parse_weights
 from .dual import Dual, no_trace, see_held_out, see_parts
 from .losses import LabelsView, View, rounding_error
-from .passes import AnchorPass, count_rows, cut_padding
+from .passes import AnchorPass, count_rows, cut_padding, passing, unwrapped
 from .step import Method, StepParts, across_ranks, clip_gradients, take_grad, task_backward
 from .surgery import StreamingSurgery, Surgery, moved_gradients, read_sums
 
@@ -43,6 +44,7 @@ def make_duals(cfg: CraftConfig, steps: int, weights: dict[str, float], spreads:
 class AnchorMethod(Method):
     "A method that looks at anchors."
     rehearsal, rehearsed = 0.0, 0.0  # share of their labels; the loss on these in the last pass
+    unmoved = ()  # views that nothing which is trained has a say in
     def __init__(
         self,
         policy: nn.Module,  # its trainable parameters are operated on
@@ -65,6 +67,7 @@ class AnchorMethod(Method):
                       for n, p in policy.named_parameters() if p.requires_grad]
 
     def attach(self, trainer):
+        refuse_unmoved(self, trainer)
         if getattr(self.adapter, "padded", ()):
             trainer.batches = map(partial(cut_padding, trainer.policy, self.adapter), trainer.batches)
 
@@ -80,6 +83,53 @@ class AnchorMethod(Method):
 
 # %% ../nbs/07d_retention.ipynb #4f52446a
 def endless(anchors: Iterable): return anchors.forever() if hasattr(anchors, "forever") else iter(anchors)
+
+# %% ../nbs/07d_retention.ipynb #c1a0e0b1
+def put_back(ret: AnchorMethod) -> dict | None:  # None: there are none
+    "The next anchors, which are put back."
+    place = ret.anchors.state_dict() if hasattr(ret.anchors, "state_dict") else None
+    if (anchors := next(ret.line, None)) is None: return None
+    if place is None: ret.line = itertools.chain([anchors], ret.line)
+    else: ret.anchors.load_state_dict(place); ret.line = endless(ret.anchors)
+    return anchors
+
+def unmoved_views(ret: AnchorMethod, trainer) -> list[str]:
+    """Views whose loss on an anchor has no gradient, whatever it is compared with. A policy that is trained as a whole,
+    or lies in pieces (FSDP), is not asked."""
+    policy = unwrapped(trainer)
+    params = [p for p in policy.parameters() if p.requires_grad]
+    if (len(params) == sum(1 for _ in policy.parameters())
+        or "FSDP" in str(getattr(trainer.accelerator, "distributed_type", ""))
+        or (batch := put_back(ret)) is None): return []
+    def row(i): return {k: v[i : i + 1] for k, v in batch.items() if isinstance(v, Tensor)}
+    terms = {n: next((i for i in range(count_rows(batch)) if v.terms(row(i))), None) for n, v in ret.views.items()}
+    def moves(name, view):
+        if terms[name] is None: return True  # nobody can say
+        noise, one = torch.Generator().manual_seed(0), row(terms[name])
+        off = {t: one[t].float() + torch.randn(one[t].shape, generator=noise).to(one[t].device)
+               for t in view.tensors if one[t].is_floating_point()}
+        if not off and view.zero_at_start: return True
+        with passing(policy), trainer.autocast(), torch.enable_grad():
+            loss = AnchorPass(ret.adapter, {name: view}, one | off)(policy)[name]
+            if not loss.requires_grad: return False
+            return any(g is not None and bool((g != 0).any())
+                       for g in torch.autograd.grad(loss, params, allow_unused=True))
+    return [n for n, v in ret.views.items() if ret.weights_of[n] and not moves(n, v)]
+
+def refuse_unmoved(ret: AnchorMethod, trainer) -> None:
+    "Raise `ValueError` if no view of `ret` can feel the training; say so if some cannot."
+    if not (still := unmoved_views(ret, trainer)): return
+    said = (f"{', '.join(still)}: nothing that is trained (from {ret.named[0][0]} to {ret.named[-1][0]}) has a say in "
+            f"{'it' if len(still) == 1 else 'them'}, so the drift would be 0 whatever is forgotten")
+    if set(still) == {n for n, w in ret.weights_of.items() if w}:
+        gives = getattr(ret.adapter, "gives", ())
+        can = [n for n, g in dict(answer="answer", action_tokens="actions").items() if g in gives and n not in still]
+        able = f" ({' or '.join(can)})" * bool(can)
+        raise ValueError(f"views: {said}. Hold a view of what is trained{able}, "
+                         "or train what is held (adapters there, or the whole policy)")
+    ret.unmoved = still
+    logging.getLogger(__name__).warning("views: %s", said)
+
 
 # %% ../nbs/07d_retention.ipynb #4823e3f0
 class Constraint(AnchorMethod):

@@ -524,6 +524,28 @@ def test_a_second_model_answers_in_views_that_no_cache_holds(work, inside):
             and rows[1]["retention_loss"] > 0)
 
 
+def test_a_view_that_cannot_feel_the_training_is_refused(work, zoo, inside, capsys):
+    """The prefix of a policy whose expert alone is trained: L_ret would be 0 for ever. Beside another view it is said;
+    with anchors of its own a run says so before it builds them."""
+    def trained(kind): return lambda flags: train(work, zoo(kind), *flags)
+    every = "--views=answer,pooled,tokens,action_tokens"
+    for kind, half in (("smolvla", adapters("smolvla")), ("pi0", ["--policy.train_expert_only=true"])):
+        build(work, zoo(kind), kind, every)
+        how = [f"--craft.anchor_cache_dir={kind}", "--steps=1", "--save_checkpoint=false", "--craft.check=false", *half]
+        for more in (["--craft.views=pooled,tokens"], ["--craft.views=answer:0,pooled", "--craft.method=share"]):
+            line = refused(trained(kind), *how, *more)
+            assert ("nothing that is trained (from " in line and "Hold a view of what is trained (answer or action_tok"
+                    in line and not Path("run").exists()), line
+    line = refused(trained("pi0"), "--craft.views=pooled", f"--craft.anchor_dataset.repo_id={work.root}",
+                   "--craft.anchor_cache_dir=data/anchor_cache_hidden", *half)
+    assert "so the drift would be 0" in line and not Path("run").exists()
+    line = refused(trained("act"), f"--craft.anchor_dataset.repo_id={work.root}", "--craft.teacher=inside",
+                   "--peft.method_type=LORA", "--peft.r=4", "--peft.target_modules=.*vae_encoder.*linear1")
+    assert "views: answer: nothing that is trained" in line and "whole policy)" in line and not Path("run").exists()
+    train(work, zoo("pi0"), *how, "--craft.views=answer,pooled")
+    assert "pooled: nothing that is trained has a say" in " ".join(capsys.readouterr().out.split())
+
+
 def test_wrong_teachers_are_one_line(work, zoo, inside):
     build(work, zoo("act"), "cache")
     base = [f"--policy.path={zoo('act')}", f"--dataset.repo_id={work.root}", "--output_dir=new",
