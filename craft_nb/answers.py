@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .draws import (RowDraws, base_policy, captured, eval_mode, mixed_precision, once_a_row, pack_image,
-                            replaced, submodule, unpack_image)
+from .draws import (RowDraws, base_policy, captured, computed_in, eval_mode, mixed_precision, once_a_row,
+                            pack_image, replaced, submodule, unpack_image)
 from .features import Features, capture_hidden
 from .tokens import TEXT, decoder_facts
 
@@ -70,7 +70,7 @@ class Door:
     chunk: str | None = ""  # method that returns the policy's own actions (b, t, ≥ a); "": the data's are taken; None: the answer does not look at actions
     once: str = ""  # method that sees the observation only
     decoder: str = ""  # language model whose blocks read `once`: (embeddings, padding mask (b, p), …), pictures first, then text
-    tail: int = 0  # tokens behind the text in that prefix
+    tail: int = 0  # tokens behind the text in that prefix, never padding; padding may follow
     joint: str = ""  # module whose `forward` reads `[prefix, suffix]` in one pass, the prefix without looking at the suffix
     expert: str = ""  # transformer whose blocks read that suffix, the steps of the chunk at its end
     still: tuple[str, ...] = ()  # methods that draw nothing
@@ -89,7 +89,8 @@ class Door:
         policy = base_policy(policy)
         facts = (decoder_facts(submodule(policy, self.decoder)) if self.decoder
                  else dict(width=0, dtype=str(next(policy.parameters()).dtype).removeprefix("torch."), extra={}))
-        return facts | dict(extra=facts["extra"] | dict(capture=self.capture, chunk=list(chunk_shape(policy))))
+        return facts | dict(dtype=computed_in(policy, facts["dtype"]),
+                            extra=facts["extra"] | dict(capture=self.capture, chunk=list(chunk_shape(policy))))
 
     def inputs(self, policy, batch): return door_inputs(base_policy(policy), batch)
     def condition(self, policy, anchors, actions, seeds):
@@ -196,8 +197,9 @@ def door_features(door: Door, policy: nn.Module, anchors: dict[str, Tensor], lay
     f = Features({i: h[:: len(h) // b] for i, h in hidden.items()})
     if layers:
         p = torch.arange(prefix[0][1].shape[1], device=prefix[0][1].device)
-        end = len(p) - door.tail
-        text, seen = (p >= end - batch[TEXT[0]].shape[1]) & (p < end), prefix[0][1].bool()
+        seen = prefix[0][1].bool()
+        end = (seen.any(0) * (p + 1)).max() - door.tail if door.tail else len(p)
+        text = (p >= end - batch[TEXT[0]].shape[1]) & (p < end)
         f.image_mask, f.text_mask = seen & (p < end) & ~text, seen & text
     if actions: f.answer, f.answer_mask = door_answer(policy, said[0], anchors, n)
     if acting is not None:

@@ -526,6 +526,8 @@ def make_teacher(craft: CraftConfig, policy: nn.Module, pre, device, sharded: bo
     cfg.pretrained_path, cfg.device = folder, str(device)
     if cfg.type != (kind := base_policy(policy).config.type):
         raise ValueError(f"teacher: {folder} is a {cfg.type}, this run trains a {kind}")
+    for k in ("dtype", "use_amp"):  # it computes as its student does, or rounding would be drift
+        if hasattr(cfg, k): setattr(cfg, k, getattr(base_policy(policy).config, k))
     with torch.random.fork_rng(): teacher, own, _ = load_policy_alone(cfg)  # its random weights are no draw of the run
     theirs, ours = run_hashes(teacher, own), run_hashes(policy, pre)
     waived = waivers(craft.allow_mismatch)

@@ -63,6 +63,12 @@ def mixed_precision(policy):
         return torch.autocast(device, torch.get_autocast_dtype(device), enabled=getattr(c, "use_amp", False))
     return torch.autocast(device, torch.bfloat16, enabled=c.dtype == "bfloat16")
 
+def computed_in(policy: nn.Module, weights: str) -> str:
+    "The dtype that a policy computes in, whose weights are of dtype `weights`: that of its autocast, if it is coarser."
+    device, own = next(policy.parameters()).device.type, getattr(torch, weights)
+    with mixed_precision(policy): on = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+    return str(max([own, *[on] * bool(on)], key=lambda d: torch.finfo(d).eps)).removeprefix("torch.")
+
 # %% ../nbs/05c_draws.ipynb #757b8317
 class RowDraws(TorchDispatchMode):
     """Inside the `with`, row `i` of every random tensor comes from generator `i` of `seeds`, on the CPU; the global

@@ -11,6 +11,7 @@ import torch
 from craft_nb import cli
 from craft_nb.builder import Answered, anchor_batch_targets, draw_seeds
 from craft_nb.config import CraftConfig
+from craft_nb.features import pool
 from craft_nb.losses import make_views
 from craft_nb.passes import cut_padding
 from craft_nb.policies import adapter_for
@@ -522,6 +523,53 @@ def test_a_second_model_answers_in_views_that_no_cache_holds(work, inside):
     rows = steps()
     assert (set(rows[0]["retention_losses"]) == {"pooled", "tokens"} and rows[0]["retention_loss"] <= 1e-6
             and rows[1]["retention_loss"] > 0)
+
+
+def test_autocast_is_a_precision(work, zoo, inside):
+    """A cache says that its teacher ran in autocast; what is evaluated runs as it is trained; a second model computes
+    as its student."""
+    from lerobot.configs.policies import PreTrainedConfig
+    from lerobot.policies.factory import make_policy
+    from craft_nb.caches import make_teacher
+    from craft_nb.lerobot import as_lerobot_evaluates, task_loss
+    assert build(work, zoo("act"), "cache", "--policy.use_amp=true")["dtype"] == "bfloat16"
+    line = refused(lambda flags: train(work, zoo("act"), *flags), "--steps=1")
+    assert "dtype: cache bfloat16, this run float32" in line and not Path("run").exists()
+    policy, pre = work.policy(zoo("act")), work.processors(zoo("act"))[0]
+    data, seen = zoo_data(work, policy.config), {}
+    for amp in (False, True):
+        policy.config.use_amp = amp
+        torch.manual_seed(0)
+        seen[amp] = task_loss(policy, pre, data, 4, 4)["loss"]
+        with as_lerobot_evaluates(policy): assert torch.is_autocast_enabled("cpu") == amp
+    rows = [data[i] for i in range(0, len(data), -(-len(data) // 4))]
+    def said(part):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return len(part) * policy(pre(torch.utils.data.default_collate(part)))[0].item()
+    torch.manual_seed(0)
+    tasks = list(dict.fromkeys(sorted(int(r["task_index"]) for r in rows)))
+    want = sum(said([r for r in rows if int(r["task_index"]) == t]) for t in tasks) / len(rows)
+    assert seen[True] == pytest.approx(want, rel=1e-6) and seen[True] != seen[False]
+    cfg = PreTrainedConfig.from_pretrained(zoo("pi0"))
+    cfg.pretrained_path, cfg.dtype = zoo("pi0"), "bfloat16"
+    student, pre = make_policy(cfg, ds_meta=work.meta), work.processors(zoo("pi0"))[0]
+    teacher = make_teacher(CraftConfig(teacher=str(zoo("pi0"))), student, pre, "cpu")
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(teacher.parameters(), student.parameters(),
+                                                                        strict=True))
+
+
+def test_a_prefix_of_fixed_length_ends_in_padding(work, zoo):
+    "SmolVLA's `prefix_length`: text and pictures are where they were."
+    policy, batch = loaded(work, zoo, "smolvla")
+    adapter, seen = adapter_for(policy), []
+    rows = adapter.prepare(policy, adapter.inputs(policy, batch))
+    for policy.model.prefix_length in (-1, 48):
+        with torch.no_grad(): f = adapter.features(policy, rows, [-2, -1], False, False)
+        seen.append([f.text_mask.sum(1), f.image_mask.sum(1), pool(f, [-2, -1], ["vision_token_mean",
+                                                                                  "text_token_last"])])
+        assert torch.equal(f.text_mask.sum(1), batch["observation.language.attention_mask"].sum(1))
+    assert f.text_mask.shape[1] == 48
+    for a, b in zip(*seen, strict=True): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_a_view_that_cannot_feel_the_training_is_refused(work, zoo, inside, capsys):
