@@ -1,4 +1,5 @@
 """The site as a reader finds it: every internal link, anchor and image resolves, and no page needs the network."""
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -34,6 +35,7 @@ def faults(site: Path) -> list[str]:
             parts = urlsplit(url)
             if parts.scheme in ("data", "mailto", "javascript"): continue
             if parts.scheme or parts.netloc:
+                if parts.netloc.endswith("craft-nb.github.io"): out.append(f"{here}: {url} is a page of this site")
                 if url in page.loads: out.append(f"{here}: loads {url}")
                 continue
             path, anchor = urldefrag(url)
@@ -44,6 +46,8 @@ def faults(site: Path) -> list[str]:
                 out.append(f"{here}: {url} is not there")
             elif anchor and target in pages and unquote(anchor) not in pages[target].ids:
                 out.append(f"{here}: {url} has no such anchor")
+    out += [f"{p.relative_to(site)}: loads {url}" for p in site.rglob("*.css")
+            for url in re.findall(r"""(?:url\(|@import\s)\s*["']?(https?://[^"')]*)""", p.read_text())]
     return out
 
 
@@ -65,6 +69,8 @@ def test_everything_resolves(site):
     ('<img src="gone.png">', "index.html: gone.png is not there"),
     ('<a href="../outside.html">x</a>', "index.html: ../outside.html is not there"),
     ('<script src="https://cdn.example/x.js"></script>', "index.html: loads https://cdn.example/x.js"),
+    ('<a href="https://craft-nb.github.io/craft_nb/dual.html#dual">x</a>',
+     "index.html: https://craft-nb.github.io/craft_nb/dual.html#dual is a page of this site"),
 ])
 def test_the_crawl_finds_what_is_broken(tmp_path, body, says):
     (tmp_path / "site").mkdir()
@@ -73,3 +79,13 @@ def test_the_crawl_finds_what_is_broken(tmp_path, body, says):
     (tmp_path / "site" / "index.html").write_text(f'<a href="other.html#there">fine</a><a '
                                                   f'href="https://example.org">fine</a>{body}')
     assert faults(tmp_path / "site") == [says]
+
+
+def test_a_sheet_that_asks_the_network_is_found(tmp_path):
+    (tmp_path / "a.css").write_text("@import url(https://fonts.example/x;y);.a{background:url(data:x)}")
+    assert faults(tmp_path) == ["a.css: loads https://fonts.example/x;y"]
+
+
+def test_a_name_in_prose_leads_to_its_page_and_unfolds_its_source(site):
+    page = (site / "10k_training.html").read_text()
+    assert 'href="10h_caches.html#build_cache"' in page and page.count('<details class="source">') > 5
