@@ -178,7 +178,8 @@ def nice(x, stops=(1, 1.5, 2, 3, 4, 5, 6, 8, 10))->float:
 def ticks(lo, hi, n=3)->list:
     "About `n` round numbers between `lo` and `hi`."
     d = nice((hi - lo)/n, (1, 2, 5, 10))
-    return [round(k*d, 12) for k in range(math.ceil(lo/d - 1e-9), math.floor(hi/d + 1e-9) + 1)]
+    found = [round(k*d, 12) for k in range(math.ceil(lo/d - 1e-9), math.floor(hi/d + 1e-9) + 1)]
+    return found if len(found) > 1 or n > 9 else ticks(lo, hi, 2*n)  # one number tells no scale
 
 def log_ticks(lo, hi)->list:
     "Logarithms of round numbers between 10**lo and 10**hi: decades, or 1, 2 and 5 where they are few."

@@ -9,8 +9,8 @@ __all__ = ['COLOURS', 'RUN_COLOURS', 'figure', 'png', 'load_runs', 'plot_records
 import io
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
+from .config import as_path
 from .drawing import PANELS, History
 from .records import read_records
 
@@ -80,7 +80,8 @@ def _legend(ax):
 
 # %% ../nbs/08e_figures.ipynb #bb8e2f73
 def load_runs(source, names=None, cap=4096)->list: # of History
-    "Histories from a log's path, from rows, or from a list of either; a path is named after its file or folder."
+    """Histories from a run's folder or log, from rows, or from a list of these; a path is named after its file or
+    folder."""
     many = isinstance(source, (list, tuple)) and source and not isinstance(source[0], dict)
     sources = list(source) if many else [source]
     runs = [History(name, cap, 0 if many else None) for name in names or [_name(s) for s in sources]]
@@ -90,11 +91,12 @@ def load_runs(source, names=None, cap=4096)->list: # of History
     return runs
 
 def _name(source):
-    "A run's name: its file, or its folder when the file is called metrics.jsonl."
+    "A run's name: its file, or its folder when the file is called metrics.jsonl or the folder itself is given."
     if not isinstance(source, (str, os.PathLike)): return ""
-    return Path(source).resolve().parent.name if Path(source).stem == "metrics" else Path(source).stem
+    p = as_path(source).resolve()
+    return p.parent.name if p.stem == "metrics" else p.stem if p.suffix == ".jsonl" or p.is_file() else p.name
 
-def plot_records(source, # a path of a `metrics.jsonl`, its rows, or a list of either to overlay
+def plot_records(source, # a run's folder or its `metrics.jsonl`, its rows, or a list of these to overlay
                  names=None, # one name a run
                  width=7., height=5.): # inches
     "A run's curves, or several runs overlaid, as a matplotlib Figure: `plot_records(path).savefig('run.pdf')`."

@@ -328,7 +328,7 @@ def _retire_run(self):
 CraftMonitor.state, CraftMonitor.note, CraftMonitor.retire = _state, _note, _retire_run
 
 # %% ../nbs/09_monitor.ipynb #d9d76160
-def from_jsonl(path,          # a `metrics.jsonl`, or a list of them to overlay
+def from_jsonl(path,          # a run's folder or its `metrics.jsonl`, or a list of them to overlay
                follow=False,  # keep reading while the file grows, until its run ends
                names=None,    # one name a run; default: the folder's
                interval=.25): # seconds between looks

@@ -107,13 +107,18 @@ def _end_of(path, step):
     return end
 
 # %% ../nbs/08c_records.ipynb #64df6290
+def _log_of(path): # a run's folder: its metrics.jsonl
+    "The log that is meant: a file itself, or the one in a run's folder."
+    p = as_path(path)
+    return p/"metrics.jsonl" if p.is_dir() else p
+
 class Tail:
     "Read a log that may still grow; `restarts` counts how often the file was cut or replaced under the reader."
     def __init__(self, path): self.path, self.pos, self.seen, self.lines, self.restarts = as_path(path), 0, b"", 0, 0
 
     def poll(self)->list: # rows completed since the last call
         "New whole rows, [] if there is none (or no file yet). Raises ValueError on a broken line, naming it."
-        try: f = open(self.path, "rb")
+        try: f = open(_log_of(self.path), "rb")
         except FileNotFoundError: return []
         with f:
             f.seek(self.pos - len(self.seen))
@@ -135,6 +140,6 @@ class Tail:
 
 def read_records(path)->list: # all whole rows of the log, oldest first
     "Read a log; a torn last line is left out. Raises FileNotFoundError, or ValueError on a broken line."
-    if not as_path(path).exists():
-        raise FileNotFoundError(f"no record log at {path}: expected the metrics.jsonl of a run")
+    if not (log := _log_of(path)).exists():
+        raise FileNotFoundError(f"no record log at {log}: expected the metrics.jsonl of a run")
     return Tail(path).poll()
