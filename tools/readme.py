@@ -17,7 +17,8 @@ def convert(nb, pictures='README_files'):
     parts, files = ['<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->'], {}
     for cell in nb['cells']:
         src = join(cell['source']).strip()
-        if cell['cell_type'] == 'markdown': parts.append(re.sub(r'\]\((?=(images|guides|tutorials)/|\w+\.(ipynb|md)\))', r'](nbs/', src))
+        if cell['cell_type'] == 'markdown':
+            parts.append(re.sub(r'\]\((?=(images|guides|tutorials)/|\w+\.(ipynb|md)\))', r'](nbs/', src))
         if cell['cell_type'] != 'code' or re.search(r'(?m)^#\|\s*hide\b', src): continue
         if not hidden.search(src): parts.append(fence(re.sub(r'(?m)^#\|.*\n?', '', src), 'python'))
         for out in cell['outputs']:
