@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'held_positions', 'taken', 'LanguageAdapter', 'LanguagePolicy', 'build_text_cache', 'CraftState',
-           'CraftHFTrainer']
+           'require_own_anchors', 'text_views', 'CraftHFTrainer']
 
 # %% ../nbs/08b_language.ipynb #556c4289
 import inspect
@@ -131,18 +131,46 @@ class CraftState(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / "craft_state.json").write_text(json.dumps(self.owner.craft.state_dict()))
 
+def require_own_anchors(held: dict, model: nn.Module, adapter: LanguageAdapter) -> None:  # held: a manifest
+    "Raise `ValueError` if anchors were answered by another kind or size of model than the one that is trained."
+    facts, inner = adapter.facts(model), base_policy(model)
+    then = dict(policy_type=held["policy_type"], width=held.get("width"), depth=held.get("extra", {}).get("depth"))
+    now = dict(policy_type=inner.config.model_type, width=facts["width"], depth=facts["extra"]["depth"])
+    if differ := [f"{k} {v} there, {now[k]} here" for k, v in then.items() if v and v != now[k]]:
+        raise ValueError(f"the anchors are another model's: {'; '.join(differ)}. Build some with build_text_cache "
+                         "of the model that is trained")
+
+def text_views(craft: CraftConfig, held: dict, usual: str) -> dict[str, View]:
+    "Views as `craft` names them, of the layers and vectors that the anchors hold. Raises `ValueError` for others."
+    names, there = list(parse_weights(craft.views)) or [usual], list(held.get("views") or ())
+    if there and (lost := [n for n in names if n not in there]):
+        raise ValueError(f"views: {', '.join(lost)} is not among the anchors, which hold {', '.join(there)}: "
+                         "name one of these in CraftConfig(views=…), or build anchors that hold it")
+    weights = {int(k): w for k, w in parse_weights(craft.layer_weights, "layer_weights").items()} or None
+    return make_views(names, **{k: held[k] for k in ("layers", "pooling") if held.get(k)}, layer_weights=weights,
+                      **dict(distance=craft.distance) if craft.distance else {})
+
 class CraftHFTrainer(Trainer):
     """`transformers.Trainer` under a drift budget. `anchors` is a loader or an endless iterable of anchor batches,
     `craft` the config whose views they hold. Raises `ValueError` for what it cannot do: several processes, float16, methods that change batch or objective."""
     def __init__(self, *args, anchors, craft: CraftConfig, views: dict[str, View] | None = None, adapter=None, **kw):
         super().__init__(*args, **kw)
         self.craft_config, self.anchors, self.adapter = craft, anchors, adapter or LanguageAdapter()
-        self.views = views or make_views(list(parse_weights(craft.views)) or [self.adapter.usual])
+        held = getattr(getattr(anchors, "dataset", None), "manifest", None) or {}  # of a loader's cache
+        if craft.enabled and held.get("policy_type") and isinstance(self.adapter, LanguageAdapter):
+            require_own_anchors(held, self.model, self.adapter)
+        self.views = views or text_views(craft, held, self.adapter.usual)
         self.craft, self.resumed = None, None
         if self.args.world_size > 1 or self.args.n_gpu > 1 or self.args.fp16:
             raise ValueError(f"CraftHFTrainer trains in one process without float16, found {self.args.world_size} "
                              f"processes, {self.args.n_gpu} GPUs in one, fp16={self.args.fp16}: use bf16=True, "
                              "and craft_nb.trainer.CraftTrainer with an Accelerator for more")
+        if odd := [n for n, on in dict(teacher=bool(craft.teacher), anchor_dataset=bool(craft.anchor_dataset.repo_id),
+                                       capture=bool(craft.capture), rehearsal=craft.rehearsal > 0,
+                                       gradient_accumulation_steps=craft.gradient_accumulation_steps > 1).items()
+                   if on]:
+            raise ValueError(f"CraftHFTrainer takes its anchors and their answers as they are given, and Trainer's own "
+                             f"settings for the task; {' and '.join(odd)} would do nothing: leave it out")
         if odd := [n for n, on in dict(budget=craft.budget > 0, require_budget=craft.require_budget,
                                        heldout_cache_dir=bool(craft.heldout_cache_dir),
                                        heldout_fraction=craft.heldout_fraction > 0,
