@@ -53,11 +53,11 @@ class BuildCacheConfig:
     num_anchors: str = ""  # a number, or all; 1000 (all frames if there are fewer) unless max_bytes is given
     max_bytes: str = ""  # e.g. 30MB: as many anchors as fit
     layers_to_save: str = "-2,-1"  # indices into hidden_states
-    shard_size: int = 256
+    shard_size: int = 256  # anchors a file
     long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     prompts_file: str = ""  # one prompt a line, dealt in turn instead of the data set's
     views: str = ""  # pooled | tokens | action_tokens | action_logits | token_ce | answer, with commas between; empty: pooled (origin), or answer where a policy does not speak in tokens
-    pooling: str = "vision_token_mean,text_token_last"
+    pooling: str = "vision_token_mean,text_token_last"  # view pooled: the vectors a layer (origin)
     top_k: int = 32  # of action_logits
     actions: str = "teacher"  # action tokens, or chunk that noise is added to: the teacher's own | dataset
     undecodable: str = "keep"  # answers of the teacher that are no action chunk: keep | skip (other frames) | dataset (its action tokens)
@@ -65,9 +65,9 @@ class BuildCacheConfig:
     images: str = "webp"  # webp | zlib | raw
     store_dtype: str = ""  # of hidden states: as computed | float32 | bfloat16
     batch_size: int = 0  # 0: found
-    num_workers: int = 0
+    num_workers: int = 0  # processes that load frames; 0: none beside this one
     sampling: str = "stratified"  # over tasks and episodes | uniform
-    seed: int = 0
+    seed: int = 0  # of which anchors are drawn, and of noise and time
     rename_map: dict[str, str] = field(default_factory=dict)  # {"camera of the data": "camera of the policy"}; default: the checkpoint's own
     allow_mismatch: str = ""  # what may differ between data and policy, by name, with commas between
     draws: int = 2  # of noise and time an anchor, for the answer of policies that draw them

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULE', 'DATA', 'TEACH', 'TUNE', 'record', 'workload', 'parted', 
            'teacher', 'finetune', 'wrong_settings', 'parse', 'demo_main']
 
 # %% ../nbs/12_demo.ipynb #ed54baff
-import argparse, itertools, json, os, shutil, time
+import argparse, inspect, itertools, json, os, re, shutil, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -353,6 +353,10 @@ def wrong_settings(s:Settings, flags): # what is wrong with values that argparse
             return f"--{f.name.replace('_', '-')}: expected {least}, found {x}"
     if not 0 <= s.seed < 2**32: return f"--seed: expected 0 … {2**32 - 1}, found {s.seed}"
 
+def _said(kind): # {field: its comment}, a class's own before those of what it inherits from
+    return {m[1]: m[2] for c in reversed(kind.__mro__[:-1])
+            for m in re.finditer(r"(?m)^    (\w+): .*?  # (.*)$", inspect.getsource(c))}
+
 def parse(argv=None):
     p = argparse.ArgumentParser("craft-demo", description="Record, train a teacher, cache its anchors, "
                                 "fine-tune with and without CRaFT, evaluate, report.")
@@ -375,9 +379,11 @@ def parse(argv=None):
     p.add_argument("--again", action="store_true", help="redo the named stages (all by default) and those after them")
     full = sized(name, policy, "full")
     flags = [f for f in fields(full) if f.name not in ("policy", *WORKLOADS[name].unused)]
+    about = _said(type(full))
     for f in flags:
         p.add_argument("--" + f.name.replace("_", "-"), type=f.type if callable(f.type) else None,
-                       metavar=str(getattr(full, f.name)))
+                       metavar=f.type.__name__,
+                       help=f"{about.get(f.name, '')} ({getattr(full, f.name)})".replace("%", "%%"))
     args = p.parse_args(argv)
     if missing := WORKLOADS[name].missing(): raise SystemExit(f"craft-demo: --workload={name}: {missing}")
     if unknown := set(args.stages) - {*STAGES, "check-tasks"}:

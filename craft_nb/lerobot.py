@@ -51,7 +51,7 @@ class CraftEvalConfig:
     anchors: str = ""  # folder of a cache that was not trained on
     out_dir: str = "outputs/eval"  # new
     eval: EvalConfig = field(default_factory=EvalConfig)  # n_episodes, batch_size
-    batch_size: int = 32
+    batch_size: int = 32  # frames a pass
     long_instructions: str = "refuse"  # that the policy would read in part: refuse | shorten, at their end
     max_frames: int = 1024  # of the data set, spread over it
     action_frames: int = 256  # of them at which the policy is asked what it would do, for the open-loop error of actions; 0: none
@@ -59,8 +59,8 @@ class CraftEvalConfig:
     mcq: str = ""  # JSONL of pictures, questions and choices
     mcq_camera: str = ""  # of the policy, which sees those pictures; empty: its first
     compare: str = ""  # a second policy, asked the same questions
-    max_videos: int = 0
-    seed: int = 1000
+    max_videos: int = 0  # episodes of env to film, a task
+    seed: int = 1000  # of the first episode of env, and of what a policy draws
     rename_map: dict[str, str] = field(default_factory=dict)  # {"camera of the data": "camera of the policy"}; default: the checkpoint's own
     allow_mismatch: str = ""  # what may differ between data and policy, by name, with commas between
 

@@ -27,17 +27,17 @@ class Settings:
     noise: float = 0.1  # on the expert's executed actions
     episode_length: int = 130  # steps; the experts need 50 to 120
     spread: str = "5"  # start positions left to right within this multiple of Meta-World's own range: one number, or one a task, old ones first
-    teacher_steps: int = 1200
-    teacher_lr: float = 1e-3
+    teacher_steps: int = 1200  # of the teacher's training
+    teacher_lr: float = 1e-3  # its peak learning rate
     steps: int = 300  # of fine-tuning
-    lr: float = 5e-4
-    batch_size: int = 32
+    lr: float = 5e-4  # peak learning rate of fine-tuning
+    batch_size: int = 32  # frames a step
     anchors: int = 4500  # at most: as many as the old episodes that are not held out have frames
     held_out: int = 128  # anchors for drift, from episodes that no cache holds
     eval_episodes: int = 20  # a task and arm
     check_episodes: int = 100  # a task, of the blind policy in check-tasks: 20 leave too much to chance
-    arms: str = "sft,origin,replay,constant,craft:action_logits"  # of ARMS
-    seed: int = 0
+    arms: str = "sft,origin,replay,constant,craft:action_logits"  # compared, with commas between; a wrong name shows them all
+    seed: int = 0  # of recording and training
     policy: str = "pi0_fast"  # of POLICIES
     workload = "metaworld"  # no field: of WORKLOADS
 
