@@ -29,8 +29,9 @@ from .configs import (CraftTrainConfig, each_dataset, localise, or_say_what_is_l
                               require_local, require_writable)
 from .data import Rows, read_prompts, draw_over, find_tasks, several
 from .features import resolve_layers
-from .fit import (camera_findings, check_features, data_findings, heed, load_policy,
-                          load_policy_alone, rename_of, require_fit, run_hashes, make_processors, Source, open_pictures)
+from .fit import (camera_findings, check_features, data_findings, fit_other, heed, load_policy,
+                          load_policy_alone, of_other_data, rename_of, require_fit, run_hashes, make_processors, Source,
+                          open_pictures)
 from .frames import read_plain
 from .losses import VIEWS, make_views, pass_needs
 from .machine import follow
@@ -492,18 +493,16 @@ def open_anchors(craft: CraftConfig, policy: PreTrainedConfig | None) -> AnchorC
     "The anchors of a run: a cache, or frames."
     return live_frames(craft, policy) if craft.teacher and craft.anchor_dataset.repo_id else open_cache(craft)
 
-def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, policy: nn.Module) -> None:
-    """Refuse frames that the policy would not see as it sees the data it is trained on; let their pictures be augmented
-    as those are."""
-    meta, augment = frames.source.meta, cfg.dataset.image_transforms
+def check_frames(frames: LiveFrames, cfg: "CraftTrainConfig", pre, post, policy: nn.Module):  # what prepares them
+    """Refuse frames that a build would refuse, or that the policy would not see as it sees the data it is trained on;
+    let their pictures be augmented as those are. → `pre`, with the names of their cameras."""
+    augment, actions = cfg.dataset.image_transforms, cfg.craft.anchor_actions == "dataset"
     if augment.enable:
         from lerobot.transforms import ImageTransforms
         frames.store.transforms = ImageTransforms(augment)
     if not frames.views: frames.views[adapter_for(policy, cfg.craft.capture).usual] = {}
-    require_fit(camera_findings(cfg.policy, meta, cfg.rename_map), cfg.craft.allow_mismatch)
-    check_features(pre, meta, cfg.rename_map)
-    heed(pre, cfg.policy, list(dict.fromkeys(frames.instructions())), cfg.craft.long_instructions,
-         f"{frames.dir} (anchor_dataset)", "--craft.long_instructions", ds_meta=meta, rename_map=cfg.rename_map)
+    with of_other_data(f"{frames.dir} (anchor_dataset)"):
+        return fit_other(cfg, frames.source, pre, post, dict.fromkeys(frames.instructions()), actions)
 
 # %% ../nbs/10h_caches.ipynb #f37c2cbe
 def make_teacher(craft: CraftConfig, policy: nn.Module, pre, device, sharded: bool = False) -> nn.Module | None:

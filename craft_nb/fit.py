@@ -8,10 +8,12 @@ __all__ = ['make_processors', 'run_hashes', 'base_weights', 'rename_of', 'camera
            'state_size', 'heed', 'load_policy', 'load_policy_alone', 'recompute_targets']
 
 # %% ../nbs/10g_fit.ipynb #0860ab9d
+import copy
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,8 @@ from torch import nn
 
 from .anchors import hash_json, hash_tensors
 from .check import (Finding, Numbers, check_cameras, check_numbers, check_rename, check_rows, check_split,
-                            check_statistics, check_times, check_videos, image_shape, recompute_line, refuse, tasks_of)
+                            check_statistics, check_times, check_videos, gathered, image_shape, recompute_line, refuse,
+                            tasks_of)
 from .builder import teacher_targets
 from .config import as_path, at_home
 from .configs import require_local, require_parts
@@ -125,6 +128,24 @@ def camera_findings(cfg: PreTrainedConfig, ds_meta, rename_map: dict | None = No
     return [*check_rename(rename_map or {}, ds_meta.features, [*inputs, *outputs]),
             *check_cameras(wanted, {k: image_shape(ds_meta.features[k]) for k in ds_meta.camera_keys}, rename_map,
                            blank, resizes)]
+
+# %% ../nbs/10g_fit.ipynb #7be1c0d4
+def meant_for(given: dict, features: Iterable[str]) -> dict[str, str]:
+    """What of a run's rename map is meant for other data that it looks at: all of it where they have all that it names,
+    else what they have, unless a camera would then take another's place."""
+    features = list(features)
+    if {*given} <= {*features}: return dict(given)
+    own = {a: b for a, b in given.items() if a in features}
+    return {} if {*own.values()} & {*features} - {*own} else own
+
+def shown_as(pre, rename: dict[str, str]):
+    "A preprocessor that renames otherwise; all else of it is shared."
+    steps = [copy.copy(s) for s in pre.steps]
+    for s in steps:
+        if hasattr(s, "rename_map"): s.rename_map = dict(rename)
+    other = copy.copy(pre)
+    other.steps = [s if hasattr(s, "rename_map") else own for s, own in zip(steps, pre.steps, strict=True)]
+    return other
 
 # %% ../nbs/10g_fit.ipynb #c0e84e01
 def normaliser(pipeline):  # None where there is none
@@ -292,6 +313,28 @@ def heed(pre, cfg: PreTrainedConfig, texts: Iterable[str], how: str, where: str 
         if f.level == "warn": logging.warning(f.text)
     return ([pre.to_transition.words(t) for t in texts] if how == "shorten" and isinstance(pre.to_transition, Heeded)
             else texts)
+
+# %% ../nbs/10g_fit.ipynb #91d3f5aa
+@contextmanager
+def of_other_data(whose: str, episodes: str = "--craft.anchor_dataset.episodes"):
+    """Inside, what is refused is said of other data than those that a run is trained on, and how `episodes` of them are
+    named; what is found of them is not told of its own."""
+    try:
+        with gathered(stop=True): yield
+    except ValueError as e: raise type(e)(f"{whose}: {e}".replace("--dataset.episodes", episodes)) from e
+
+def fit_other(cfg, dataset, pre, post, texts: Iterable[str], actions: bool = True):  # cfg: of a run
+    """Refuse other data that a run looks at, old ones, as those that it is trained on are refused. → `pre` as it
+    prepares them: with the names of their cameras."""
+    meta, craft = dataset.meta, cfg.craft
+    rename = rename_of(cfg.policy, meant_for(cfg.rename_map, meta.features), meta.features)
+    shown = shown_as(pre, rename)
+    require_fit(camera_findings(cfg.policy, meta, rename), craft.allow_mismatch)
+    check_features(shown, meta, rename)
+    require_fit(data_findings(cfg.policy, shown, post, dataset, rename, actions), craft.allow_mismatch)
+    heed(shown, cfg.policy, texts, craft.long_instructions, flag="--craft.long_instructions", ds_meta=meta,
+         rename_map=rename)
+    return shown
 
 # %% ../nbs/10g_fit.ipynb #7017646e
 def load_policy(cfg: PreTrainedConfig, ds_meta=None, env=None, rename_map: dict | None = None):

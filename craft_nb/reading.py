@@ -331,7 +331,8 @@ class AnchorLoader:
                  shuffle: bool = True):
         n = len(dataset)
         if not 1 <= batch_size <= n:
-            raise AnchorCacheError(f'anchor_batch_size must be 1 … {n} (anchors in {dataset.dir}), not {batch_size}')
+            raise AnchorCacheError(f'anchor_batch_size must be 1 … {n} (anchors of {dataset.dir} to train on), '
+                                   f'not {batch_size}')
         if not 0 <= rank < world_size: raise ValueError(f'rank must be 0 … {world_size - 1}, found {rank}')
         self.dataset, self.batch_size, self.seed, self.step = dataset, batch_size, seed, step
         self.rank, self.world_size, self.shuffle, self.passes = rank, world_size, shuffle, 0

@@ -23,7 +23,8 @@ from .caches import load_dataset, say_decoder
 from .config import parse_numbers
 from .configs import CraftTrainConfig, _ranges, localise
 from .data import Read, read_frame
-from .fit import camera_findings, check_features, data_findings, heed, instructions_of, require_fit
+from .check import attempt
+from .fit import fit_other, instructions_of, of_other_data
 from .frames import Room
 from .machine import Watched
 
@@ -237,14 +238,10 @@ def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_siz
     "What `replay` and its like are given. Raises `ValueError` if policy and old demonstrations do not fit."
     from lerobot.datasets.sampler import EpisodeAwareSampler
     old = main_first(acc, lambda: old_data(cfg, trained, **which))
-    rename = {a: b for a, b in cfg.rename_map.items() if a in old.meta.features}
-    try:
-        require_fit(camera_findings(cfg.policy, old.meta, rename), cfg.craft.allow_mismatch)
-        check_features(pre, old.meta, rename)
-        require_fit(data_findings(cfg.policy, pre, post, old, rename), cfg.craft.allow_mismatch)
-        heed(pre, cfg.policy, instructions_of(old), cfg.craft.long_instructions, flag="--craft.long_instructions",
-             ds_meta=old.meta, rename_map=rename)
-    except ValueError as e: raise ValueError(f"old demonstrations ({old.root}): {e}") from e
+    def prepared():
+        with of_other_data(f"old demonstrations ({old.root})", "--craft.method_options=episodes:…"):
+            return fit_other(cfg, old, pre, post, instructions_of(old))
+    ready = attempt("anchors", prepared) or pre
     frames = EpisodeAwareSampler(
         old.meta.episodes["dataset_from_index"], old.meta.episodes["dataset_to_index"],
         episode_indices_to_use=old.episodes, drop_n_last_frames=getattr(cfg.policy, "drop_n_last_frames", 0),
@@ -252,7 +249,7 @@ def old_demonstrations(cfg: CraftTrainConfig, acc, trained, pre, post, batch_siz
     workers = dict(num_workers=cfg.num_workers) | (
         dict(prefetch_factor=cfg.prefetch_factor, multiprocessing_context=cfg.dataloader_multiprocessing_context)
         if cfg.num_workers else {})
-    old = (room or Room("none")).keep(old, cfg.steps * batch_size, "old demonstrations", cfg.num_workers,
-                                      acc.num_processes)
-    return OldDemonstrations(old, frames, batch_size, pre, cfg.seed or 0, acc.process_index, acc.num_processes,
+    shown = (room or Room("none")).keep(old, cfg.steps * batch_size, "old demonstrations", cfg.num_workers,
+                                        acc.num_processes)
+    return OldDemonstrations(shown, frames, batch_size, ready, cfg.seed or 0, acc.process_index, acc.num_processes,
                              pin_memory=acc.device.type == "cuda", **workers)

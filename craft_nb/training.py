@@ -40,7 +40,7 @@ from .configs import (ANCHORS, CraftTrainConfig, begun, check_wandb, data_root, 
 from .data import read_info, read_prompts, several
 from .draws import Looks, base_policy, is_frozen, submodule
 from .fit import (camera_findings, check_features, data_findings, heed, instructions_of, make_processors,
-                          require_fit, run_hashes)
+                          meant_for, of_other_data, require_fit, run_hashes)
 from .frames import Room
 from .machine import Lock, Watched, follow, free_memory, give_back_freed, give_way, holder
 from .methods import MethodParts, find_method, make_method, read_options
@@ -144,8 +144,8 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
                if cache is not None or judged is not None else None)
     optimizer, scheduler = make_optimizer_and_scheduler(cfg, policy)
     state, hashes = {}, {}
-    for anchors in (a for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)):
-        check_frames(anchors, cfg, pre, policy)
+    live = [a for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)]
+    ask = next(filter(None, [attempt("cache", check_frames, a, cfg, pre, post, policy) for a in live]), pre)
     for anchors, craft in ((a, c) for a, c in ((cache, cfg.craft), (judged, replace(cfg.craft, rehearsal=0.0)))
                            if a is not None):
         hashes = hashes or run_hashes(policy, pre)
@@ -168,7 +168,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
     eval_loader = None if held_out is None else loader_by_task(room.keep(
         held_out, len(held_out) * (cfg.steps // cfg.eval_steps if cfg.eval_steps > 0 else 0), "held-out data"),
         cfg.batch_size)
-    keep_anchors(room, cfg, [a.store for a in (cache, judged) if isinstance(getattr(a, "store", None), LiveFrames)])
+    keep_anchors(room, cfg, [a.store for a in live])
     adapter = (cache_adapter(judged if cache is None else cache, cfg.craft, policy) if cache is not None or judged
                is not None else adapter_for(policy, cfg.craft.capture) if taught else None)
     policy, optimizer, loader, scheduler = acc.prepare(policy, optimizer, loader, scheduler)
@@ -189,7 +189,7 @@ def assemble(cfg: CraftTrainConfig, callbacks: Iterable, acc, quiet: bool, cache
         if drawn: batches = itertools.chain([next(batches)], batches)
         load_rng_state(cfg.checkpoint_path / "training_state")
     def answered(anchors):
-        return anchors if teacher is None or anchors is None else answered_by(teacher, anchors, cfg.craft, adapter, pre)
+        return anchors if teacher is None or anchors is None else answered_by(teacher, anchors, cfg.craft, adapter, ask)
     # it is refused; what else there is, is looked at
     lost = gathering() and cfg.craft.enabled and cache is None and find_method(cfg.craft.method).needs == "anchors"
     method = make_retention(cfg, cache, policy, adapter, acc, functools.partial(
@@ -236,7 +236,7 @@ def anchor_build(cfg: CraftTrainConfig) -> BuildCacheConfig:
         num_anchors=a.num_anchors, prompts_file=a.prompts_file, tasks=a.tasks,
         views=",".join(parse_weights(c.views)), capture=c.capture, long_instructions=c.long_instructions,
         allow_mismatch=c.allow_mismatch, seed=cfg.seed or 0, num_workers=cfg.num_workers,
-        rename_map={x: y for x, y in cfg.rename_map.items() if x in there} if set(cfg.rename_map) <= set(there) else {})
+        rename_map=meant_for(cfg.rename_map, there))
 
 def builds_anchors(cfg: CraftTrainConfig) -> bool:
     """Does a run build anchors for itself? Not where a teacher answers for the frames, nor where its method looks at
@@ -291,7 +291,7 @@ FEW = 4  # anchors of each data set that stand for all of them
 def few_anchors(cfg: CraftTrainConfig, policy: nn.Module):
     "What `part_anchors` will give, of a few anchors in the folder of `cfg` that stand for those yet to be built."
     build = replace(anchor_build(cfg), allow_undecodable=True, num_workers=0)
-    with gathered(stop=True):  # what is found of the old data is not told of the new
+    with of_other_data(f"{build.dataset.repo_id} (anchor_dataset)"):
         m = build_cache(build, False, asked_anchors(cfg.craft), policy, FEW)
     cfg.craft.anchor_cache_dir = build.out_dir
     some, n = open_cache(cfg.craft), len(m["episodes"])
@@ -363,8 +363,8 @@ def own_anchors(cfg: CraftTrainConfig, progress: bool = True, accelerator=None) 
     rehearse(cfg, accelerator)
     with Lock(cfg.output_dir):
         try:
-            # what is found of the old data is not told of the new
-            with gathered(stop=True): build_cache(anchor_build(cfg), progress, asked)
+            with of_other_data(f"{cfg.craft.anchor_dataset.repo_id} (anchor_dataset)"):
+                build_cache(anchor_build(cfg), progress, asked)
         except ValueError as e:
             if "--allow_undecodable" not in str(e): raise
             raise ValueError(f"{e} (flags of craft-build-cache: build the anchors with it, "

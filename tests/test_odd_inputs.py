@@ -322,7 +322,7 @@ def test_a_full_disk_while_a_run_builds_its_anchors(inside, work, monkeypatch):
 
 
 BEFORE = [(["--dataset.eval_split=0.99"], "eval_split"), (["--craft.method=share", "--craft.anchor_batch_size=6"],
-                                                           "1 … 5 (anchors in run/anchors)"),
+                                                           "1 … 5 (anchors of run/anchors to train on)"),
           (["--craft.heldout_fraction=.9"], "leaves none to train on"), (["--craft.heldout_cache_dir=gone"], "at gone"),
           (["--craft.method_options=foo:1"], "takes none"), (["--craft.method=der"], "the view action_logits"),
           (["--peft.method_type=NO"], "expected one of ADALORA"), (["--dataset.streaming=true"], "num_workers"),
@@ -508,6 +508,30 @@ def test_some_tasks_are_trained_on_evaluated_and_answered_for(inside, work, caps
     episodes(Path("data"), mix)
     said = refused(train, work, f"--tasks={one if one in work.meta.episodes['tasks'][1] else other}")
     assert "episode 1 of" in said and "also holds" in said and "--dataset.episodes" in said
+
+
+def test_old_data_of_a_run_are_looked_at_however_it_asks(inside, work):
+    """A build, a teacher that answers at frames, a replay: each refuses what the others refuse, and says of which data;
+    each sees old cameras under the names of its teacher where the new data have others."""
+    def spoilt(t): t.at[5, "observation.state"][1] = np.nan
+    copy(work, "old", change=lambda d: rows(d, spoilt))
+    ways = (["--craft.anchor_dataset.repo_id=OLD", "--craft.anchor_dataset.num_anchors=6"],
+            ["--craft.anchor_dataset.repo_id=OLD", f"--craft.teacher={work.policy_path}", "--craft.views=pooled"],
+            ["--craft.method=replay", "--craft.method_options=dataset:OLD"])
+    mine = ["--craft.enabled=true", "--craft.anchor_batch_size=2"]
+    for way, flag in zip(ways, ("anchor_dataset.episodes", "anchor_dataset.episodes", "method_options=episodes"),
+                         strict=True):
+        said = refused(train, work, *mine, *(f.replace("OLD", "old") for f in way))
+        assert ("old" in said.splitlines()[0] and "episode 0, frame 5" in said and f"--craft.{flag}" in said
+                and "--dataset.episodes" not in said), said
+    features(inside, lambda f: f.update({"observation.images.front": f.pop("observation.image")}))
+    rows(inside, lambda t: t.rename(columns={"observation.image": "observation.images.front"}, inplace=True))
+    shutil.copytree(work.root, "sound")
+    for way in ways:
+        shutil.rmtree("run", ignore_errors=True)
+        train(work, *mine, *(f.replace("OLD", "sound") for f in way),
+              '--rename_map={"observation.images.front": "observation.image"}')
+        assert Path("run/metrics.jsonl").is_file()
 
 
 def test_pictures_and_prompts_alone(inside, work, caplog):
