@@ -90,7 +90,7 @@ def test_anchors_that_are_yet_to_be_built(inside, capsys):
     assert ("18 to be built first, from the 18 frames of local/sound, local/uneven with 'open the window'" in said
             and not Path("run").exists()), said
     code, said = check(capsys, *own, "--craft.anchor_dataset.num_anchors=7", "--craft.anchor_batch_size=8")
-    assert code == 1 and "1 … 7 (anchors in run/anchors)" in said, said
+    assert code == 1 and "1 … 7 (anchors of run/anchors to train on)" in said, said
     code, said = check(capsys, *own, "--craft.method=aegis")
     assert code == 0 and "method aegis, once its anchors are built" in " ".join(said.split()), said
     code, said = check(capsys, *own, "--craft.method=l2sp")
