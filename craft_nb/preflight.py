@@ -185,7 +185,7 @@ def say_anchors(r: Report, t: CraftTrainer, few: int = 6) -> None:
         r.findings.append(Finding("warn", "undecodable", f"{bad} of the {asked} answers of the teacher "
                                   f"({bad / asked:.0%}) are no action chunk: the student would be held to them; "
                                   f"build the cache again with --undecodable=skip", dict(answers)))
-    if still := getattr(t.method, "unmoved", ()):
+    if still := getattr(getattr(t, "method", None), "unmoved", ()):
         r.findings.append(Finding("warn", "anchors", f"{', '.join(still)}: nothing that is trained has a say in what "
                                   "this view compares, so it holds nothing; leave it out of --craft.views, or train "
                                   "what stands before it", dict(views=still)))
