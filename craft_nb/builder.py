@@ -155,7 +155,7 @@ class LiveFrames(AnchorCacheDataset):
         columns = {k: dataset.hf_dataset.data[k].to_pylist() for k in ("episode_index", "task_index")}
         among = range(len(dataset)) if rows is None else list(rows)
         picked = list(among) if most is None else [among[i] for i in sample_anchors(
-            *([x[i] for i in among] for x in columns.values()), min(most, len(among)), seed)]
+            *([x[i] for i in among] for x in columns.values()), most, seed)]
         self.transforms, self.turns = transforms, ()
         self.dir, self.frames, self.seed, self.draws, self.store = (name, AnchorFrames(dataset, picked, []), seed,
                                                                     draws, self)

@@ -46,7 +46,7 @@ class LanguageAdapter:
     def facts(self, model):
         c = base_policy(model).config.get_text_config()
         return dict(width=c.hidden_size, dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-                    extra=dict(depth=c.num_hidden_layers))
+                    extra=dict(depth=c.num_hidden_layers, vocabulary=c.vocab_size))
 
     def inputs(self, model, batch):
         missing = [k for k in ("input_ids", "attention_mask") if k not in batch]
@@ -136,6 +136,9 @@ def require_own_anchors(held: dict, model: nn.Module, adapter: LanguageAdapter) 
     facts, inner = adapter.facts(model), base_policy(model)
     then = dict(policy_type=held["policy_type"], width=held.get("width"), depth=held.get("extra", {}).get("depth"))
     now = dict(policy_type=inner.config.model_type, width=facts["width"], depth=facts["extra"]["depth"])
+    words, known = held.get("extra", {}).get("vocabulary"), facts["extra"]["vocabulary"]
+    # more were added
+    if words and words > known: then, now = then | dict(vocabulary=words), now | dict(vocabulary=known)
     if differ := [f"{k} {v} there, {now[k]} here" for k, v in then.items() if v and v != now[k]]:
         raise ValueError(f"the anchors are another model's: {'; '.join(differ)}. Build some with build_text_cache "
                          "of the model that is trained")

@@ -491,6 +491,7 @@ def test_live_frames_are_augmented_as_the_task_is(work, zoo, inside, monkeypatch
     from craft_nb.anchors import AnchorLoader
     from craft_nb.builder import LiveFrames
     data = zoo_data(work, PreTrainedConfig.from_pretrained(zoo("act")), episodes=[0])
+    with pytest.raises(ValueError, match="num_anchors: expected 1 to "): LiveFrames(data, "frames", {}, 10**6)
     frames = LiveFrames(data, "frames", {}, 4, transforms=ImageTransforms(ImageTransformsConfig(enable=True)))
     line = AnchorLoader(frames, 4).forever()
     turns = [next(line) for _ in range(3)]
