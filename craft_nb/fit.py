@@ -321,7 +321,9 @@ def of_other_data(whose: str, episodes: str = "--craft.anchor_dataset.episodes")
     named; what is found of them is not told of its own."""
     try:
         with gathered(stop=True): yield
-    except ValueError as e: raise type(e)(f"{whose}: {e}".replace("--dataset.episodes", episodes)) from e
+    except ValueError as e:
+        kind = type(e) if type(e).__init__ is ValueError.__init__ else ValueError  # some take more than a text
+        raise kind(f"{whose}: {e}".replace("--dataset.episodes", episodes)) from e
 
 def fit_other(cfg, dataset, pre, post, texts: Iterable[str], actions: bool = True):  # cfg: of a run
     """Refuse other data that a run looks at, old ones, as those that it is trained on are refused. → `pre` as it
