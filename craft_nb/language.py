@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOGGED', 'held_positions', 'taken', 'LanguageAdapter', 'LanguagePolicy', 'build_text_cache', 'CraftState',
-           'require_own_anchors', 'text_views', 'CraftHFTrainer']
+           'CraftHFTrainer']
 
 # %% ../nbs/08b_language.ipynb #556c4289
 import inspect
@@ -120,7 +120,7 @@ def build_text_cache(
             w.add(anchors | teacher_targets(model, anchors, views, adapter))
     return read_manifest(out_dir)
 
-# %% ../nbs/08b_language.ipynb #df3a81fa
+# %% ../nbs/08b_language.ipynb #df3a81fb
 LOGGED = ("retention_loss", "lambda", "violation", "cosine", "projected")
 
 class CraftState(TrainerCallback):
@@ -131,13 +131,14 @@ class CraftState(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         (folder / "craft_state.json").write_text(json.dumps(self.owner.craft.state_dict()))
 
+# %% ../nbs/08b_language.ipynb #df3a81fa
 def require_own_anchors(held: dict, model: nn.Module, adapter: LanguageAdapter) -> None:  # held: a manifest
     "Raise `ValueError` if anchors were answered by another kind or size of model than the one that is trained."
     facts, inner = adapter.facts(model), base_policy(model)
     then = dict(policy_type=held["policy_type"], width=held.get("width"), depth=held.get("extra", {}).get("depth"))
     now = dict(policy_type=inner.config.model_type, width=facts["width"], depth=facts["extra"]["depth"])
     words, known = held.get("extra", {}).get("vocabulary"), facts["extra"]["vocabulary"]
-    # more were added
+    # a student may know more words, not fewer
     if words and words > known: then, now = then | dict(vocabulary=words), now | dict(vocabulary=known)
     if differ := [f"{k} {v} there, {now[k]} here" for k, v in then.items() if v and v != now[k]]:
         raise ValueError(f"the anchors are another model's: {'; '.join(differ)}. Build some with build_text_cache "
@@ -153,6 +154,7 @@ def text_views(craft: CraftConfig, held: dict, usual: str) -> dict[str, View]:
     return make_views(names, **{k: held[k] for k in ("layers", "pooling") if held.get(k)}, layer_weights=weights,
                       **dict(distance=craft.distance) if craft.distance else {})
 
+# %% ../nbs/08b_language.ipynb #df3a81fc
 class CraftHFTrainer(Trainer):
     """`transformers.Trainer` under a drift budget. `anchors` is a loader or an endless iterable of anchor batches,
     `craft` the config whose views they hold. Raises `ValueError` for what it cannot do: several processes, float16, methods that change batch or objective."""

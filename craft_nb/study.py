@@ -396,6 +396,9 @@ def stand_on(out: Path, base: demo.Run) -> None:
     now = {k: v for k, v in asdict(base.settings).items() if k not in skip} | dict(
         teacher=hash_file(Path(base.result("teacher")["path"]) / "model.safetensors"))
     then = read_done(file) if file.exists() else now
+    if not file.exists() and any((out / "jobs").glob("*.json")):
+        print(f"{out} does not say of which teacher its jobs are (an earlier version's): "
+              f"taken for jobs over {base.folder}")
     if differ := [f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v]:
         raise ValueError(f"{out} holds jobs over another demo ({'; '.join(differ)}): give the --demo and --size they "
                          "are of, or another --out")
